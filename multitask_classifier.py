@@ -1,0 +1,75 @@
+"""Fine-tune one BERT for sentiment, paraphrase and similarity at once, or probe a frozen one.
+
+    python multitask_classifier.py --option finetune --use_gpu
+
+Each mini-batch belongs to one task; its loss reaches that task's head and, when fine-tuning, BERT.
+The run folder gets config.json, log.jsonl, best/ (a HuggingFace folder), predictions/ in the
+leaderboard's format, and result.json.
+"""
+
+from argparse import Namespace
+from collections.abc import Sequence
+from typing import Any
+
+from options import Parser, add_file_flags, add_training_flags, complete, script
+
+TASK_FLAGS = {"sst": "SST sentiment", "para": "Quora question pairs", "sts": "STS similarity"}
+
+
+def __getattr__(name: str) -> Any:
+    """`from multitask_classifier import MultitaskBERT`, as in the course; --help stays quick."""
+    if name == "MultitaskBERT":
+        from tasks import MultitaskBERT
+
+        return MultitaskBERT
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def parse(argv: Sequence[str] | None = None) -> Namespace:
+    """The command line, checked and completed."""
+    parser = Parser(__doc__.splitlines()[0])
+    add_training_flags(parser)
+    add = parser.add_argument
+    add("--tasks", default="sst,para,sts", help="names of rows in tasks.TASKS, by commas")
+    add(
+        "--sampling",
+        choices=["roundrobin", "proportional", "annealed"],
+        default="roundrobin",
+        help="how an epoch mixes the tasks (datasets.Mixture)",
+    )
+    add("--pair_encoding", choices=["separate", "joint"], default="separate")
+    for task in ("para", "sts"):
+        add(
+            f"--{task}_decoder",
+            choices=["concat", "dot", "cosine"],
+            help="with --pair_encoding separate (default: dot, the paper's)",
+        )
+    for task, what in TASK_FLAGS.items():
+        add_file_flags(parser, f"{task}_", what)
+    args = parser.parse_args(argv)
+    complete(args, parser, "multitask")
+    args.tasks = [name.strip() for name in args.tasks.split(",")]
+    if args.pair_encoding == "joint" and (args.para_decoder or args.sts_decoder):
+        parser.error("--pair_encoding joint has its own (linear) decoder; leave out --*_decoder")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train and evaluate as the command line says."""
+    args = parse(argv)
+    from supervised import Files, fit
+
+    files = {
+        task: Files(
+            **{
+                field: getattr(args, f"{task}_{field}", None)
+                for field in ("train", "dev", "test", "dev_out", "test_out")
+            }
+        )
+        for task in args.tasks
+    }
+    fit(args, files, {"para": args.para_decoder, "sts": args.sts_decoder})
+
+
+if __name__ == "__main__":
+    script(main)

@@ -1,0 +1,179 @@
+"""AdamW by hand, and what goes with it: parameter groups and learning-rate schedules.
+
+The algorithm is Adam (Kingma & Ba 2014, https://arxiv.org/abs/1412.6980, algorithm 1 with the
+"efficient" bias correction at the end of section 2) with decoupled weight decay (Loshchilov &
+Hutter 2017, https://arxiv.org/abs/1711.05101), the decay applied after the update:
+
+    m <- b1 m + (1 - b1) g
+    v <- b2 v + (1 - b2) g^2
+    a  = lr sqrt(1 - b2^t) / (1 - b1^t)
+    p <- p - a m / (sqrt(v) + eps)
+    p <- p - lr weight_decay p
+
+`torch.optim.AdamW` puts eps inside the bias correction and decays before the update; with eps = 0
+and no decay the two are the same function.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# On a CPU the update runs over pieces of this many numbers: parameter, gradient and both moments of
+# a piece stay in the cache from the first operation to the last, so memory is passed over once.
+PIECE = 1 << 16
+
+
+class AdamW(torch.optim.Optimizer):
+    """Adam with decoupled weight decay, as the formulas above.
+
+    Args:
+        params: parameters, named parameters, or groups of either as in `torch.optim`.
+        lr: learning rate, at least 0.
+        betas: decay rates of the two moments, each in [0, 1).
+        eps: added to the root of the second moment, at least 0.
+        weight_decay: decoupled weight decay, at least 0.
+        correct_bias: False leaves out the bias correction (a = lr), as the first BERT code did.
+
+    Half-precision parameters keep their moments in float32 and are rounded once a step.
+
+    Raises:
+        ValueError: a hyperparameter out of range, by name; in `step`, a sparse gradient.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        correct_bias: bool = True,
+    ):
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "correct_bias": correct_bias,
+        }
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters; its own hyperparameters win over the defaults."""
+        check_hyperparameters({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        """Update every parameter that has a gradient; the others and their moments stay."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for index, parameter in enumerate(group["params"]):
+                if parameter.grad is None:
+                    continue
+                if parameter.grad.is_sparse:
+                    names = group.get("param_names")
+                    name = names[index] if names else f"of shape {tuple(parameter.shape)}"
+                    raise ValueError(
+                        f"AdamW: parameter {name} has a sparse gradient, whose moments it cannot"
+                        " keep: build its embedding with sparse=False"
+                    )
+                self._update(parameter, group)
+        return loss
+
+    def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[parameter]
+        if not state:
+            half = parameter.dtype in (torch.float16, torch.bfloat16)
+            dtype = torch.float32 if half else parameter.dtype
+            state["step"] = 0
+            state["exp_avg"] = torch.zeros_like(parameter, dtype=dtype)
+            state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=dtype)
+        state["step"] += 1
+
+        (beta1, beta2), lr = group["betas"], group["lr"]
+        step_size = lr
+        if group["correct_bias"]:
+            step_size *= math.sqrt(1 - beta2 ** state["step"]) / (1 - beta1 ** state["step"])
+        decay = 1 - lr * group["weight_decay"]
+        tensors = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
+        for p, g, m, v in _pieces(tensors):
+            wide, g = p.to(m.dtype), g.to(m.dtype)  # no copy unless half precision
+            m.lerp_(g, 1 - beta1)
+            v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+            wide.addcdiv_(m, v.sqrt().add_(group["eps"]), value=-step_size)
+            if decay != 1:
+                wide.mul_(decay)
+            if wide is not p:
+                p.copy_(wide)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore exactly what `state_dict` saved.
+
+        The base class casts moments to the parameter's dtype, which would round the float32
+        moments of half-precision parameters; they are put back as saved.
+        """
+        super().load_state_dict(state_dict)
+        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
+            for index, parameter in zip(saved["params"], group["params"], strict=True):
+                for key, value in state_dict["state"].get(index, {}).items():
+                    if isinstance(value, Tensor):
+                        self.state[parameter][key] = value.to(parameter.device, copy=True)
+
+
+def _pieces(tensors: tuple[Tensor, ...]) -> Iterable[tuple[Tensor, ...]]:
+    """The same slices of all `tensors`, small enough for a CPU's cache; on a GPU, the whole."""
+    first = tensors[0]
+    if first.device.type != "cpu" or first.numel() <= PIECE:
+        return [tensors]
+    if not all(t.is_contiguous() for t in tensors):
+        return [tensors]
+    return zip(*(t.view(-1).split(PIECE) for t in tensors), strict=True)
+
+
+def check_hyperparameters(group: dict[str, Any]) -> None:
+    """ValueError naming the first hyperparameter that is out of range."""
+    ranges = {
+        "lr": (group["lr"], "at least 0", lambda x: 0 <= x < math.inf),
+        "betas[0]": (group["betas"][0], "in [0, 1)", lambda x: 0 <= x < 1),
+        "betas[1]": (group["betas"][1], "in [0, 1)", lambda x: 0 <= x < 1),
+        "eps": (group["eps"], "at least 0", lambda x: 0 <= x < math.inf),
+        "weight_decay": (group["weight_decay"], "at least 0", lambda x: 0 <= x < math.inf),
+    }
+    for name, (value, expected, within) in ranges.items():
+        if not within(value):
+            raise ValueError(f"AdamW: {name} is {value}, expected {expected}")
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """The trainable parameters of `module` in two groups: decayed, and not.
+
+    Biases and LayerNorm weights (the one-dimensional parameters) are not decayed, as in BERT.
+    """
+    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    groups = [
+        {"params": [(n, p) for n, p in named if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [(n, p) for n, p in named if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def schedule(kind: str, step: int, total: int, warmup: int) -> float:
+    """The factor on the learning rate at `step` (0, 1, ... total - 1).
+
+    It rises linearly over `warmup` steps, from 1 / warmup to 1. Then `linear` falls in a line that
+    would reach 0 at step `total`, and `constant` stays at 1.
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    if kind == "constant":
+        return 1.0
+    if kind == "linear":
+        return (total - step) / max(1, total - warmup)
+    raise ValueError(f"schedule {kind!r}: expected linear or constant")

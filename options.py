@@ -1,0 +1,150 @@
+"""The command line that the training scripts share: flags, their checks, and how a script ends.
+
+Nothing heavy is imported here before the arguments are parsed, so that `--help` answers at once.
+"""
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+DEFAULT_LR = {"pretrain": 1e-3, "finetune": 5e-5}
+DEFAULT_EPOCHS = {"pretrain": 10, "finetune": 3}
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaint is one line."""
+
+    def __init__(self, description: str):
+        super().__init__(
+            description=description,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message, and leave with exit code 2."""
+        self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
+
+
+def number(
+    kind: type, low: float, high: float = math.inf, *, above: bool = False, below: bool = False
+) -> Callable[[str], float]:
+    """A flag's type: a number from `low` to `high`, strictly `above` or `below` them where said."""
+
+    def parse(text: str) -> float:
+        bounds = f"{'above' if above else 'at least'} {low:g}"
+        if high < math.inf:
+            bounds += f" and {'below' if below else 'at most'} {high:g}"
+        word = "a whole number" if kind is int else "a number"
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {word}") from None
+        inside = low <= value <= high and math.isfinite(value)
+        if not inside or (above and value == low) or (below and value == high):
+            raise argparse.ArgumentTypeError(f"{text} is out of range; expected {word} {bounds}")
+        return value
+
+    return parse
+
+
+POSITIVE = number(int, 1)
+COUNT = number(int, 0)
+RATE = number(float, 0, above=True)
+AMOUNT = number(float, 0)
+DROPOUT = number(float, 0, 1, below=True)
+
+
+def add_training_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of every supervised script, the course's names and defaults where there are any."""
+    add = parser.add_argument
+    add(
+        "--option",
+        choices=["pretrain", "finetune"],
+        default="pretrain",
+        help="pretrain: BERT is frozen and the heads are trained on it (linear probing);"
+        " finetune: BERT is trained too",
+    )
+    add("--model", default="bert-base-uncased", help="a folder, a hub id, or all-MiniLM-L6-v2")
+    add("--data_dir", type=Path, default=Path("data"), help="folder of the csv files")
+    add(
+        "--run_dir",
+        type=Path,
+        help="a new folder for all that the run writes (default: under runs/, named by the time)",
+    )
+    add("--epochs", type=POSITIVE, help="(default: 10 for pretrain, 3 for finetune)")
+    add("--batch_size", type=POSITIVE, default=32, help="rows in a batch")
+    add("--accumulate", type=POSITIVE, default=1, help="batches in a step")
+    add(
+        "--lr", type=RATE, help="peak learning rate (default: 1e-3 for pretrain, 5e-5 for finetune)"
+    )
+    add("--head_lr", type=RATE, help="of the heads when fine-tuning (default: 1e-3)")
+    add("--schedule", choices=["linear", "constant"], default="linear", help="after the warm-up")
+    add("--warmup", type=DROPOUT, default=0.1, help="fraction of the steps")
+    add("--weight_decay", type=AMOUNT, default=0.01, help="not on biases and LayerNorm")
+    add("--clip", type=AMOUNT, default=1.0, help="global gradient norm, 0 for no clipping")
+    add(
+        "--hidden_dropout_prob",
+        type=DROPOUT,
+        help="in BERT and before the heads (default: the checkpoint's own)",
+    )
+    add("--pooling", choices=["pooler", "cls", "mean"], default="pooler", help="sentence embedding")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=11711)
+    add("--use_gpu", action="store_true", help="the same as --device cuda")
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
+    add("--precision", choices=["auto", "fp32", "bf16"], default="auto")
+    add("--limit", type=POSITIVE, help="rows read of each file, to try things")
+    add("--eval_every", type=COUNT, default=0, help="also evaluate every so many steps")
+    add("--patience", type=COUNT, default=0, help="evaluations without a better score; 0: no limit")
+
+
+def add_file_flags(parser: argparse.ArgumentParser, prefix: str, what: str) -> None:
+    """A task's three input files and two output files, under the course's flag names."""
+    for split in ("train", "dev", "test"):
+        parser.add_argument(
+            f"--{prefix}{split}", type=Path, help=f"{what} (default: in --data_dir)"
+        )
+    for split in ("dev", "test"):
+        parser.add_argument(
+            f"--{prefix}{split}_out",
+            type=Path,
+            help="its predictions (default: predictions/ in --run_dir)",
+        )
+
+
+def complete(args: argparse.Namespace, parser: argparse.ArgumentParser, name: str) -> None:
+    """Fill in the defaults that depend on other flags; refuse flags that contradict each other."""
+    if args.use_gpu and args.device not in ("auto", "cuda"):
+        parser.error(f"--use_gpu contradicts --device {args.device}; give one of them")
+    if args.use_gpu:
+        args.device = "cuda"
+    if args.option == "pretrain" and args.lr and args.head_lr:
+        parser.error("--lr and --head_lr are the same with --option pretrain; give one of them")
+    if args.option == "pretrain":
+        args.head_lr = args.head_lr or args.lr or DEFAULT_LR["pretrain"]
+    else:
+        args.lr = args.lr or DEFAULT_LR["finetune"]
+        args.head_lr = args.head_lr or DEFAULT_LR["pretrain"]
+    args.epochs = args.epochs or DEFAULT_EPOCHS[args.option]
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    args.run_dir = args.run_dir or Path("runs") / f"{name}-{args.option}-{stamp}"
+
+
+def script(main: Callable[[Sequence[str] | None], None]) -> NoReturn:
+    """Run a script's `main` and leave: 0, or one line on standard error and its exit code."""
+    try:
+        main(None)
+    except KeyboardInterrupt:
+        sys.exit("interrupted: the best state so far is in best/ of the run folder")
+    except Exception as error:
+        from checkpoint import UserError
+
+        if not isinstance(error, UserError):
+            raise
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    sys.exit(0)

@@ -1,0 +1,489 @@
+"""What a task is, and the model that shares one BERT between tasks.
+
+A task is a row in `TASKS`: its files and columns, its label, its loss, its metric, its way of being
+written to a leaderboard. A new task is a new row; nothing else changes.
+
+Where the paper ("Evaluating fine-tuning methods for robust multi-task sentence embeddings") leaves
+something open or prints a slip, this is what was chosen:
+
+- Section 4.2.1 passes the five sentiment logits through a sigmoid "to get the probability
+  distribution"; five sigmoids are no distribution. The loss here is cross-entropy over a softmax;
+  the argmax, and so every prediction, is the same under both.
+- Section 4.2.2 names no loss for similarity. It is the mean squared error on the 0-5 score, which
+  is not squashed or rounded: Pearson's correlation is taken of the raw score.
+- Section 4.2.3's "simply majority" is the threshold 0.5 on the probability, a logit of 0.
+- Section 5.3 prints a learning rate of 1e-3 for fine-tuning, which destroys BERT's weights; it can
+  only be that of the output layers. BERT has its own here (`--lr`, `--head_lr`).
+
+Shapes: B sentences or pairs, T tokens, D hidden size, C logits of a task.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy import stats
+from sklearn import metrics
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bert import POOLINGS, BertModel, load_weights, pool
+from checkpoint import (
+    UserError,
+    model_folder,
+    read_json,
+    read_tensors,
+    read_weights,
+    whole_folder,
+    write_json,
+    write_tensors,
+)
+from tokenizer import BertTokenizer
+
+# ---------------------------------------------------------------------------- the table of tasks
+
+
+def class_report(predicted: np.ndarray, gold: np.ndarray) -> dict[str, object]:
+    """Accuracy (the headline), macro F1 and the confusion matrix (rows gold, columns predicted)."""
+    return {
+        "accuracy": float(metrics.accuracy_score(gold, predicted)),
+        "macro_f1": float(metrics.f1_score(gold, predicted, average="macro")),
+        "confusion": metrics.confusion_matrix(gold, predicted).tolist(),
+    }
+
+
+def correlation_report(predicted: np.ndarray, gold: np.ndarray) -> dict[str, object]:
+    """Pearson's r (the headline) and Spearman's rho; 0 where they are undefined, for a constant."""
+    if len(gold) < 2 or np.ptp(predicted) == 0 or np.ptp(gold) == 0:
+        return {"pearson": 0.0, "spearman": 0.0}
+    return {
+        "pearson": float(stats.pearsonr(predicted, gold).statistic),
+        "spearman": float(stats.spearmanr(predicted, gold).statistic),
+    }
+
+
+@dataclass(frozen=True)
+class Task:
+    """One row of the table.
+
+    Attributes:
+        name: how flags and records call it.
+        files: file name in the data folder, `{}` standing for train, dev or test-student.
+        texts: the columns that hold the sentences, one or two.
+        label: the label's column.
+        dtype: of the labels: int64 for classes, float32 for 0/1 and scores.
+        low, high: the smallest and largest valid label; labels of a class task are whole numbers.
+        whole: whether a label must be a whole number.
+        outputs: C, the number of logits.
+        loss: (logits (B, C), labels (B,)) -> the loss of each row, (B,).
+        decode: logits (B, C) -> predictions (B,), in the units of the labels.
+        report: (predictions, labels) -> figures, the headline first.
+        course_score: headline -> its share of the course's overall score, 0 to 1.
+        header: the prediction column of a leaderboard file, as the leaderboard spells it.
+        head: the default decoder.
+        span: the logits at cosine 0 and 1 from which the `cosine` decoder starts.
+    """
+
+    name: str
+    files: str
+    texts: tuple[str, ...]
+    label: str
+    dtype: torch.dtype
+    low: float
+    high: float
+    whole: bool
+    outputs: int
+    loss: Callable[[Tensor, Tensor], Tensor]
+    decode: Callable[[Tensor], Tensor]
+    report: Callable[[np.ndarray, np.ndarray], dict[str, object]]
+    course_score: Callable[[float], float]
+    header: str
+    head: str
+    span: tuple[float, float] = (0.0, 1.0)
+
+
+def _classes(logits: Tensor) -> Tensor:
+    return logits.argmax(dim=-1)
+
+
+def _rounded_probability(logits: Tensor) -> Tensor:
+    return logits.squeeze(-1).sigmoid().round()
+
+
+def _raw(logits: Tensor) -> Tensor:
+    return logits.squeeze(-1)
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
+def _binary_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.binary_cross_entropy_with_logits(logits.squeeze(-1), labels, reduction="none")
+
+
+def _squared_error(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.mse_loss(logits.squeeze(-1), labels, reduction="none")
+
+
+def _identity(value: float) -> float:
+    return value
+
+
+def _unit_correlation(pearson: float) -> float:
+    return (pearson + 1) / 2
+
+
+def _sentiment(name: str, files: str, classes: int) -> Task:
+    return Task(
+        name=name,
+        files=files,
+        texts=("sentence",),
+        label="sentiment",
+        dtype=torch.int64,
+        low=0,
+        high=classes - 1,
+        whole=True,
+        outputs=classes,
+        loss=_cross_entropy,
+        decode=_classes,
+        report=class_report,
+        course_score=_identity,
+        header="Predicted_Sentiment",
+        head="linear",
+    )
+
+
+TASKS: dict[str, Task] = {
+    "sst": _sentiment("sst", "ids-sst-{}.csv", classes=5),
+    "cfimdb": _sentiment("cfimdb", "ids-cfimdb-{}.csv", classes=2),
+    "para": Task(
+        name="para",
+        files="quora-{}.csv",
+        texts=("sentence1", "sentence2"),
+        label="is_duplicate",
+        dtype=torch.float32,
+        low=0,
+        high=1,
+        whole=True,
+        outputs=1,
+        loss=_binary_cross_entropy,
+        decode=_rounded_probability,
+        report=class_report,
+        course_score=_identity,
+        header="Predicted_Is_Paraphrase",
+        head="dot",
+        span=(-5.0, 5.0),
+    ),
+    "sts": Task(
+        name="sts",
+        files="sts-{}.csv",
+        texts=("sentence1", "sentence2"),
+        label="similarity",
+        dtype=torch.float32,
+        low=0,
+        high=5,
+        whole=False,
+        outputs=1,
+        loss=_squared_error,
+        decode=_raw,
+        report=correlation_report,
+        course_score=_unit_correlation,
+        header="Predicted_Similiary",
+        head="dot",
+        span=(0.0, 5.0),
+    ),
+}
+
+
+def find_tasks(names: Sequence[str]) -> list[Task]:
+    """The rows of `TASKS` with these names; UserError for a name that has none, or twice."""
+    for name in names:
+        if name not in TASKS:
+            raise UserError(f"--tasks {name}: no such task; there are {', '.join(TASKS)}")
+    if not names or len(set(names)) != len(names):
+        raise UserError(f"--tasks {','.join(names)}: name each task once, at least one")
+    return [TASKS[name] for name in names]
+
+
+# ---------------------------------------------------------------------------- decoder heads
+
+
+class Linear(nn.Module):
+    """logits = W dropout(u) + b, of one embedding: sentiment, and pairs encoded jointly."""
+
+    def __init__(self, width: int, task: Task, dropout: float):
+        super().__init__()
+        self.dropout = nn.Dropout(dropout)
+        self.dense = nn.Linear(width, task.outputs)
+
+    def forward(self, u: Tensor, v: Tensor | None = None) -> Tensor:
+        """u (B, D) -> logits (B, C)."""
+        return self.dense(self.dropout(u))
+
+
+class Concat(Linear):
+    """logits = W [u; v] + b: the paper's "concatenate" decoder."""
+
+    def __init__(self, width: int, task: Task, dropout: float):
+        super().__init__(2 * width, task, dropout)
+
+    def forward(self, u: Tensor, v: Tensor | None = None) -> Tensor:
+        """u, v (B, D) -> logits (B, C)."""
+        return super().forward(torch.cat([u, v], dim=-1))
+
+
+class Dot(Linear):
+    """logits = W (u * v) + b: the paper's "weighted dot product" decoder."""
+
+    def forward(self, u: Tensor, v: Tensor | None = None) -> Tensor:
+        """u, v (B, D) -> logits (B, C)."""
+        return super().forward(u * v)
+
+
+class Cosine(nn.Module):
+    """logits = w cos(u, v) + b, with w and b learnt from a start that spans the task's logits.
+
+    No dropout: it would change the angle between the very vectors that are compared.
+    """
+
+    def __init__(self, width: int, task: Task, dropout: float):
+        super().__init__()
+        self.dense = nn.Linear(1, task.outputs)
+        low, high = task.span
+        nn.init.constant_(self.dense.weight, high - low)
+        nn.init.constant_(self.dense.bias, low)
+
+    def forward(self, u: Tensor, v: Tensor | None = None) -> Tensor:
+        """u, v (B, D) -> logits (B, C)."""
+        return self.dense(F.cosine_similarity(u, v, dim=-1)[:, None])
+
+
+HEADS: dict[str, type[nn.Module]] = {
+    "linear": Linear,
+    "concat": Concat,
+    "dot": Dot,
+    "cosine": Cosine,
+}
+PAIR_ENCODINGS = ("separate", "joint")
+
+
+# ---------------------------------------------------------------------------- the model
+
+
+class MultitaskBERT(nn.Module):
+    """One BERT, and a head for each task.
+
+    Args:
+        bert: the shared encoder.
+        tasks: the rows of the table that get a head.
+        decoders: task name -> head name, where it is not the task's default.
+        pooling: `pooler`, `cls` or `mean` (`bert.pool`).
+        pair_encoding: `separate` gives each sentence of a pair its own embedding (the paper's
+            bi-encoder); `joint` reads "[CLS] a [SEP] b [SEP]" and a `linear` head decides.
+        tokenizer: needed by `encode` and `save_pretrained` only.
+
+    `precision` is the dtype in which the encoder multiplies matrices: torch.float32, or
+    torch.bfloat16 by autocast (weights, embeddings handed on, heads and losses stay float32).
+    """
+
+    def __init__(
+        self,
+        bert: BertModel,
+        tasks: Sequence[Task],
+        decoders: dict[str, str] | None = None,
+        pooling: str = "pooler",
+        pair_encoding: str = "separate",
+        tokenizer: BertTokenizer | None = None,
+    ):
+        super().__init__()
+        if pooling not in POOLINGS:
+            raise UserError(f"pooling {pooling!r}: expected one of {', '.join(POOLINGS)}")
+        if pair_encoding not in PAIR_ENCODINGS:
+            raise UserError(f"pair encoding {pair_encoding!r}: expected separate or joint")
+        self.bert = bert
+        self.pooling = pooling
+        self.pair_encoding = pair_encoding
+        self.tokenizer = tokenizer
+        self.precision = torch.float32
+        self.decoders = {}
+        self.heads = nn.ModuleDict()
+        for task in tasks:
+            default = "linear" if pair_encoding == "joint" else task.head
+            name = (decoders or {}).get(task.name) or default
+            if name not in HEADS:
+                raise UserError(f"decoder {name!r} of {task.name}: expected {', '.join(HEADS)}")
+            if (name == "linear") != (self.embeddings_per_row(task) == 1):
+                raise UserError(
+                    f"decoder {name!r} of {task.name}: linear reads one embedding, the other"
+                    f" decoders two, and here there are {self.embeddings_per_row(task)}"
+                )
+            self.decoders[task.name] = name
+            self.heads[task.name] = HEADS[name](
+                bert.config.hidden_size, task, bert.config.hidden_dropout_prob
+            )
+
+    def freeze(self) -> None:
+        """Linear probing: the encoder's weights get no gradients, and its dropout stays off."""
+        self.bert.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "MultitaskBERT":
+        """Switch dropout on or off; a frozen encoder has none."""
+        super().train(mode)
+        self.bert.train(mode and self.bert.word_embedding.weight.requires_grad)
+        return self
+
+    def embeddings_per_row(self, task: Task) -> int:
+        """2 for a pair whose sentences are encoded separately, else 1."""
+        return 2 if len(task.texts) == 2 and self.pair_encoding == "separate" else 1
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.bert.word_embedding.weight.device
+
+    def embed(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+    ) -> Tensor:
+        """Token ids (B, T) -> sentence embeddings (B, D), float32."""
+        with torch.autocast(
+            input_ids.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16
+        ):
+            output = self.bert(input_ids, attention_mask, token_type_ids)
+            return pool(output, attention_mask, self.pooling).float()
+
+    def decode(self, task: str, embeddings: Tensor) -> Tensor:
+        """Embeddings of a task's rows -> logits (B, C).
+
+        Rows with two embeddings hold all first sentences, then all second ones: (2 B, D).
+        """
+        if self.embeddings_per_row(TASKS[task]) == 2:
+            return self.heads[task](*embeddings.chunk(2))
+        return self.heads[task](embeddings)
+
+    def forward(
+        self,
+        task: str,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        token_type_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Logits (B, C) of a task's rows; a separately encoded pair is two rows, (2 B, T)."""
+        return self.decode(task, self.embed(input_ids, attention_mask, token_type_ids))
+
+    # The course's own interface: ids and masks of a batch in, logits out.
+
+    def predict_sentiment(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Five logits a sentence, (B, 5)."""
+        return self("sst", input_ids, attention_mask)
+
+    def predict_paraphrase(self, ids_1: Tensor, mask_1: Tensor, ids_2: Tensor, mask_2: Tensor):
+        """A logit a pair, (B, 1); its sigmoid is the probability of a paraphrase."""
+        return self._predict_pair("para", ids_1, mask_1, ids_2, mask_2)
+
+    def predict_similarity(self, ids_1: Tensor, mask_1: Tensor, ids_2: Tensor, mask_2: Tensor):
+        """A score a pair, (B, 1), in the units of the labels (0 to 5, not clipped)."""
+        return self._predict_pair("sts", ids_1, mask_1, ids_2, mask_2)
+
+    def _predict_pair(
+        self, task: str, ids_1: Tensor, mask_1: Tensor, ids_2: Tensor, mask_2: Tensor
+    ) -> Tensor:
+        """Logits of pairs that were tokenised apart: (B, T1) and (B, T2) -> (B, C)."""
+        if self.pair_encoding == "separate":
+            pad = self.bert.config.pad_token_id
+            width = max(ids_1.size(1), ids_2.size(1))
+            ids = [F.pad(x, (0, width - x.size(1)), value=pad) for x in (ids_1, ids_2)]
+            masks = [F.pad(x, (0, width - x.size(1))) for x in (mask_1, mask_2)]
+            return self(task, torch.cat(ids), torch.cat(masks))
+        first = [row[mask.bool()].tolist() for row, mask in zip(ids_1, mask_1, strict=True)]
+        second = [row[mask.bool()].tolist()[1:] for row, mask in zip(ids_2, mask_2, strict=True)]
+        rows, types = [], []
+        for a, b in zip(first, second, strict=True):
+            while len(a) + len(b) > self.bert.config.max_position_embeddings:
+                del (a if len(a) > len(b) else b)[-2]  # the longer first; its [SEP] stays
+            rows.append(torch.tensor(a + b, device=ids_1.device))
+            types.append(torch.tensor([0] * len(a) + [1] * len(b), device=ids_1.device))
+        pad_rows = nn.utils.rnn.pad_sequence
+        input_ids = pad_rows(rows, batch_first=True, padding_value=self.bert.config.pad_token_id)
+        mask = pad_rows([torch.ones_like(row) for row in rows], batch_first=True)
+        return self(task, input_ids, mask, pad_rows(types, batch_first=True))
+
+    @torch.inference_mode()
+    def encode(self, texts: Sequence[str], batch_size: int = 64) -> np.ndarray:
+        """Sentence embeddings, a float32 array (N, D), in the order of `texts`.
+
+        Sentences of like length share a batch; those beyond the model's limit are truncated.
+        """
+        if isinstance(texts, str):
+            raise TypeError("encode takes a list of str; for one sentence, encode([text])[0]")
+        was_training = self.training
+        self.eval()
+        texts = list(texts)
+        vectors = np.empty((len(texts), self.bert.config.hidden_size), dtype=np.float32)
+        order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
+        for start in range(0, len(texts), batch_size):
+            rows = order[start : start + batch_size]
+            batch = self.tokenizer(
+                [texts[i] for i in rows], padding=True, truncation=True, return_tensors="pt"
+            )
+            batch = {key: value.to(self.device) for key, value in batch.items()}
+            vectors[rows] = self.embed(**batch).cpu().numpy()
+        self.train(was_training)
+        return vectors
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a HuggingFace folder of the encoder and tokenizer, with the heads beside it.
+
+        The folder appears whole or not at all, in place of an older one.
+        """
+        with whole_folder(Path(folder)) as draft:
+            self.bert.save_pretrained(draft)
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(draft)
+            write_tensors(draft / "heads.safetensors", self.heads.state_dict())
+            write_json(
+                draft / "heads.json",
+                {
+                    "decoders": self.decoders,
+                    "pooling": self.pooling,
+                    "pair_encoding": self.pair_encoding,
+                },
+            )
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "MultitaskBERT":
+        """Load a trained model: a run folder (its `best/`), or what `save_pretrained` wrote.
+
+        Raises:
+            UserError: no such folder, a damaged file, or a task that is not in `TASKS`.
+        """
+        folder = Path(folder)
+        if not (folder / "heads.json").is_file() and (folder / "best").is_dir():
+            folder = folder / "best"
+        folder = model_folder(folder)
+        settings = read_json(folder / "heads.json")
+        model = cls(
+            BertModel.from_pretrained(folder),
+            find_tasks(list(settings["decoders"])),
+            settings["decoders"],
+            settings["pooling"],
+            settings["pair_encoding"],
+            BertTokenizer.from_pretrained(folder),
+        )
+        model.load_heads(folder / "heads.safetensors")
+        return model.eval()
+
+    def load(self, folder: Path) -> None:
+        """Take over the weights that `save_pretrained` wrote for a model of the same shape."""
+        load_weights(self.bert, *read_weights(folder))
+        self.load_heads(folder / "heads.safetensors")
+
+    def load_heads(self, path: Path) -> None:
+        """Read the heads' weights; UserError where names or shapes are not this model's."""
+        try:
+            self.heads.load_state_dict(read_tensors(path))
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{path}: does not fit the heads in heads.json ({reason})") from None

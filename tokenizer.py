@@ -1,0 +1,242 @@
+"""BERT's WordPiece tokenizer: a thin layer over the `tokenizers` library.
+
+tokenizer = BertTokenizer.from_pretrained("bert-base-uncased")
+batch = tokenizer(["A fine film.", "Dull."], padding=True, truncation=True, return_tensors="pt")
+batch["input_ids"], batch["attention_mask"], batch["token_type_ids"]
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Encoding, Tokenizer, decoders, normalizers, pre_tokenizers, processors
+from tokenizers.models import WordPiece
+
+from checkpoint import UserError, model_folder, read_json, write_json, write_text
+
+SPECIAL_TOKENS = {
+    "pad_token": "[PAD]",
+    "unk_token": "[UNK]",
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+    "mask_token": "[MASK]",
+}
+
+
+class BertTokenizer:
+    """Text to token ids, equal to `transformers.BertTokenizerFast`.
+
+    Attributes: `max_length`, the model's limit in tokens; `vocab_size`; `pad_token_id`,
+    `unk_token_id`, `cls_token_id`, `sep_token_id`, `mask_token_id`.
+    """
+
+    def __init__(self, backend: Tokenizer, settings: dict[str, Any], max_length: int):
+        self.backend = backend
+        self.settings = settings
+        self.max_length = max_length
+        # A tokenizer.json may carry somebody's padding and truncation; a call here says its own.
+        backend.no_padding()
+        backend.no_truncation()
+        for key, default in SPECIAL_TOKENS.items():
+            token = _content(settings.get(key), default)
+            index = backend.token_to_id(token)
+            if index is None:
+                raise UserError(f"the vocabulary has no {token} ({key})")
+            setattr(self, key, token)
+            setattr(self, f"{key}_id", index)
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str | Path, *, local_files_only: bool = False
+    ) -> "BertTokenizer":
+        """Load the tokenizer of a model folder, a hub id or an embedded model.
+
+        Reads `tokenizer.json`, or else `vocab.txt`; `tokenizer_config.json` says how to lower-case,
+        strip accents and split Chinese characters.
+
+        Raises:
+            UserError: no such model, or a file that is missing or damaged.
+        """
+        folder = model_folder(name, weights=False, local_files_only=local_files_only)
+        settings_file = folder / "tokenizer_config.json"
+        settings = read_json(settings_file) if settings_file.is_file() else {}
+        config_file = folder / "config.json"
+        limits = [
+            read_json(config_file).get("max_position_embeddings")
+            if config_file.is_file()
+            else None,
+            settings.get("model_max_length"),
+        ]
+        max_length = min([n for n in limits if isinstance(n, int) and n > 2], default=512)
+        if (folder / "tokenizer.json").is_file():
+            source = folder / "tokenizer.json"
+            backend = _read_tokenizer_json(source, settings)
+        elif (folder / "vocab.txt").is_file():
+            source = folder / "vocab.txt"
+            backend = _build(_read_vocabulary(source), settings)
+        else:
+            raise UserError(f"{folder}: no tokenizer; expected tokenizer.json or vocab.txt")
+        try:
+            return cls(backend, settings, max_length)
+        except UserError as error:
+            raise UserError(f"{source}: {error}") from None
+
+    def __call__(
+        self,
+        texts: str | Sequence[str],
+        pairs: str | Sequence[str] | None = None,
+        *,
+        padding: bool = False,
+        truncation: bool = False,
+        max_length: int | None = None,
+        return_tensors: str | None = None,
+    ) -> dict[str, Any]:
+        """Token ids of sentences, or of sentence pairs ("[CLS] a [SEP] b [SEP]").
+
+        Args:
+            texts, pairs: a string, or a list of B; `pairs` holds the second sentences.
+            padding: pad to the longest of the batch.
+            truncation: cut to `max_length` tokens (default: the model's limit); of a pair, the
+                longer sentence first.
+            return_tensors: "pt" for int64 tensors (B, T), None for lists.
+
+        Returns:
+            `input_ids`, `token_type_ids` (0 for the first sentence, 1 for the second) and
+            `attention_mask` (1 for a token, 0 for padding).
+        """
+        single = isinstance(texts, str)
+        texts = [texts] if single else list(texts)
+        if pairs is not None:
+            pairs = [pairs] if isinstance(pairs, str) else list(pairs)
+        limit = (max_length or self.max_length) if truncation else None
+        encodings = self.encode_batch(texts, pairs, max_length=limit)
+        columns = {
+            "input_ids": ([e.ids for e in encodings], self.pad_token_id),
+            "token_type_ids": ([e.type_ids for e in encodings], 0),
+            "attention_mask": ([e.attention_mask for e in encodings], 0),
+        }
+        if padding:
+            width = max((len(e) for e in encodings), default=0)
+            columns = {
+                key: ([row + [fill] * (width - len(row)) for row in rows], fill)
+                for key, (rows, fill) in columns.items()
+            }
+        result: dict[str, Any] = {key: rows for key, (rows, _) in columns.items()}
+        if return_tensors == "pt":
+            return {key: torch.tensor(rows, dtype=torch.long) for key, rows in result.items()}
+        if return_tensors is not None:
+            raise ValueError(f"return_tensors={return_tensors!r}: expected 'pt' or None")
+        return {key: rows[0] for key, rows in result.items()} if single else result
+
+    def encode_batch(
+        self,
+        texts: Sequence[str],
+        pairs: Sequence[str] | None = None,
+        *,
+        max_length: int | None = None,
+    ) -> list[Encoding]:
+        """The fast path: the library's own encodings, unpadded, cut to `max_length` where given.
+
+        An encoding that was cut has a non-empty `overflowing`.
+        """
+        if max_length is None:
+            self.backend.no_truncation()
+        else:
+            self.backend.enable_truncation(max_length, strategy="longest_first")
+        if pairs is None:
+            return self.backend.encode_batch(list(texts))
+        return self.backend.encode_batch(list(zip(texts, pairs, strict=True)))
+
+    def tokenize(self, text: str) -> list[str]:
+        """The word pieces of a text, without [CLS] and [SEP]."""
+        self.backend.no_truncation()
+        return self.backend.encode(text, add_special_tokens=False).tokens
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        """Token ids back to text."""
+        return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of tokens."""
+        return self.backend.get_vocab_size()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `tokenizer.json`, `vocab.txt` and `tokenizer_config.json`, for any software."""
+        folder = Path(folder)
+        self.backend.no_truncation()
+        write_text(folder / "tokenizer.json", self.backend.to_str(pretty=True))
+        vocabulary = self.backend.get_vocab(with_added_tokens=True)
+        lines = sorted(vocabulary, key=vocabulary.__getitem__)
+        write_text(folder / "vocab.txt", "".join(f"{token}\n" for token in lines))
+        own = {key: getattr(self, key) for key in SPECIAL_TOKENS}
+        limits = {"model_max_length": self.max_length, "tokenizer_class": "BertTokenizer"}
+        write_json(folder / "tokenizer_config.json", {**self.settings, **own, **limits})
+
+
+def _content(token: Any, default: str) -> str:
+    """A special token in `tokenizer_config.json`: a string, or an object with `content`."""
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) else default
+
+
+def _normalizer(settings: dict[str, Any], stored: dict[str, Any]) -> normalizers.Normalizer:
+    """BERT's text clean-up; tokenizer_config.json (`settings`) wins over `stored`."""
+
+    def setting(name: str, stored_name: str, default: bool | None) -> bool | None:
+        return settings.get(name, stored.get(stored_name, default))
+
+    return normalizers.BertNormalizer(
+        clean_text=stored.get("clean_text", True),
+        handle_chinese_chars=setting("tokenize_chinese_chars", "handle_chinese_chars", True),
+        strip_accents=setting("strip_accents", "strip_accents", None),  # None: as lower-casing
+        lowercase=setting("do_lower_case", "lowercase", True),
+    )
+
+
+def _read_tokenizer_json(path: Path, settings: dict[str, Any]) -> Tokenizer:
+    """The tokenizer in `tokenizer.json`, its normalizer brought in line with the settings."""
+    stored = read_json(path).get("normalizer") or {}
+    try:
+        backend = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exceptions
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}: not a tokenizer file ({reason}): fetch it again") from None
+    if not isinstance(backend.model, WordPiece):
+        raise UserError(f"{path}: a {type(backend.model).__name__} tokenizer; BERT's is WordPiece")
+    if stored.get("type") == "BertNormalizer":
+        backend.normalizer = _normalizer(settings, stored)
+    return backend
+
+
+def _read_vocabulary(path: Path) -> dict[str, int]:
+    """`vocab.txt`: one token a line, its number is the line's."""
+    try:
+        # Only "\n" ends a line: the vocabulary may hold other characters that Unicode calls breaks.
+        lines = path.read_bytes().decode("utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a readable UTF-8 file ({error}): fetch it again") from None
+    tokens = [line.removesuffix("\r") for line in (lines if lines[-1] else lines[:-1])]
+    return {token: index for index, token in enumerate(tokens)}
+
+
+def _build(vocabulary: dict[str, int], settings: dict[str, Any]) -> Tokenizer:
+    """The WordPiece tokenizer of the original BERT, from its vocabulary."""
+    special = {key: _content(settings.get(key), token) for key, token in SPECIAL_TOKENS.items()}
+    absent = [token for token in special.values() if token not in vocabulary]
+    if absent:
+        raise UserError(f"the vocabulary has no {absent[0]}")
+    backend = Tokenizer(WordPiece(vocabulary, unk_token=special["unk_token"]))
+    backend.normalizer = _normalizer(settings, {})
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece(prefix="##")
+    backend.add_special_tokens(list(special.values()))
+    cls, sep = special["cls_token"], special["sep_token"]
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{cls}:0 $A:0 {sep}:0",
+        pair=f"{cls}:0 $A:0 {sep}:0 $B:1 {sep}:1",
+        special_tokens=[(cls, vocabulary[cls]), (sep, vocabulary[sep])],
+    )
+    return backend

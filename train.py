@@ -1,0 +1,219 @@
+"""The training loop that every script shares. It knows nothing of tasks.
+
+A step is a list of batches whose losses are summed over rows and divided once by the number of
+rows, so that accumulation, and the short last batch, weigh every row alike.
+"""
+
+import math
+import os
+import random
+import resource
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from checkpoint import Run, UserError
+from optimizer import AdamW, schedule
+
+
+class Diverged(UserError):
+    """A loss or gradient that is not finite: the run ends, but its last good state is kept."""
+
+    exit_code = 1
+
+
+# ---------------------------------------------------------------------------- the machine
+
+
+def prepare(seed: int, device: str, precision: str) -> tuple[torch.device, torch.dtype]:
+    """Seed every generator, ask for deterministic kernels, choose the device and the precision.
+
+    Args:
+        seed: of Python, numpy and PyTorch.
+        device: auto (a GPU where there is one), cpu, cuda or mps.
+        precision: auto (bf16 where the hardware has such instructions), fp32 or bf16.
+
+    Returns:
+        The device, and torch.float32 or torch.bfloat16.
+
+    Raises:
+        UserError: a device that this machine does not have.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only so
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # Determinism needs no NaN fill of new memory, which would cost time.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+    available = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if device == "auto":
+        device = "cuda" if available["cuda"] else "cpu"
+    if not available[device]:
+        raise UserError(
+            f"--device {device} (--use_gpu means cuda): PyTorch {torch.__version__} finds no such"
+            " device here; run without it, or install a PyTorch built for your GPU"
+        )
+    fast_bf16 = {
+        "cpu": any(
+            torch.cpu.get_capabilities().get(k) for k in ("avx512_bf16", "amx_bf16", "bf16")
+        ),
+        "cuda": available["cuda"] and torch.cuda.get_device_capability() >= (8, 0),
+        "mps": False,
+    }
+    if precision == "auto":
+        precision = "bf16" if fast_bf16[device] else "fp32"
+    return torch.device(device), {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most memory that this process has held so far, in bytes: the GPU's, or RAM."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def progress(total: int, what: str) -> tqdm:
+    """A progress bar on standard error, drawn rarely where that is a file."""
+    interval = 0.2 if sys.stderr.isatty() else 30.0
+    return tqdm(total=total, desc=what, mininterval=interval, maxinterval=max(10.0, interval))
+
+
+# ---------------------------------------------------------------------------- the loop
+
+
+class Plan(Protocol):
+    """The data of a run: `datasets.Mixture`, or anything else with these two methods."""
+
+    def steps_in(self, epoch: int) -> int:
+        """The number of steps in an epoch."""
+
+    def steps(self, epoch: int) -> Iterator[Sequence[Any]]:
+        """The epoch's steps, each a list of batches."""
+
+
+def train(
+    model: nn.Module,
+    loss_fn: Callable[[Any], Tensor],
+    plan: Plan,
+    optimizers: dict[str, AdamW],
+    evaluate: Callable[[], dict[str, Any]],
+    run: Run,
+    args: Namespace,
+) -> dict[str, Any]:
+    """Train `model`, keeping the best state in `run.path / "best"`.
+
+    Args:
+        model: has `save_pretrained(folder)` and `device`.
+        loss_fn: batch -> the loss of each of its rows, (B,), float32.
+        plan: the steps of each epoch.
+        optimizers: by name; a step moves only those whose parameters have a gradient.
+        evaluate: called after each epoch (and every `args.eval_every` steps), with the model in
+            evaluation mode; its "score" decides what is best, larger being better.
+        run: where the log and the best state go.
+        args: `epochs`, `schedule`, `warmup` (fraction of the steps), `clip` (global norm, 0 for
+            none), `eval_every` (0 for each epoch only), `patience` (evaluations without a better
+            score before stopping, 0 for never).
+
+    Returns:
+        The best evaluation, with its "step" and "epoch".
+
+    Raises:
+        Diverged: a loss or gradient is not finite; `last/` then holds the state before that step.
+    """
+    total = sum(plan.steps_in(epoch) for epoch in range(args.epochs))
+    warmup = round(args.warmup * total)
+    parameters = [p for o in optimizers.values() for g in o.param_groups for p in g["params"]]
+    for group in (g for o in optimizers.values() for g in o.param_groups):
+        group["initial_lr"] = group["lr"]
+    best: dict[str, Any] = {"score": -math.inf}
+    since_best = 0
+    rows = 0
+    step = 0
+    started = time.perf_counter()
+
+    def check(epoch: int) -> None:
+        """Evaluate, log, and save the model where it is the best so far."""
+        nonlocal best, since_best
+        model.eval()
+        found = {**evaluate(), "epoch": epoch, "step": step}
+        model.train()
+        seconds = time.perf_counter() - started
+        run.log("dev", seconds=round(seconds, 3), rows=rows, **found)
+        better = found["score"] > best["score"]
+        if better:
+            best, since_best = found, 0
+            model.save_pretrained(run.path / "best")
+        else:
+            since_best += 1
+        mark = "best so far" if better else f"best was {best['score']:.4f}"
+        bar.write(f"epoch {epoch + 1}, step {step}: {found['summary']} ({mark})", file=sys.stdout)
+
+    def take(batches: Sequence[Any]) -> tuple[float, float]:
+        """One step: the mean loss of its rows, and the gradient's norm before clipping."""
+        count = sum(len(batch) for batch in batches)
+        loss = 0.0
+        for batch in batches:
+            part = loss_fn(batch.to(model.device)).sum() / count
+            part.backward()
+            loss += part.item()
+        limit = args.clip or math.inf
+        norm = nn.utils.clip_grad_norm_(parameters, limit).item()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {norm}"
+            model.save_pretrained(run.path / "last")
+            run.log("diverged", step, loss=str(loss), grad_norm=str(norm), rows=str(batches[0]))
+            raise Diverged(
+                f"step {step}: {what} at {'; '.join(map(str, batches))}: the state before it is in"
+                f" {run.path / 'last'}; try a smaller --lr or --precision fp32"
+            )
+        for optimizer in optimizers.values():
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return loss, norm
+
+    with progress(total, "train") as bar:
+        for epoch in range(args.epochs):
+            model.train()
+            for batches in plan.steps(epoch):
+                factor = schedule(args.schedule, step, total, warmup)
+                for optimizer in optimizers.values():
+                    for group in optimizer.param_groups:
+                        group["lr"] = group["initial_lr"] * factor
+                rates = {name: o.param_groups[0]["lr"] for name, o in optimizers.items()}
+                loss, norm = take(batches)
+                run.log(
+                    "train",
+                    step,
+                    epoch=epoch,
+                    loss=loss,
+                    grad_norm=norm,
+                    lr=rates,
+                    of=batches[0].task,
+                )
+                step += 1
+                rows += sum(len(batch) for batch in batches)
+                bar.set_postfix(loss=f"{loss:.3f}", lr=f"{max(rates.values()):.1e}", refresh=False)
+                bar.update()
+                if args.eval_every and step % args.eval_every == 0:
+                    check(epoch)
+                    if args.patience and since_best >= args.patience:
+                        return best
+            if not (args.eval_every and step % args.eval_every == 0):
+                check(epoch)
+                if args.patience and since_best >= args.patience:
+                    return best
+    return best
