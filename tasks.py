@@ -397,14 +397,17 @@ class MultitaskBERT(nn.Module):
             ids = [F.pad(x, (0, width - x.size(1)), value=pad) for x in (ids_1, ids_2)]
             masks = [F.pad(x, (0, width - x.size(1))) for x in (mask_1, mask_2)]
             return self(task, torch.cat(ids), torch.cat(masks))
-        first = [row[mask.bool()].tolist() for row, mask in zip(ids_1, mask_1, strict=True)]
-        second = [row[mask.bool()].tolist()[1:] for row, mask in zip(ids_2, mask_2, strict=True)]
+        room = self.bert.config.max_position_embeddings - 3  # [CLS] and two [SEP]
         rows, types = [], []
-        for a, b in zip(first, second, strict=True):
-            while len(a) + len(b) > self.bert.config.max_position_embeddings:
-                del (a if len(a) > len(b) else b)[-2]  # the longer first; its [SEP] stays
-            rows.append(torch.tensor(a + b, device=ids_1.device))
-            types.append(torch.tensor([0] * len(a) + [1] * len(b), device=ids_1.device))
+        for a, keep_a, b, keep_b in zip(ids_1, mask_1, ids_2, mask_2, strict=True):
+            a, b = a[keep_a.bool()], b[keep_b.bool()]
+            cls, sep, a, b = a[:1], a[-1:], a[1:-1], b[1:-1]
+            if len(a) + len(b) > room:  # cut the longer first, as the tokenizer does
+                short = min(len(a), len(b), room // 2)
+                kept = (short, room - short) if len(a) <= len(b) else (room - short, short)
+                a, b = a[: kept[0]], b[: kept[1]]
+            rows.append(torch.cat([cls, a, sep, b, sep]))
+            types.append((torch.arange(len(rows[-1]), device=a.device) >= len(a) + 2).long())
         pad_rows = nn.utils.rnn.pad_sequence
         input_ids = pad_rows(rows, batch_first=True, padding_value=self.bert.config.pad_token_id)
         mask = pad_rows([torch.ones_like(row) for row in rows], batch_first=True)

