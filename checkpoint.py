@@ -71,44 +71,65 @@ def model_folder(name: str | Path, *, weights: bool = True, local_files_only: bo
 
 
 def _hub_folder(name: str, weights: bool, local_files_only: bool) -> Path:
-    """The snapshot folder of hub model `name`, with what we need of it fetched or cached."""
+    """The snapshot folder of hub model `name`, from the cache where it is whole there.
+
+    So what was loaded once loads again without network, and does not change under a user's hands.
+    """
     import huggingface_hub as hub
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
+    from huggingface_hub.utils import logging
 
-    def fetch(filename: str) -> Path | None:
-        """Its path, or None where the repository (or, offline, the cache) has no such file."""
-        try:
-            return Path(hub.hf_hub_download(name, filename, local_files_only=local_files_only))
-        except errors.EntryNotFoundError:  # its subclass for "not cached and no network" included
+    def collect(local: bool) -> Path | None:
+        """Find, or fetch, all that we need; None where something is not to be had."""
+
+        def get(filename: str) -> Path | None:
+            try:
+                return Path(hub.hf_hub_download(name, filename, local_files_only=local))
+            except errors.EntryNotFoundError:  # or its subclass: not in the cache
+                return None
+
+        config = get("config.json")
+        tokenizer = [get(filename) for filename in TOKENIZER_FILES]
+        if config is None or not any(tokenizer):
             return None
-
-    try:
-        config = fetch("config.json")
-        if config is None:
-            raise UserError(
-                f"--model {name}: no folder of that name, not in the cache"
-                f" ({hub.constants.HF_HUB_CACHE}) and not to be had from the hub: check the name"
-                f" and the network, or try --model {next(iter(EMBEDDED))}, which is installed with"
-                " this project"
-            )
-        for filename in TOKENIZER_FILES:
-            fetch(filename)
         if weights:
-            found = next((p for p in map(fetch, WEIGHT_FILES) if p is not None), None)
-            if found is not None and found.name.endswith(".index.json"):
-                for shard in shard_names(found):
-                    if fetch(shard) is None:
-                        raise UserError(f"--model {name}: its shard {shard} cannot be fetched")
+            found = next((path for path in map(get, WEIGHT_FILES) if path is not None), None)
+            if found is None:
+                return None
+            if found.name.endswith(".index.json") and None in map(get, shard_names(found)):
+                return None
         return config.parent
+
+    logging.set_verbosity_error()  # the one line below says what went wrong
+    try:
+        folder = collect(local=True)
+        if folder is None and not (local_files_only or constants.HF_HUB_OFFLINE):
+            # Asking once, without the library's retries, tells at once whether there is a network.
+            hub.get_hf_file_metadata(hub.hf_hub_url(name, "config.json"), timeout=10)
+            folder = collect(local=False)
+            if folder is None:
+                raise UserError(f"--model {name}: the hub has it without tokenizer or weights")
+    except UserError:
+        raise
     except errors.HFValidationError:
         raise UserError(f"--model {name}: neither a folder nor a valid hub id") from None
-    except (errors.RepositoryNotFoundError, errors.GatedRepoError):
+    except errors.RepositoryNotFoundError:  # or its subclass: gated
         raise UserError(
             f"--model {name}: no folder of that name, and the hub has no such public model"
         ) from None
-    except (errors.HfHubHTTPError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"--model {name}: the hub could not be read ({reason})") from None
+    except errors.EntryNotFoundError:
+        raise UserError(f"--model {name}: the hub has it without config.json") from None
+    except Exception as error:  # whatever the network's libraries raise
+        folder, reason = None, str(error).splitlines()[:1]
+    else:
+        reason = ["offline mode"]
+    if folder is None:
+        raise UserError(
+            f"--model {name}: no folder of that name, not in the cache"
+            f" ({constants.HF_HUB_CACHE}), and the hub cannot be asked ({' '.join(reason)}):"
+            f" connect once, or try --model {next(iter(EMBEDDED))}, which needs no network"
+        )
+    return folder
 
 
 # ---------------------------------------------------------------------------- reading

@@ -49,6 +49,8 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
     args = parser.parse_args(argv)
     complete(args, parser, "multitask")
     args.tasks = [name.strip() for name in args.tasks.split(",")]
+    if len(set(args.tasks)) < len(args.tasks):
+        parser.error(f"--tasks {','.join(args.tasks)}: name each task once")
     if args.pair_encoding == "joint" and (args.para_decoder or args.sts_decoder):
         parser.error("--pair_encoding joint has its own (linear) decoder; leave out --*_decoder")
     return args

@@ -63,7 +63,7 @@ def write_csv(path: Path, header: list[str], rows: list[list]) -> None:
 
 
 def write_data(folder: Path, sizes: dict[str, int], seed: int = 0) -> Path:
-    """The course's twelve files with `sizes[split]` rows each; STS has half as many for training."""
+    """The course's twelve files of `sizes[split]` rows each; STS has half as many for training."""
     rng = random.Random(seed)
 
     def sentiment(classes: int) -> list:
@@ -103,7 +103,7 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run_script(capsys, monkeypatch):
-    """`run_script(module, *flags)` runs its main as the shell would: (exit code, stdout, stderr)."""
+    """`run_script(module, *flags)` runs its main as a shell would: exit code, stdout, stderr."""
 
     def run(module, *flags: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py"])
