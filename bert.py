@@ -88,7 +88,7 @@ class BertConfig:
                     raise UserError(f"{field.name} is {value!r}, expected a number of at least 0")
                 if field.name.endswith("_prob") and value >= 1:
                     raise UserError(f"{field.name} is {value!r}, expected at least 0 and below 1")
-        if self.hidden_act not in ACTIVATIONS:
+        if not isinstance(self.hidden_act, str) or self.hidden_act not in ACTIVATIONS:
             raise UserError(f"hidden_act is {self.hidden_act!r}, expected {', '.join(ACTIVATIONS)}")
         if self.hidden_size % self.num_attention_heads:
             raise UserError(

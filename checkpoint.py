@@ -57,7 +57,7 @@ def model_folder(name: str | Path, *, weights: bool = True, local_files_only: bo
 
     Raises UserError when there is no such model, or when it cannot be fetched.
     """
-    if Path(name).is_dir():
+    if os.path.isdir(name):
         return Path(name)
     if str(name) in EMBEDDED:
         package, folder = EMBEDDED[str(name)]
@@ -65,7 +65,7 @@ def model_folder(name: str | Path, *, weights: bool = True, local_files_only: bo
         if spec is None or spec.origin is None:
             raise UserError(f"--model {name}: its package {package} is missing: run ./setup.sh")
         return Path(spec.origin).parent / folder
-    if Path(name).exists():
+    if os.path.exists(name):
         raise UserError(f"--model {name}: a file; give the folder that holds config.json")
     return _hub_folder(str(name), weights, local_files_only)
 

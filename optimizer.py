@@ -101,15 +101,18 @@ class AdamW(torch.optim.Optimizer):
         step_size = lr
         if group["correct_bias"]:
             step_size *= math.sqrt(1 - beta2 ** state["step"]) / (1 - beta1 ** state["step"])
-        decay = 1 - lr * group["weight_decay"]
+        decay = lr * group["weight_decay"]
         tensors = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
         for p, g, m, v in _pieces(tensors):
             wide, g = p.to(m.dtype), g.to(m.dtype)  # no copy unless half precision
             m.lerp_(g, 1 - beta1)
             v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-            wide.addcdiv_(m, v.sqrt().add_(group["eps"]), value=-step_size)
-            if decay != 1:
-                wide.mul_(decay)
+            update = v.sqrt().add_(group["eps"])
+            torch.div(m, update, out=update)
+            # Update and decay in one subtraction, so in one rounding of the parameter: a factor
+            # 1 - lr weight_decay of its own would often be 1 in float32, and never decay.
+            update.mul_(step_size * (1 - decay)).add_(wide, alpha=decay)
+            wide.sub_(update)
             if wide is not p:
                 p.copy_(wide)
 
@@ -170,10 +173,8 @@ def schedule(kind: str, step: int, total: int, warmup: int) -> float:
     It rises linearly over `warmup` steps, from 1 / warmup to 1. Then `linear` falls in a line that
     would reach 0 at step `total`, and `constant` stays at 1.
     """
+    if kind not in ("linear", "constant"):
+        raise ValueError(f"schedule {kind!r}: expected linear or constant")
     if step < warmup:
         return (step + 1) / warmup
-    if kind == "constant":
-        return 1.0
-    if kind == "linear":
-        return (total - step) / max(1, total - warmup)
-    raise ValueError(f"schedule {kind!r}: expected linear or constant")
+    return 1.0 if kind == "constant" else (total - step) / (total - warmup)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 DEFAULT_LR = {"pretrain": 1e-3, "finetune": 5e-5}
+DEFAULT_HEAD_LR = 1e-2  # when fine-tuning; LOG.md has the measurement
 DEFAULT_EPOCHS = {"pretrain": 10, "finetune": 3}
 
 
@@ -82,7 +83,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--lr", type=RATE, help="peak learning rate (default: 1e-3 for pretrain, 5e-5 for finetune)"
     )
-    add("--head_lr", type=RATE, help="of the heads when fine-tuning (default: 1e-3)")
+    add("--head_lr", type=RATE, help="of the heads when fine-tuning (default: 1e-2)")
     add("--schedule", choices=["linear", "constant"], default="linear", help="after the warm-up")
     add("--warmup", type=DROPOUT, default=0.1, help="fraction of the steps")
     add("--weight_decay", type=AMOUNT, default=0.01, help="not on biases and LayerNorm")
@@ -128,7 +129,7 @@ def complete(args: argparse.Namespace, parser: argparse.ArgumentParser, name: st
         args.head_lr = args.head_lr or args.lr or DEFAULT_LR["pretrain"]
     else:
         args.lr = args.lr or DEFAULT_LR["finetune"]
-        args.head_lr = args.head_lr or DEFAULT_LR["pretrain"]
+        args.head_lr = args.head_lr or DEFAULT_HEAD_LR
     args.epochs = args.epochs or DEFAULT_EPOCHS[args.option]
     stamp = time.strftime("%Y%m%d-%H%M%S")
     args.run_dir = args.run_dir or Path("runs") / f"{name}-{args.option}-{stamp}"

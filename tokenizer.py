@@ -24,6 +24,24 @@ SPECIAL_TOKENS = {
 }
 
 
+SOURCES = ("tokenizer.json", "vocab.txt")
+# What tokenizer_config.json may say of the text's clean-up; null accents: as lower-casing does.
+SETTINGS = {
+    "do_lower_case": bool,
+    "strip_accents": bool | None,
+    "tokenize_chinese_chars": bool,
+}
+
+
+# The same under the names of tokenizer.json, and the original BERT's values.
+STORED = {
+    "do_lower_case": "lowercase",
+    "strip_accents": "strip_accents",
+    "tokenize_chinese_chars": "handle_chinese_chars",
+}
+ORIGINAL = {"lowercase": True, "strip_accents": None, "handle_chinese_chars": True}
+
+
 class BertTokenizer:
     """Text to token ids, equal to `transformers.BertTokenizerFast`.
 
@@ -68,17 +86,20 @@ class BertTokenizer:
             else None,
             settings.get("model_max_length"),
         ]
-        max_length = min([n for n in limits if isinstance(n, int) and n > 2], default=512)
-        if (folder / "tokenizer.json").is_file():
-            source = folder / "tokenizer.json"
-            backend = _read_tokenizer_json(source, settings)
-        elif (folder / "vocab.txt").is_file():
-            source = folder / "vocab.txt"
-            backend = _build(_read_vocabulary(source), settings)
-        else:
-            raise UserError(f"{folder}: no tokenizer; expected tokenizer.json or vocab.txt")
+        # transformers writes 10**30 for "no limit".
+        limits = [n for n in limits if isinstance(n, int) and 2 < n < 10**9]
+        for key, types in SETTINGS.items():
+            if key in settings and not isinstance(settings[key], types):
+                raise UserError(f"{settings_file}: {key} is {settings[key]!r}, not true or false")
+        source = next((folder / n for n in SOURCES if (folder / n).is_file()), None)
+        if source is None:
+            raise UserError(f"{folder}: no tokenizer; expected {' or '.join(SOURCES)}")
         try:
-            return cls(backend, settings, max_length)
+            if source.name == "tokenizer.json":
+                backend = _read_tokenizer_json(source, settings)
+            else:
+                backend = _build(_read_vocabulary(source), settings)
+            return cls(backend, settings, min(limits, default=512))
         except UserError as error:
             raise UserError(f"{source}: {error}") from None
 
@@ -184,29 +205,21 @@ def _content(token: Any, default: str) -> str:
 
 def _normalizer(settings: dict[str, Any], stored: dict[str, Any]) -> normalizers.Normalizer:
     """BERT's text clean-up; tokenizer_config.json (`settings`) wins over `stored`."""
-
-    def setting(name: str, stored_name: str, default: bool | None) -> bool | None:
-        return settings.get(name, stored.get(stored_name, default))
-
-    return normalizers.BertNormalizer(
-        clean_text=stored.get("clean_text", True),
-        handle_chinese_chars=setting("tokenize_chinese_chars", "handle_chinese_chars", True),
-        strip_accents=setting("strip_accents", "strip_accents", None),  # None: as lower-casing
-        lowercase=setting("do_lower_case", "lowercase", True),
-    )
+    flags = {ours: settings.get(key, stored[ours]) for key, ours in STORED.items()}
+    return normalizers.BertNormalizer(clean_text=True, **flags)
 
 
 def _read_tokenizer_json(path: Path, settings: dict[str, Any]) -> Tokenizer:
     """The tokenizer in `tokenizer.json`, its normalizer brought in line with the settings."""
-    stored = read_json(path).get("normalizer") or {}
     try:
         backend = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exceptions
         reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: not a tokenizer file ({reason}): fetch it again") from None
+        raise UserError(f"not a tokenizer file ({reason}): fetch it again") from None
     if not isinstance(backend.model, WordPiece):
-        raise UserError(f"{path}: a {type(backend.model).__name__} tokenizer; BERT's is WordPiece")
-    if stored.get("type") == "BertNormalizer":
+        raise UserError(f"a {type(backend.model).__name__} tokenizer; BERT's is WordPiece")
+    if isinstance(backend.normalizer, normalizers.BertNormalizer):
+        stored = {key: getattr(backend.normalizer, key) for key in STORED.values()}
         backend.normalizer = _normalizer(settings, stored)
     return backend
 
@@ -217,7 +230,7 @@ def _read_vocabulary(path: Path) -> dict[str, int]:
         # Only "\n" ends a line: the vocabulary may hold other characters that Unicode calls breaks.
         lines = path.read_bytes().decode("utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a readable UTF-8 file ({error}): fetch it again") from None
+        raise UserError(f"not a readable UTF-8 file ({error}): fetch it again") from None
     tokens = [line.removesuffix("\r") for line in (lines if lines[-1] else lines[:-1])]
     return {token: index for index, token in enumerate(tokens)}
 
@@ -229,7 +242,7 @@ def _build(vocabulary: dict[str, int], settings: dict[str, Any]) -> Tokenizer:
     if absent:
         raise UserError(f"the vocabulary has no {absent[0]}")
     backend = Tokenizer(WordPiece(vocabulary, unk_token=special["unk_token"]))
-    backend.normalizer = _normalizer(settings, {})
+    backend.normalizer = _normalizer(settings, ORIGINAL)
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     backend.decoder = decoders.WordPiece(prefix="##")
     backend.add_special_tokens(list(special.values()))

@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 import threading
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -619,8 +620,9 @@ def local_hub(tmp_path, monkeypatch):
     return point
 
 
-def test_broken_download_is_a_user_error(tmp_path, local_hub):
+def test_broken_download_is_a_user_error(tmp_path, local_hub, monkeypatch):
     """The connection breaks half-way, again and again: one line, no traceback."""
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the library waits between tries
     files, _ = saved_files(tmp_path / "tiny")
     with hub({"org/tiny": files}, cut=["org/tiny"]) as server:
         local_hub(server.endpoint)

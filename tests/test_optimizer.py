@@ -156,7 +156,7 @@ def test_a_thousand_steps_of_a_parameter_larger_than_a_piece(dtype):
     rounding = to_bfloat16 if dtype == torch.bfloat16 else lambda p: p
     options = {"lr": 1e-3, "weight_decay": 0.01, "eps": 1e-6}
     # The reference follows a sample that touches both pieces; the optimizer does every number.
-    sample = np.r_[0:200, optimizer.PIECE - 100 : size]
+    sample = np.r_[0:1000, optimizer.PIECE - 1000 : size]
     reference = Reference(numbers(parameter)[sample], rounding, **options)
     adam = AdamW([parameter], **options)
     noise = [gradient((size,), generator, dtype) for _ in range(5)]
