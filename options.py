@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-DEFAULT_LR = {"pretrain": 1e-3, "finetune": 5e-5}
-DEFAULT_HEAD_LR = 1e-2  # when fine-tuning; LOG.md has the measurement
+DEFAULT_LR = 5e-5  # of BERT
+DEFAULT_HEAD_LR = 1e-2  # of the heads, frozen BERT or not; LOG.md has the measurement
 DEFAULT_EPOCHS = {"pretrain": 10, "finetune": 3}
 
 
@@ -81,7 +81,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     add("--batch_size", type=POSITIVE, default=32, help="rows in a batch")
     add("--accumulate", type=POSITIVE, default=1, help="batches in a step")
     add(
-        "--lr", type=RATE, help="peak learning rate (default: 1e-3 for pretrain, 5e-5 for finetune)"
+        "--lr", type=RATE, help="peak learning rate (default: 1e-2 for pretrain, 5e-5 for finetune)"
     )
     add("--head_lr", type=RATE, help="of the heads when fine-tuning (default: 1e-2)")
     add("--schedule", choices=["linear", "constant"], default="linear", help="after the warm-up")
@@ -126,9 +126,9 @@ def complete(args: argparse.Namespace, parser: argparse.ArgumentParser, name: st
     if args.option == "pretrain" and args.lr and args.head_lr:
         parser.error("--lr and --head_lr are the same with --option pretrain; give one of them")
     if args.option == "pretrain":
-        args.head_lr = args.head_lr or args.lr or DEFAULT_LR["pretrain"]
+        args.head_lr = args.head_lr or args.lr or DEFAULT_HEAD_LR
     else:
-        args.lr = args.lr or DEFAULT_LR["finetune"]
+        args.lr = args.lr or DEFAULT_LR
         args.head_lr = args.head_lr or DEFAULT_HEAD_LR
     args.epochs = args.epochs or DEFAULT_EPOCHS[args.option]
     stamp = time.strftime("%Y%m%d-%H%M%S")

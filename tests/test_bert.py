@@ -358,6 +358,26 @@ def test_what_stands_in_the_padding_does_not_matter():
     assert not torch.allclose(one[~kept], two[~kept], atol=1e-3)
 
 
+@pytest.mark.parametrize("attend", [written_attention, fast_attention])
+def test_padding_gets_no_weight_however_well_it_matches(attend, monkeypatch):
+    """Scores in the thousands: a masked token stays at a weight of exactly 0."""
+    monkeypatch.setattr(BertSelfAttention, "attend", staticmethod(attend))
+    torch.manual_seed(0)
+    model = BertModel(BertConfig(**SMALL, initializer_range=0.15)).eval()
+    layer = model.layers[0].attention
+    with torch.no_grad():
+        layer.query.weight.mul_(300)
+        layer.key.weight.mul_(300)
+    x = torch.randn(1, 4, 16)
+    scores = layer.split(layer.query(x)) @ layer.split(layer.key(x)).transpose(-1, -2)
+    assert scores.abs().max() > 2000
+    mask = torch.tensor([[1, 1, 0, 0]])
+    other = torch.cat([x[:, :2], 5 * x[:, 2:].flip(1)], dim=1)
+    with torch.no_grad():
+        one, two = (model.encode(states, mask)[:, :2] for states in (x, other))
+    torch.testing.assert_close(one, two, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("attend", [written_attention, fast_attention])
 def test_a_row_of_padding_alone_is_finite(attend, dtype, monkeypatch):
