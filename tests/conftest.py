@@ -9,12 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from bert import BertConfig, BertModel
 from checkpoint import write_json
 from options import script
 from tokenizer import BertTokenizer
 
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile("repeatable")
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 GOOD = ["great", "lovely", "fine", "superb"]

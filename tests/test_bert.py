@@ -1,7 +1,7 @@
 """BertModel against `transformers.BertModel`: outputs, gradients, files, and what it refuses.
 
 Tolerances. Outputs in float32: 1e-5, absolute. Gradients: the largest difference within a tensor,
-as a share of that tensor's largest gradient, plus a thousandth of that share of the largest
+as a share of that tensor's largest gradient, plus a hundredth of that share of the largest
 gradient of the whole model (the gradient of a key's bias is 0 but for rounding, so its own scale
 says nothing). The share is 1e-4 in float32 and 1e-10 in float64.
 """
@@ -99,7 +99,7 @@ def assert_same_gradients(ours, theirs, share):
     largest = max(gradient.abs().max().item() for gradient in theirs.values())
     assert largest > 0
     for name, gradient in theirs.items():
-        allowed = share * (gradient.abs().max().item() + 1e-3 * largest)
+        allowed = share * (gradient.abs().max().item() + 1e-2 * largest)
         assert (ours[name] - gradient).abs().max().item() <= allowed, name
 
 
