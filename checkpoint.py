@@ -85,12 +85,16 @@ def _hub_folder(name: str, weights: bool, local_files_only: bool) -> Path:
         def get(filename: str) -> Path | None:
             try:
                 return Path(hub.hf_hub_download(name, filename, local_files_only=local))
-            except errors.EntryNotFoundError:  # or its subclass: not in the cache
+            except errors.LocalEntryNotFoundError as error:  # not cached, or no connection
+                if local:
+                    return None
+                raise ConnectionError(str(error)) from error
+            except errors.EntryNotFoundError:
                 return None
 
         config = get("config.json")
-        tokenizer = [get(filename) for filename in TOKENIZER_FILES]
-        if config is None or not any(tokenizer):
+        tokenizer = {filename: get(filename) for filename in TOKENIZER_FILES}
+        if config is None or not (tokenizer["tokenizer.json"] or tokenizer["vocab.txt"]):
             return None
         if weights:
             found = next((path for path in map(get, WEIGHT_FILES) if path is not None), None)
@@ -305,9 +309,9 @@ class Run:
         self._log.write(line + "\n")
         self._log.flush()
         if self._board is not None:
-            for name, value in figures.items():
-                if isinstance(value, int | float):
-                    self._board.add_scalar(f"{kind}/{name}", value, step)
+            tag = f"{kind}/{figures['of']}" if "of" in figures else kind
+            for name, value in _numbers(tag, figures):
+                self._board.add_scalar(name, value, step)
 
     def finish(self, result: dict[str, Any]) -> None:
         """Write `result.json`, the mark of a run that ended well."""
@@ -321,13 +325,23 @@ class Run:
             self._board.close()
 
 
+def _numbers(tag: str, value: Any) -> Iterator[tuple[str, float]]:
+    """Every number inside nested dicts, with the path to it as its name."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _numbers(f"{tag}/{key}", inner)
+    elif isinstance(value, int | float):
+        yield tag, value
+
+
 def provenance() -> dict[str, Any]:
     """What a run must record to be repeated: command, commit, versions, hardware, time."""
+    changes = _git("status", "--porcelain", "--untracked-files=no")
     packages = ("torch", "numpy", "tokenizers", "scipy", "scikit-learn", "safetensors")
     return {
         "command": shlex.join([Path(sys.executable).name, *sys.argv]),
         "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "uncommitted_changes": None if changes is None else bool(changes),
         "python": platform.python_version(),
         "versions": {name: metadata.version(name) for name in packages},
         "hardware": {

@@ -200,8 +200,8 @@ class TaskData:
         columns = [[e.texts[i] for e in self.examples] for i in range(len(task.texts))]
         joint = len(columns) == 2 and pair_encoding == "joint"
         self.width = 1 if joint else len(columns)
-        # One list of token ids an embedding: ids[k][row]. Jointly encoded pairs have one list.
-        self.ids: list[list[list[int]]] = [[] for _ in range(self.width)]
+        # Token ids of each embedding, ids[k][row]. Jointly encoded pairs have one list.
+        self.ids: list[list[np.ndarray]] = [[] for _ in range(self.width)]
         self.first_lengths: list[int] | None = [] if joint else None
         self.truncated = 0
         for start in range(0, len(self.examples), TOKENISED_AT_ONCE):
@@ -220,7 +220,7 @@ class TaskData:
         else:
             encoded = [tokenizer.encode_batch(column, max_length=limit) for column in columns]
         for ids, encodings in zip(self.ids, encoded, strict=True):
-            ids.extend(e.ids for e in encodings)
+            ids.extend(np.array(e.ids, dtype=np.int32) for e in encodings)
         self.truncated += sum(any(e.overflowing for e in row) for row in zip(*encoded, strict=True))
 
     def __len__(self) -> int:

@@ -51,6 +51,10 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
     args.tasks = [name.strip() for name in args.tasks.split(",")]
     if len(set(args.tasks)) < len(args.tasks):
         parser.error(f"--tasks {','.join(args.tasks)}: name each task once")
+    for task in TASK_FLAGS:
+        for field in ("train", "dev", "test", "dev_out", "test_out", "decoder"):
+            if task not in args.tasks and getattr(args, f"{task}_{field}", None) is not None:
+                parser.error(f"--{task}_{field}: {task} is not in --tasks {','.join(args.tasks)}")
     if args.pair_encoding == "joint" and (args.para_decoder or args.sts_decoder):
         parser.error("--pair_encoding joint has its own (linear) decoder; leave out --*_decoder")
     return args

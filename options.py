@@ -16,13 +16,20 @@ DEFAULT_HEAD_LR = 1e-2  # of the heads, frozen BERT or not; LOG.md has the measu
 DEFAULT_EPOCHS = {"pretrain": 10, "finetune": 3}
 
 
+class Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows a flag's default where there is one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser whose complaint is one line."""
 
     def __init__(self, description: str):
         super().__init__(
             description=description,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            formatter_class=Formatter,
             allow_abbrev=False,
         )
 
@@ -45,7 +52,7 @@ def number(
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not {word}") from None
-        inside = low <= value <= high and math.isfinite(value)
+        inside = low <= value <= high and value != math.inf
         if not inside or (above and value == low) or (below and value == high):
             raise argparse.ArgumentTypeError(f"{text} is out of range; expected {word} {bounds}")
         return value
@@ -140,7 +147,11 @@ def script(main: Callable[[Sequence[str] | None], None]) -> NoReturn:
     try:
         main(None)
     except KeyboardInterrupt:
-        sys.exit("interrupted: the best state so far is in best/ of the run folder")
+        print(
+            "interrupted: after a first evaluation, the best state is in best/ of the run folder",
+            file=sys.stderr,
+        )
+        sys.exit(130)
     except Exception as error:
         from checkpoint import UserError
 

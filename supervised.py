@@ -1,5 +1,6 @@
 """The job of `classifier.py` and `multitask_classifier.py`: files in, a trained model out."""
 
+import os
 import time
 from argparse import Namespace
 from dataclasses import dataclass
@@ -129,12 +130,22 @@ def fit(
 
 
 def output_paths(run_dir: Path, files: dict[str, Files]) -> dict[tuple[str, str], Path]:
-    """(task, split) -> its prediction file; UserError where a file that the user named exists."""
-    paths = {}
+    """(task, split) -> its prediction file.
+
+    Raises:
+        UserError: a file that the user named exists, is named twice, or cannot be made.
+    """
+    paths: dict[tuple[str, str], Path] = {}
     for task, given in files.items():
         for split, named in (("dev", given.dev_out), ("test", given.test_out)):
             if named is not None and named.exists():
                 raise UserError(f"{named}: exists, and is not overwritten; name another file")
+            if named is not None:
+                if named.resolve() in [path.resolve() for path in paths.values()]:
+                    raise UserError(f"{named}: named for two outputs; give each its own file")
+                folder = next(parent for parent in named.absolute().parents if parent.exists())
+                if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+                    raise UserError(f"{named}: {folder} is not a folder that can be written to")
             paths[task, split] = named or run_dir / "predictions" / f"{task}-{split}-output.csv"
     return paths
 

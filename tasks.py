@@ -32,7 +32,6 @@ from torch.nn import functional as F
 from bert import POOLINGS, BertModel, load_weights, pool
 from checkpoint import (
     UserError,
-    model_folder,
     read_json,
     read_tensors,
     read_weights,
@@ -303,6 +302,13 @@ class MultitaskBERT(nn.Module):
             raise UserError(f"pooling {pooling!r}: expected one of {', '.join(POOLINGS)}")
         if pair_encoding not in PAIR_ENCODINGS:
             raise UserError(f"pair encoding {pair_encoding!r}: expected separate or joint")
+        if tokenizer is not None and tokenizer.vocab_size > bert.config.vocab_size:
+            raise UserError(
+                f"--model: its tokenizer has {tokenizer.vocab_size} tokens, but vocab_size in its"
+                f" config.json is {bert.config.vocab_size}: they are not of one model"
+            )
+        if pair_encoding == "joint" and bert.config.type_vocab_size < 2:
+            raise UserError("--pair_encoding joint: this model has one segment (type_vocab_size)")
         self.bert = bert
         self.pooling = pooling
         self.pair_encoding = pair_encoding
@@ -465,8 +471,12 @@ class MultitaskBERT(nn.Module):
         folder = Path(folder)
         if not (folder / "heads.json").is_file() and (folder / "best").is_dir():
             folder = folder / "best"
-        folder = model_folder(folder)
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such run folder or model folder")
         settings = read_json(folder / "heads.json")
+        absent = {"decoders", "pooling", "pair_encoding"} - set(settings)
+        if absent:
+            raise UserError(f"{folder / 'heads.json'}: has no {min(absent)}")
         model = cls(
             BertModel.from_pretrained(folder),
             find_tasks(list(settings["decoders"])),

@@ -180,8 +180,8 @@ class BertTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """The number of tokens."""
-        return self.backend.get_vocab_size()
+        """The number of ids: one more than the largest (a line twice in vocab.txt takes two)."""
+        return max(self.backend.get_vocab().values()) + 1
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `tokenizer.json`, `vocab.txt` and `tokenizer_config.json`, for any software."""

@@ -47,7 +47,6 @@ def prepare(seed: int, device: str, precision: str) -> tuple[torch.device, torch
         UserError: a device that this machine does not have.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only so
-    torch.use_deterministic_algorithms(True, warn_only=True)
     # Determinism needs no NaN fill of new memory, which would cost time.
     torch.utils.deterministic.fill_uninitialized_memory = False
     random.seed(seed)
@@ -61,6 +60,8 @@ def prepare(seed: int, device: str, precision: str) -> tuple[torch.device, torch
     }
     if device == "auto":
         device = "cuda" if available["cuda"] else "cpu"
+    # Strict on a GPU, where a warning would let attention's backward pass differ between runs.
+    torch.use_deterministic_algorithms(True, warn_only=device != "cuda")
     if not available[device]:
         raise UserError(
             f"--device {device} (--use_gpu means cuda): PyTorch {torch.__version__} finds no such"
@@ -133,6 +134,7 @@ def train(
 
     Raises:
         Diverged: a loss or gradient is not finite; `last/` then holds the state before that step.
+            Or a weight is not, before an evaluation; `best/` then holds the best state, if any.
     """
     total = sum(plan.steps_in(epoch) for epoch in range(args.epochs))
     warmup = round(args.warmup * total)
@@ -149,6 +151,8 @@ def train(
         """Evaluate, log, and save the model where it is the best so far."""
         nonlocal best, since_best
         model.eval()
+        if not all(bool(p.isfinite().all()) for p in parameters):
+            raise Diverged(f"step {step}: weights are not finite; try a smaller --lr")
         found = {**evaluate(), "epoch": epoch, "step": step}
         model.train()
         seconds = time.perf_counter() - started

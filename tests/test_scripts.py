@@ -72,6 +72,7 @@ BAD_FLAGS = [
     (["--lr", "nan"], "--lr"),
     (["--lr", "fast"], "'fast' is not a number"),
     (["--epochs", "0"], "--epochs: 0 is out of range; expected a whole number at least 1"),
+    (["--seed", "1" * 400], "--seed"),
     (["--epochs", "1.5"], "'1.5' is not a whole number"),
     (["--batch_size", "-8"], "--batch_size"),
     (["--hidden_dropout_prob", "1"], "expected a number at least 0 and below 1"),
@@ -107,6 +108,8 @@ def test_bad_flags(run_script, script, flags, expected):
         (["--tasks", "sst,sst"], "name each task once"),
         (["--pair_encoding", "joint", "--sts_decoder", "dot"], "leave out --*_decoder"),
         (["--sts_decoder", "linear"], "--sts_decoder"),
+        (["--tasks", "sst", "--para_decoder", "dot"], "--para_decoder: para is not in --tasks sst"),
+        (["--tasks", "sst", "--sts_train", "x"], "--sts_train: sts is not in --tasks sst"),
         (["--sampling", "random"], "--sampling"),
     ],
 )
@@ -192,6 +195,13 @@ FAULTS = {
         lambda d: drop_tensor(d / "model/model.safetensors"),
         "encoder.layer.1.output.dense.bias is missing",
     ),
+    "tokenizer of another model": (
+        lambda d: overwrite(
+            d / "model/vocab.txt",
+            (d / "model/vocab.txt").read_text(encoding="utf-8") + "extra\n",
+        ),
+        "they are not of one model",
+    ),
     "no weights": (lambda d: (d / "model/model.safetensors").unlink(), "no weights"),
     "no tokenizer": (lambda d: (d / "model/vocab.txt").unlink(), "no tokenizer"),
     "model is a file": (
@@ -230,6 +240,11 @@ def test_an_existing_prediction_file_is_not_overwritten(run_script, job, tmp_pat
     overwrite(mine, "precious")
     refused(run_script, multitask_classifier, [*job, "--sts_dev_out", mine], "mine.csv: exists")
     assert mine.read_text(encoding="utf-8") == "precious"
+    new = tmp_path / "new.csv"
+    flags = [*job, "--sts_dev_out", new, "--para_dev_out", new]
+    refused(run_script, multitask_classifier, flags, "new.csv: named for two outputs")
+    flags = [*job, "--sts_dev_out", mine / "x.csv"]
+    refused(run_script, multitask_classifier, flags, "mine.csv is not a folder")
 
 
 def test_prediction_files_go_where_the_user_says(run_script, job, tmp_path):

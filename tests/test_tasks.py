@@ -191,6 +191,11 @@ def test_heads_that_do_not_fit_are_refused(tiny, tmp_path):
         MultitaskBERT.from_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"heads.json: missing"):
         MultitaskBERT.from_pretrained(tiny)
+    with pytest.raises(UserError, match="no such run folder"):
+        MultitaskBERT.from_pretrained(tmp_path / "nothing")
+    (tmp_path / "best" / "heads.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(UserError, match=r"heads.json: has no decoders"):
+        MultitaskBERT.from_pretrained(tmp_path)
 
 
 def test_decoders_must_suit_the_pair_encoding(tiny):
