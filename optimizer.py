@@ -107,7 +107,9 @@ class AdamW(torch.optim.Optimizer):
             wide, g = p.to(m.dtype), g.to(m.dtype)  # no copy unless half precision
             m.lerp_(g, 1 - beta1)
             v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-            update = v.sqrt().add_(group["eps"])
+            # The floor is lost beside eps. Without it MKL's root takes 15 times as long on zeros,
+            # and zero is what embeddings of unseen tokens have.
+            update = v.clamp(min=torch.finfo(v.dtype).tiny).sqrt_().add_(group["eps"])
             torch.div(m, update, out=update)
             # Update and decay in one subtraction, so in one rounding of the parameter: a factor
             # 1 - lr weight_decay of its own would often be 1 in float32, and never decay.

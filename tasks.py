@@ -357,7 +357,8 @@ class MultitaskBERT(nn.Module):
         with torch.autocast(
             input_ids.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16
         ):
-            output = self.bert(input_ids, attention_mask, token_type_ids)
+            first = None if self.pooling == "mean" else 1
+            output = self.bert(input_ids, attention_mask, token_type_ids, first)
             return pool(output, attention_mask, self.pooling).float()
 
     def decode(self, task: str, embeddings: Tensor) -> Tensor:

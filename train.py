@@ -4,6 +4,7 @@ A step is a list of batches whose losses are summed over rows and divided once b
 rows, so that accumulation, and the short last batch, weigh every row alike.
 """
 
+import ctypes
 import math
 import os
 import random
@@ -38,7 +39,7 @@ def prepare(seed: int, device: str, precision: str) -> tuple[torch.device, torch
     Args:
         seed: of Python, numpy and PyTorch.
         device: auto (a GPU where there is one), cpu, cuda or mps.
-        precision: auto (bf16 where the hardware has such instructions), fp32 or bf16.
+        precision: auto (bf16 where the hardware multiplies matrices faster in it), fp32 or bf16.
 
     Returns:
         The device, and torch.float32 or torch.bfloat16.
@@ -49,6 +50,7 @@ def prepare(seed: int, device: str, precision: str) -> tuple[torch.device, torch
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only so
     # Determinism needs no NaN fill of new memory, which would cost time.
     torch.utils.deterministic.fill_uninitialized_memory = False
+    keep_freed_memory()
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -67,16 +69,51 @@ def prepare(seed: int, device: str, precision: str) -> tuple[torch.device, torch
             f"--device {device} (--use_gpu means cuda): PyTorch {torch.__version__} finds no such"
             " device here; run without it, or install a PyTorch built for your GPU"
         )
-    fast_bf16 = {
-        "cpu": any(
-            torch.cpu.get_capabilities().get(k) for k in ("avx512_bf16", "amx_bf16", "bf16")
-        ),
-        "cuda": available["cuda"] and torch.cuda.get_device_capability() >= (8, 0),
-        "mps": False,
-    }
     if precision == "auto":
-        precision = "bf16" if fast_bf16[device] else "fp32"
+        fast = {"cpu": cpu_gains_by_bf16, "cuda": gpu_gains_by_bf16, "mps": lambda: False}
+        precision = "bf16" if fast[device]() else "fp32"
     return torch.device(device), {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+
+
+def gpu_gains_by_bf16() -> bool:
+    """Whether the GPU has bfloat16 tensor cores (compute capability 8.0, Ampere, and later)."""
+    return torch.cuda.get_device_capability() >= (8, 0)
+
+
+def cpu_gains_by_bf16() -> bool:
+    """Whether the CPU has bfloat16 instructions, and they multiply matrices clearly faster.
+
+    Some CPUs have such instructions that run at half the speed of float32's: only trying tells.
+    """
+    known = torch.cpu.get_capabilities()
+    if not any(known.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16")):
+        return False
+
+    def seconds(dtype: torch.dtype) -> float:
+        a = torch.ones(512, 512, dtype=dtype)
+        started = time.perf_counter()
+        a @ a
+        return time.perf_counter() - started
+
+    seconds(torch.float32), seconds(torch.bfloat16)  # the first call prepares the library
+    pairs = [(seconds(torch.float32), seconds(torch.bfloat16)) for _ in range(9)]
+    fp32, bf16 = map(min, zip(*pairs, strict=True))  # the least disturbed try of each
+    return bf16 * 1.25 < fp32
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep what tensors free, for the next step's tensors.
+
+    By default glibc hands large blocks back to the system and has each of their pages cleared
+    again a moment later, several percent of a training step's time. Elsewhere this does nothing.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # no glibc
+        return
+    trim_threshold, mmap_threshold = -1, -3  # of malloc.h
+    mallopt(trim_threshold, 2**30)
+    mallopt(mmap_threshold, 2**30)
 
 
 def peak_memory(device: torch.device) -> int:

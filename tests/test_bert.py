@@ -22,6 +22,8 @@ from bert import (
     BertConfig,
     BertModel,
     BertSelfAttention,
+    Dropout,
+    dropout,
     fast_attention,
     hub_name,
     pool,
@@ -320,7 +322,76 @@ def test_whole_model_runs_on_written_attention(small_folder, monkeypatch):
     assert_same_gradients(written[1], theirs, share=1e-10)
 
 
+# ------------------------------------------------------------------ dropout
+
+
+@settings(deadline=None, max_examples=40, derandomize=True)
+@given(
+    st.lists(st.integers(0, 7), min_size=1, max_size=3),
+    st.floats(0, 0.99),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+    st.integers(0, 2**31),
+)
+def test_dropout_zeroes_or_scales_and_its_gradient_is_the_same_mask(shape, rate, dtype, seed):
+    """A number is 0 or x / (1 - rate), the rate rounded to 16 bits; equal seeds, equal masks."""
+    x = torch.full(shape, 2.0, dtype=dtype, requires_grad=True)
+    torch.manual_seed(seed)
+    y = dropout(x, rate)
+    y.sum().backward()
+    scale = torch.tensor(1 / (1 - round(rate * 2**16) / 2**16), dtype=torch.float64).to(dtype)
+    assert y.shape == x.shape and y.dtype == dtype
+    assert set(y.flatten().tolist()) <= {0.0, (scale * 2).item()}
+    assert torch.equal(x.grad * 2, y)
+    torch.manual_seed(seed)
+    assert torch.equal(dropout(x, rate), y)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.25, 0.9])
+def test_dropout_loses_the_share_it_says_each_number_by_itself(rate):
+    """A million numbers: the share lost, in all and at each place of a word of random bits, and
+    the share of neighbours lost together, lie within five standard deviations."""
+    torch.manual_seed(0)
+    lost = (dropout(torch.ones(250_000, 4), rate) == 0).double()
+    deviation = (rate * (1 - rate) / 250_000) ** 0.5
+    assert (lost.mean(dim=0) - rate).abs().max() < 5 * deviation
+    for shift in (1, 2, 3):
+        together = (lost * lost.roll(shift, dims=1)).mean().item()
+        assert abs(together - rate**2) < 5 * rate * (1 - rate**2) ** 0.5 / 500
+
+
+def test_the_dropout_module_works_in_training_only_and_rate_0_is_the_identity():
+    """Nothing is drawn where nothing is dropped, so the random stream stays where it was."""
+    x = torch.ones(100)
+    assert dropout(x, 0.0) is not None and torch.equal(dropout(x, 0.0), x)
+    assert torch.equal(Dropout(0.5).eval()(x), x)
+    assert not torch.equal(Dropout(0.5).train()(x), x)
+
+
 # ------------------------------------------------------------------ padding, lengths, modes
+
+
+@settings(deadline=None, max_examples=25, derandomize=True)
+@given(st.integers(1, 3), st.integers(1, 12), st.integers(1, 12), st.integers(0, 2**31))
+def test_the_first_tokens_alone_come_out_the_same(layers, length, first, seed):
+    """`first` saves work in the last layer; outputs and gradients are those of the whole."""
+    torch.manual_seed(seed)
+    config = BertConfig(**{**SMALL, "num_hidden_layers": layers}, initializer_range=0.15)
+    model = BertModel(config).double().eval()
+    inputs = batch(SMALL, 3, length, seed % 1000)
+    found = []
+    for limit in (None, first):
+        model.zero_grad()
+        output = model(*inputs, first=limit)
+        states = output["last_hidden_state"][:, :first]
+        assert states.shape[1] == min(first, length)
+        (states.sin().sum() + output["pooler_output"].sum()).backward()
+        grads = {name: p.grad.clone() for name, p in model.named_parameters()}
+        found.append((states.detach(), output["pooler_output"].detach(), grads))
+    (states, pooled, grads), (other_states, other_pooled, other_grads) = found
+    torch.testing.assert_close(other_states, states, rtol=0, atol=1e-12)
+    torch.testing.assert_close(other_pooled, pooled, rtol=0, atol=1e-12)
+    for name, gradient in grads.items():
+        torch.testing.assert_close(other_grads[name], gradient, rtol=0, atol=1e-10, msg=name)
 
 
 @settings(deadline=None, max_examples=25, derandomize=True)
@@ -454,13 +525,13 @@ def test_attention_dropout_override_reaches_every_layer(small_folder):
 def test_hidden_dropout_is_applied_after_each_of_its_places(small_folder, monkeypatch):
     """Embeddings, attention output and feed-forward output: 1 + 2 a layer in one pass."""
     calls = []
-    original = torch.nn.Dropout.forward
+    original = Dropout.forward
 
     def counted(self, x):
         calls.append(self.p)
         return original(self, x)
 
-    monkeypatch.setattr(torch.nn.Dropout, "forward", counted)
+    monkeypatch.setattr(Dropout, "forward", counted)
     run(BertModel.from_pretrained(small_folder, hidden_dropout_prob=0.25), batch(SMALL, 1, 4))
     assert calls == [0.25] * 5
 

@@ -337,9 +337,30 @@ def test_device_and_precision():
     assert device.type == ("cuda" if torch.cuda.is_available() else "cpu")
     assert dtype == torch.float32
     assert prepare(1, "cpu", "bf16")[1] == torch.bfloat16
-    has_bf16 = bool(torch.cpu.get_capabilities().get("avx512_bf16"))
-    if has_bf16:
-        assert prepare(1, "cpu", "auto")[1] == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("has_bf16", "bf16_takes", "expected"),
+    [
+        (True, 0.5, "bfloat16"),
+        (True, 0.9, "float32"),
+        (True, 2, "float32"),
+        (False, 0.5, "float32"),
+    ],
+)
+def test_auto_precision_is_bf16_where_it_is_clearly_faster(
+    monkeypatch, has_bf16, bf16_takes, expected
+):
+    """The clock is played: a product in float32 takes one second, in bfloat16 `bf16_takes`."""
+    now = [0.0]
+
+    def product(self, other):
+        now[0] += bf16_takes if self.dtype == torch.bfloat16 else 1.0
+
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has_bf16})
+    monkeypatch.setattr(torch.Tensor, "__matmul__", product)
+    monkeypatch.setattr("train.time.perf_counter", lambda: now[0])
+    assert prepare(1, "cpu", "auto")[1] == getattr(torch, expected)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
