@@ -167,7 +167,20 @@ class BertTokenizer:
             self.backend.enable_truncation(max_length, strategy="longest_first")
         if pairs is None:
             return self.backend.encode_batch(list(texts))
+        if max_length is not None:
+            texts, pairs = ([self._cut(t, max_length) for t in column] for column in (texts, pairs))
         return self.backend.encode_batch(list(zip(texts, pairs, strict=True)))
+
+    def _cut(self, text: str, tokens: int) -> str:
+        """The start of a text that its first `tokens` tokens come from.
+
+        Of a pair that it truncates, the library keeps every left-over piece of the first sentence
+        with every one of the second: two long texts would take time and memory without bound.
+        """
+        if len(text) <= tokens:  # short: there is little to be left over
+            return text
+        encoding = self.backend.encode(text, add_special_tokens=False)  # truncation is on
+        return text[: encoding.offsets[-1][1]] if encoding.overflowing else text
 
     def tokenize(self, text: str) -> list[str]:
         """The word pieces of a text, without [CLS] and [SEP]."""

@@ -113,6 +113,24 @@ def test_truncation_of_every_balance_of_lengths(embedded, sizes, max_length):
     assert_equal(*embedded, first, second, truncation=True, max_length=max_length)
 
 
+@settings(**COUNT, max_examples=60)
+@given(texts, texts, st.integers(3, 12), st.integers(5, 40))
+def test_truncation_of_long_pairs_of_anything(embedded, one, other, max_length, times):
+    """Texts far beyond the limit, whose ends are cut off before the pair is put together."""
+    first, second = [one * times, one, one * times], [other, other * times, other * times]
+    assert_equal(*embedded, first, second, truncation=True, max_length=max_length)
+
+
+def test_a_pair_of_very_long_texts_is_quick_and_small(embedded):
+    """Ours keeps a few left-over pieces; the library alone would keep a million pairs of them."""
+    ours, _ = embedded
+    text = "a fine film " * 100_000
+    [encoding] = ours.encode_batch([text], [text], max_length=300)
+    assert len(encoding) == 300
+    assert encoding.type_ids.count(1) == 150  # 149 words, and [SEP]
+    assert 0 < len(encoding.overflowing) <= 8
+
+
 def test_calls_leave_nothing_behind(embedded):
     """A truncated call does not shorten the next one, nor `tokenize`."""
     ours, theirs = embedded
