@@ -23,6 +23,7 @@ from tasks import Task
 from tokenizer import BertTokenizer
 
 POOL = 50  # batches that are sorted by length together: 3-5% padding, and shuffling stays thorough
+DELIMITERS = {"\t": "tab", ",": "comma"}
 TOKENISED_AT_ONCE = 8192  # rows; bounds the memory of the tokenizer's own objects
 
 csv.field_size_limit(1 << 27)
@@ -40,48 +41,34 @@ class Example:
     label: float | None
 
 
-def read(
-    path: Path, task: Task, labelled: bool = True, limit: int | None = None
-) -> tuple[list[Example], int]:
-    """Read a tab-separated file of the course: a header line, default csv quoting, UTF-8.
+def read_rows(
+    path: Path, wanted: Sequence[str], delimiter: str, label: str | None = None
+) -> Iterator[tuple[str, dict[str, str]]]:
+    """Each row of a csv file (a header line, default csv quoting, UTF-8), and where it is.
 
     Args:
-        path: the file. Columns may come in any order; those not named by the task are left
-        task: says which columns hold the id, the sentences and the label.
-        labelled: whether rows carry labels; a row whose label is empty is then left out.
-        limit: read this many rows and stop.
-
-    Returns:
-        The examples in file order, and the number of rows left out for want of a label.
+        path: the file. Columns may come in any order, and others than those wanted may be there.
+        wanted: the columns that a row must have.
+        delimiter: between columns.
+        label: one more column, which a row may lack.
 
     Raises:
         UserError: what cannot be read, by file and line.
     """
-    examples: list[Example] = []
-    unlabelled = 0
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            rows = csv.DictReader(file, delimiter="\t")
-            _check_header(path, rows.fieldnames, task, labelled)
+            rows = csv.DictReader(file, delimiter=delimiter)
+            _check_header(path, rows.fieldnames, [*wanted, *filter(None, [label])], delimiter)
             for row in rows:
                 where = f"{path}, line {rows.line_num}"
-                texts = tuple(row[column] for column in task.texts)
-                if row["id"] is None or None in texts or None in row:
+                if None in row or any(row[column] is None for column in wanted):
                     raise UserError(
                         f"{where}: has not the {len(rows.fieldnames)} columns of the header;"
-                        " is a tab or a quote missing?"
+                        f" is a {DELIMITERS[delimiter]} or a quote missing?"
                     )
-                if any("\n" in text and "\t" in text for text in texts):
+                if any("\n" in row[column] and delimiter in row[column] for column in wanted):
                     raise UserError(f"{where}: a quoted field swallows lines; close its quote")
-                label = None
-                if labelled:
-                    label = _label(row[task.label] or "", task, where)
-                    if label is None:
-                        unlabelled += 1
-                        continue
-                examples.append(Example(row["id"], texts, label))
-                if limit is not None and len(examples) == limit:
-                    break
+                yield where, row
     except FileNotFoundError:
         raise UserError(
             f"{path}: no such file: fetch the course's data with ./setup.sh --data, or try the"
@@ -96,22 +83,56 @@ def read(
         ) from None
     except csv.Error as error:
         raise UserError(f"{path}, line {rows.line_num + 1}: not csv ({error})") from None
+
+
+def read(
+    path: Path, task: Task, labelled: bool = True, limit: int | None = None
+) -> tuple[list[Example], int]:
+    """Read a tab-separated file of the course.
+
+    Args:
+        path: the file.
+        task: says which columns hold the id, the sentences and the label.
+        labelled: whether rows carry labels; a row whose label is empty is then left out.
+        limit: read this many rows and stop.
+
+    Returns:
+        The examples in file order, and the number of rows left out for want of a label.
+
+    Raises:
+        UserError: what cannot be read, by file and line.
+    """
+    examples: list[Example] = []
+    unlabelled = 0
+    wanted, column = ["id", *task.texts], task.label if labelled else None
+    for where, row in read_rows(path, wanted, "\t", column):
+        label = None
+        if labelled:
+            label = _label(row[task.label] or "", task, where)
+            if label is None:
+                unlabelled += 1
+                continue
+        examples.append(Example(row["id"], tuple(row[name] for name in task.texts), label))
+        if limit is not None and len(examples) == limit:
+            break
     if not examples:
         what = f"none of its {unlabelled} rows has a label" if unlabelled else "no rows"
         raise UserError(f"{path}: {what}; expected a header and at least one row")
     return examples, unlabelled
 
 
-def _check_header(path: Path, header: Sequence[str] | None, task: Task, labelled: bool) -> None:
-    """UserError where the header lacks a column that the task needs."""
+def _check_header(
+    path: Path, header: Sequence[str] | None, wanted: Sequence[str], delimiter: str
+) -> None:
+    """UserError where the header lacks a column that is wanted."""
     if header is None:
         raise UserError(f"{path}: empty; expected a header line and rows")
-    wanted = ["id", *task.texts, *([task.label] if labelled else [])]
     missing = [column for column in wanted if column not in header]
     if missing and len(header) == 1:
+        name = DELIMITERS[delimiter]
         raise UserError(
-            f"{path}, line 1: no tab in the header {header[0][:60]!r}; columns must be"
-            " separated by tabs"
+            f"{path}, line 1: no {name} in the header {header[0][:60]!r}; columns must be"
+            f" separated by {name}s"
         )
     if missing:
         found = ", ".join(repr(column) for column in header)
@@ -146,7 +167,7 @@ class Batch:
     `rows`: the B row numbers in `source`.
     """
 
-    source: "TaskData"
+    source: "Sentences"
     rows: np.ndarray
     input_ids: Tensor
     attention_mask: Tensor
@@ -156,14 +177,13 @@ class Batch:
     @property
     def task(self) -> str:
         """The name of the rows' task."""
-        return self.source.task.name
+        return self.source.name
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __str__(self) -> str:
-        ids = [self.source.examples[row].id for row in self.rows]
-        return f"task {self.task}, rows with ids {' '.join(ids)}"
+        return f"task {self.task}, {self.source.names(self.rows)}"
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch with its tensors on `device`."""
@@ -177,42 +197,43 @@ class Batch:
         return replace(self, **moved)
 
 
-class TaskData:
-    """One file of one task: its examples, tokenised once.
+class Sentences:
+    """Rows of one or several sentences, tokenised once: what batches are made of.
 
-    Attributes: `task`, `path`, `examples`, `unlabelled` (rows left out), `truncated` (rows with a
-    sentence beyond the model's limit), `width` (embeddings a row, 1 or 2).
+    Args:
+        name: of the rows' task.
+        path: the file that they are from.
+        columns: the first sentence of every row, the second of every row, ...
+        joint: whether two sentences become one sequence, "[CLS] a [SEP] b [SEP]".
+
+    Attributes: `truncated` (rows with a sentence beyond the model's limit), `width` (embeddings a
+    row), `lengths` (tokens of each row's longest sequence), `labels` (none here).
     """
+
+    labels: Tensor | None = None
 
     def __init__(
         self,
+        name: str,
         path: Path,
-        task: Task,
+        columns: Sequence[Sequence[str]],
         tokenizer: BertTokenizer,
-        pair_encoding: str = "separate",
-        labelled: bool = True,
-        limit: int | None = None,
+        joint: bool = False,
     ):
+        self.name = name
         self.path = path
-        self.task = task
-        self.examples, self.unlabelled = read(path, task, labelled, limit)
         self.pad_token_id = tokenizer.pad_token_id
-        columns = [[e.texts[i] for e in self.examples] for i in range(len(task.texts))]
-        joint = len(columns) == 2 and pair_encoding == "joint"
         self.width = 1 if joint else len(columns)
         # Token ids of each embedding, ids[k][row]. Jointly encoded pairs have one list.
         self.ids: list[list[np.ndarray]] = [[] for _ in range(self.width)]
         self.first_lengths: list[int] | None = [] if joint else None
         self.truncated = 0
-        for start in range(0, len(self.examples), TOKENISED_AT_ONCE):
+        for start in range(0, len(columns[0]), TOKENISED_AT_ONCE):
             chunk = [column[start : start + TOKENISED_AT_ONCE] for column in columns]
             self._tokenise(chunk, tokenizer)
         self.lengths = np.array([[len(ids) for ids in column] for column in self.ids]).max(axis=0)
-        self.labels = (
-            torch.tensor([e.label for e in self.examples], dtype=task.dtype) if labelled else None
-        )
 
-    def _tokenise(self, columns: list[list[str]], tokenizer: BertTokenizer) -> None:
+    def _tokenise(self, columns: list[Sequence[str]], tokenizer: BertTokenizer) -> None:
         limit = tokenizer.max_length
         if self.first_lengths is not None:
             encoded = [tokenizer.encode_batch(*columns, max_length=limit)]
@@ -224,15 +245,21 @@ class TaskData:
         self.truncated += sum(any(e.overflowing for e in row) for row in zip(*encoded, strict=True))
 
     def __len__(self) -> int:
-        return len(self.examples)
+        return len(self.ids[0])
 
     def __str__(self) -> str:
-        notes = [f"{self.path}: {len(self):,} rows"]
-        if self.unlabelled:
-            notes.append(f"{self.unlabelled} without a label left out")
+        notes = [f"{self.path}: {len(self):,} rows", *self.notes()]
         if self.truncated:
             notes.append(f"{self.truncated} truncated to the model's limit")
         return ", ".join(notes)
+
+    def notes(self) -> list[str]:
+        """What else there is to say of the rows."""
+        return []
+
+    def names(self, rows: np.ndarray) -> str:
+        """How a message calls these rows."""
+        return "rows " + " ".join(str(row + 1) for row in rows)
 
     def batch(self, rows: np.ndarray) -> Batch:
         """The batch of these row numbers, padded to its longest sentence."""
@@ -258,7 +285,7 @@ class TaskData:
 
     def training_batches(self, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
         """Row numbers of each batch of a pass over the set: shuffled, of like length."""
-        rng = np.random.default_rng([seed, epoch, zlib.crc32(self.task.name.encode())])
+        rng = np.random.default_rng([seed, epoch, zlib.crc32(self.name.encode())])
         order = rng.permutation(len(self))
         batches: list[np.ndarray] = []
         for start in range(0, len(order), POOL * batch_size):
@@ -272,6 +299,35 @@ class TaskData:
         order = np.argsort(-self.lengths, kind="stable")
         for start in range(0, len(order), batch_size):
             yield self.batch(order[start : start + batch_size])
+
+
+class TaskData(Sentences):
+    """One file of one task. Attributes: `task`, `examples`, `unlabelled` (rows left out)."""
+
+    def __init__(
+        self,
+        path: Path,
+        task: Task,
+        tokenizer: BertTokenizer,
+        pair_encoding: str = "separate",
+        labelled: bool = True,
+        limit: int | None = None,
+    ):
+        self.task = task
+        self.examples, self.unlabelled = read(path, task, labelled, limit)
+        columns = list(zip(*(example.texts for example in self.examples), strict=True))
+        joint = len(columns) == 2 and pair_encoding == "joint"
+        super().__init__(task.name, path, columns, tokenizer, joint)
+        if labelled:
+            self.labels = torch.tensor([e.label for e in self.examples], dtype=task.dtype)
+
+    def notes(self) -> list[str]:
+        """How many rows were left out."""
+        return [f"{self.unlabelled} without a label left out"] if self.unlabelled else []
+
+    def names(self, rows: np.ndarray) -> str:
+        """The rows by their ids."""
+        return "rows with ids " + " ".join(self.examples[row].id for row in rows)
 
 
 # ---------------------------------------------------------------------------- mixing tasks
@@ -294,7 +350,7 @@ class Mixture:
 
     def __init__(
         self,
-        sets: Sequence[TaskData],
+        sets: Sequence[Sentences],
         batch_size: int,
         seed: int,
         epochs: int,

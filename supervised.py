@@ -26,7 +26,7 @@ from evaluation import (
 from optimizer import AdamW, parameter_groups
 from tasks import TASKS, MultitaskBERT, Task, find_tasks
 from tokenizer import BertTokenizer
-from train import peak_memory, prepare, train
+from train import peak_memory, prepare, summed, train
 
 
 @dataclass
@@ -97,7 +97,7 @@ def fit(
     started = time.perf_counter()
     best = train(
         model,
-        loss_fn,
+        summed(loss_fn),
         mixture,
         optimizers,
         lambda: evaluate(model, sets["dev"], args.batch_size, embedder),

@@ -1,7 +1,6 @@
 """The training loop that every script shares. It knows nothing of tasks.
 
-A step is a list of batches whose losses are summed over rows and divided once by the number of
-rows, so that accumulation, and the short last batch, weigh every row alike.
+A step is a list of batches, and a function that makes gradients of them; scripts differ in those.
 """
 
 import ctypes
@@ -143,9 +142,31 @@ class Plan(Protocol):
         """The epoch's steps, each a list of batches."""
 
 
+def summed(loss_fn: Callable[[Any], Tensor]) -> Callable[[Sequence[Any]], float]:
+    """A step's gradients where each row has a loss of its own: those of the mean over all rows.
+
+    Args:
+        loss_fn: batch -> the loss of each of its rows, (B,), float32.
+
+    Losses are summed over the rows of all batches and divided once by their number, so that
+    accumulation, and the short last batch, weigh every row alike. One batch is held at a time.
+    """
+
+    def gradients(batches: Sequence[Any]) -> float:
+        count = sum(len(batch) for batch in batches)
+        loss = 0.0
+        for batch in batches:
+            part = loss_fn(batch).sum() / count
+            part.backward()
+            loss += part.item()
+        return loss
+
+    return gradients
+
+
 def train(
     model: nn.Module,
-    loss_fn: Callable[[Any], Tensor],
+    gradients: Callable[[Sequence[Any]], float],
     plan: Plan,
     optimizers: dict[str, AdamW],
     evaluate: Callable[[], dict[str, Any]],
@@ -156,7 +177,8 @@ def train(
 
     Args:
         model: has `save_pretrained(folder)` and `device`.
-        loss_fn: batch -> the loss of each of its rows, (B,), float32.
+        gradients: takes a step's batches on `model.device`, leaves gradients in the parameters, and
+            returns the loss for the log; `summed(loss_fn)` where rows' losses are added up.
         plan: the steps of each epoch.
         optimizers: by name; a step moves only those whose parameters have a gradient.
         evaluate: called after each epoch (and every `args.eval_every` steps), with the model in
@@ -204,13 +226,8 @@ def train(
         bar.write(f"epoch {epoch + 1}, step {step}: {found['summary']} ({mark})", file=sys.stdout)
 
     def take(batches: Sequence[Any]) -> tuple[float, float]:
-        """One step: the mean loss of its rows, and the gradient's norm before clipping."""
-        count = sum(len(batch) for batch in batches)
-        loss = 0.0
-        for batch in batches:
-            part = loss_fn(batch.to(model.device)).sum() / count
-            part.backward()
-            loss += part.item()
+        """One step: its loss, and the gradient's norm before clipping."""
+        loss = gradients([batch.to(model.device) for batch in batches])
         limit = args.clip or math.inf
         norm = nn.utils.clip_grad_norm_(parameters, limit).item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -243,7 +260,7 @@ def train(
                     loss=loss,
                     grad_norm=norm,
                     lr=rates,
-                    of=batches[0].task,
+                    of="+".join(dict.fromkeys(batch.task for batch in batches)),
                 )
                 step += 1
                 rows += sum(len(batch) for batch in batches)

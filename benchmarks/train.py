@@ -82,7 +82,7 @@ def ours(args: Namespace, precision: str) -> Callable[[], None]:
     from optimizer import AdamW, parameter_groups
     from tasks import TASKS, MultitaskBERT
     from tokenizer import BertTokenizer
-    from train import prepare, train
+    from train import prepare, summed, train
 
     task = TASKS["sst"]
     _, dtype = prepare(0, "cpu", precision)
@@ -104,7 +104,7 @@ def ours(args: Namespace, precision: str) -> Callable[[], None]:
             run = Run.create(Path(folder) / "run", {})
             train(
                 model,
-                lambda batch: task.loss(model.decode("sst", embedder(batch)), batch.labels),
+                summed(lambda batch: task.loss(model.decode("sst", embedder(batch)), batch.labels)),
                 Mixture([data], args.batch_size, 0, 1),
                 optimizers,
                 lambda: {"score": 0.0, "summary": ""},

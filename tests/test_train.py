@@ -18,7 +18,7 @@ from evaluation import embed
 from optimizer import AdamW, parameter_groups
 from tasks import TASKS, MultitaskBERT
 from tokenizer import BertTokenizer
-from train import Diverged, prepare, train
+from train import Diverged, prepare, summed, train
 
 
 def job(tiny, data, run_dir, *more) -> list:
@@ -65,7 +65,7 @@ class Toy:
         scores = iter(scores or range(10_000))
         return train(
             self.model,
-            loss or self.loss,
+            summed(loss or self.loss),
             plan,
             self.optimizers,
             lambda: {"score": next(scores), "summary": "-"},
