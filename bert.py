@@ -289,14 +289,16 @@ class BertModel(nn.Module):
         Args:
             name: a folder, a hub id, or an embedded model (`checkpoint.model_folder`).
             local_files_only: never ask the network.
-            overrides: fields of `BertConfig` to change, such as `hidden_dropout_prob=0.3`.
+            overrides: fields of `BertConfig` to change, such as `hidden_dropout_prob=0.3`; None
+                leaves the checkpoint's own.
 
         Raises:
             UserError: no such model, an unsupported architecture, or weights that do not fit.
         """
         folder = model_folder(name, local_files_only=local_files_only)
         config = BertConfig.from_file(folder / "config.json")
-        config = BertConfig(**{**asdict(config), **overrides})
+        given = {name: value for name, value in overrides.items() if value is not None}
+        config = BertConfig(**{**asdict(config), **given})
         with torch.device("meta"):  # shapes without memory: every weight is about to be read
             model = cls(config)
         model.to_empty(device="cpu")

@@ -298,6 +298,7 @@ class Run:
         """Start a run in the new folder `path`, its `config.json` first."""
         cls.check(path)
         try:
+            arguments = {k: str(v) if isinstance(v, Path) else v for k, v in arguments.items()}
             write_json(path / "config.json", {"arguments": arguments, **facts, **provenance()})
             return cls(path)
         except OSError as error:

@@ -8,17 +8,17 @@ The run folder gets what multitask_classifier.py's does.
 from argparse import Namespace
 from collections.abc import Sequence
 
-from options import Parser, add_file_flags, add_training_flags, complete, script
+from options import Parser, add_file_flags, add_supervised_flags, complete_supervised, script
 
 
 def parse(argv: Sequence[str] | None = None) -> Namespace:
     """The command line, checked and completed."""
     parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("--task", choices=["sst", "cfimdb"], default="sst")
-    add_training_flags(parser)
+    add_supervised_flags(parser)
     add_file_flags(parser, "", "the task's file")
     args = parser.parse_args(argv)
-    complete(args, parser, "classifier")
+    complete_supervised(args, parser, "classifier")
     return args
 
 

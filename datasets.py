@@ -330,6 +330,28 @@ class TaskData(Sentences):
         return "rows with ids " + " ".join(self.examples[row].id for row in rows)
 
 
+NLI_COLUMNS = ("sent0", "sent1", "hard_neg")  # premise, entailment, contradiction
+
+
+def read_triples(path: Path, limit: int | None = None) -> list[tuple[str, ...]]:
+    """The (premise, entailment, contradiction) rows of a comma-separated file like SimCSE's.
+
+    Raises:
+        UserError: what cannot be read, by file and line; a sentence that is empty.
+    """
+    triples: list[tuple[str, ...]] = []
+    for where, row in read_rows(path, NLI_COLUMNS, ","):
+        for column in NLI_COLUMNS:
+            if not row[column].strip():
+                raise UserError(f"{where}: {column} is empty; a triple needs its three sentences")
+        triples.append(tuple(row[column] for column in NLI_COLUMNS))
+        if len(triples) == limit:
+            break
+    if not triples:
+        raise UserError(f"{path}: no rows; expected a header and at least one row")
+    return triples
+
+
 # ---------------------------------------------------------------------------- mixing tasks
 
 SAMPLINGS = ("roundrobin", "proportional", "annealed")

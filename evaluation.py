@@ -53,6 +53,17 @@ def embed(model: MultitaskBERT, batch: Batch) -> Tensor:
 
 
 @torch.no_grad()
+def embeddings(model: MultitaskBERT, data: TaskData, batch_size: int) -> Tensor:
+    """The embeddings of every row, (N, width, D) float32 on the CPU, in file order."""
+    model.eval()
+    vectors = torch.empty(len(data), data.width, model.bert.config.hidden_size)
+    for batch in data.in_order(batch_size):
+        found = embed(model, batch.to(model.device)).cpu()
+        vectors[torch.from_numpy(batch.rows)] = found.unflatten(0, (data.width, -1)).transpose(0, 1)
+    return vectors
+
+
+@torch.no_grad()
 def predict(model: MultitaskBERT, data: TaskData, batch_size: int, embedder: Embed) -> Tensor:
     """The logits of every row, (N, C) float32 on the CPU, in file order."""
     model.eval()

@@ -11,7 +11,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any
 
-from options import Parser, add_file_flags, add_training_flags, complete, script
+from options import Parser, add_file_flags, add_supervised_flags, complete_supervised, script
 
 TASK_FLAGS = {"sst": "SST sentiment", "para": "Quora question pairs", "sts": "STS similarity"}
 
@@ -28,7 +28,7 @@ def __getattr__(name: str) -> Any:
 def parse(argv: Sequence[str] | None = None) -> Namespace:
     """The command line, checked and completed."""
     parser = Parser(__doc__.splitlines()[0])
-    add_training_flags(parser)
+    add_supervised_flags(parser)
     add = parser.add_argument
     add("--tasks", default="sst,para,sts", help="names of rows in tasks.TASKS, by commas")
     add(
@@ -47,7 +47,7 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
     for task, what in TASK_FLAGS.items():
         add_file_flags(parser, f"{task}_", what)
     args = parser.parse_args(argv)
-    complete(args, parser, "multitask")
+    complete_supervised(args, parser, "multitask")
     args.tasks = [name.strip() for name in args.tasks.split(",")]
     if len(set(args.tasks)) < len(args.tasks):
         parser.error(f"--tasks {','.join(args.tasks)}: name each task once")

@@ -68,15 +68,8 @@ DROPOUT = number(float, 0, 1, below=True)
 
 
 def add_training_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of every supervised script, the course's names and defaults where there are any."""
+    """The flags of every script that trains: the course's names and, mostly, defaults."""
     add = parser.add_argument
-    add(
-        "--option",
-        choices=["pretrain", "finetune"],
-        default="pretrain",
-        help="pretrain: BERT is frozen and the heads are trained on it (linear probing);"
-        " finetune: BERT is trained too",
-    )
     add("--model", default="bert-base-uncased", help="a folder, a hub id, or all-MiniLM-L6-v2")
     add("--data_dir", type=Path, default=Path("data"), help="folder of the csv files")
     add(
@@ -84,13 +77,8 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="a new folder for all that the run writes (default: under runs/, named by the time)",
     )
-    add("--epochs", type=POSITIVE, help="(default: 10 for pretrain, 3 for finetune)")
     add("--batch_size", type=POSITIVE, default=32, help="rows in a batch")
     add("--accumulate", type=POSITIVE, default=1, help="batches in a step")
-    add(
-        "--lr", type=RATE, help="peak learning rate (default: 1e-2 for pretrain, 5e-5 for finetune)"
-    )
-    add("--head_lr", type=RATE, help="of the heads when fine-tuning (default: 1e-2)")
     add("--schedule", choices=["linear", "constant"], default="linear", help="after the warm-up")
     add("--warmup", type=DROPOUT, default=0.1, help="fraction of the steps")
     add("--weight_decay", type=AMOUNT, default=0.01, help="not on biases and LayerNorm")
@@ -104,10 +92,33 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=number(int, 0, 2**63 - 1), default=11711)
     add("--use_gpu", action="store_true", help="the same as --device cuda")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
-    add("--precision", choices=["auto", "fp32", "bf16"], default="auto")
+    add(
+        "--precision",
+        choices=["auto", "fp32", "bf16"],
+        default="auto",
+        help="of matrix products; auto: bf16 where it is faster",
+    )
     add("--limit", type=POSITIVE, help="rows read of each file, to try things")
     add("--eval_every", type=COUNT, default=0, help="also evaluate every so many steps")
     add("--patience", type=COUNT, default=0, help="evaluations without a better score; 0: no limit")
+
+
+def add_supervised_flags(parser: argparse.ArgumentParser) -> None:
+    """`add_training_flags`, and those of training heads on labels."""
+    add_training_flags(parser)
+    add = parser.add_argument
+    add(
+        "--option",
+        choices=["pretrain", "finetune"],
+        default="pretrain",
+        help="pretrain: BERT is frozen and the heads are trained on it (linear probing);"
+        " finetune: BERT is trained too",
+    )
+    add("--epochs", type=POSITIVE, help="(default: 10 for pretrain, 3 for finetune)")
+    add(
+        "--lr", type=RATE, help="peak learning rate (default: 1e-2 for pretrain, 5e-5 for finetune)"
+    )
+    add("--head_lr", type=RATE, help="of the heads when fine-tuning (default: 1e-2)")
 
 
 def add_file_flags(parser: argparse.ArgumentParser, prefix: str, what: str) -> None:
@@ -125,11 +136,26 @@ def add_file_flags(parser: argparse.ArgumentParser, prefix: str, what: str) -> N
 
 
 def complete(args: argparse.Namespace, parser: argparse.ArgumentParser, name: str) -> None:
-    """Fill in the defaults that depend on other flags; refuse flags that contradict each other."""
+    """Fill in the defaults that depend on other flags; refuse flags that contradict each other.
+
+    Args:
+        args: what was parsed; changed in place.
+        parser: to complain through.
+        name: of the kind of run, the start of its folder's name.
+    """
     if args.use_gpu and args.device not in ("auto", "cuda"):
         parser.error(f"--use_gpu contradicts --device {args.device}; give one of them")
     if args.use_gpu:
         args.device = "cuda"
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    args.run_dir = args.run_dir or Path("runs") / f"{name}-{stamp}"
+
+
+def complete_supervised(
+    args: argparse.Namespace, parser: argparse.ArgumentParser, name: str
+) -> None:
+    """`complete`, and the learning rates and epochs that `--option` decides."""
+    complete(args, parser, f"{name}-{args.option}")
     if args.option == "pretrain" and args.lr and args.head_lr:
         parser.error("--lr and --head_lr are the same with --option pretrain; give one of them")
     if args.option == "pretrain":
@@ -138,8 +164,6 @@ def complete(args: argparse.Namespace, parser: argparse.ArgumentParser, name: st
         args.lr = args.lr or DEFAULT_LR
         args.head_lr = args.head_lr or DEFAULT_HEAD_LR
     args.epochs = args.epochs or DEFAULT_EPOCHS[args.option]
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    args.run_dir = args.run_dir or Path("runs") / f"{name}-{args.option}-{stamp}"
 
 
 def script(main: Callable[[Sequence[str] | None], None]) -> NoReturn:

@@ -87,7 +87,7 @@ def fit(
     )
     run = Run.create(
         args.run_dir,
-        {key: str(v) if isinstance(v, Path) else v for key, v in vars(args).items()},
+        vars(args),
         device=str(device),
         precision=str(precision).removeprefix("torch."),
         decoders=model.decoders,
@@ -178,11 +178,8 @@ def build(
     tokenizer: BertTokenizer,
 ) -> MultitaskBERT:
     """The model that the command line describes, frozen for linear probing."""
-    overrides = {}
-    if args.hidden_dropout_prob is not None:
-        overrides["hidden_dropout_prob"] = args.hidden_dropout_prob
     model = MultitaskBERT(
-        BertModel.from_pretrained(args.model, **overrides),
+        BertModel.from_pretrained(args.model, hidden_dropout_prob=args.hidden_dropout_prob),
         tasks,
         decoders,
         args.pooling,

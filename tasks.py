@@ -351,15 +351,20 @@ class MultitaskBERT(nn.Module):
         return self.bert.word_embedding.weight.device
 
     def embed(
-        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        token_type_ids: Tensor | None = None,
+        pooling: str | None = None,
     ) -> Tensor:
-        """Token ids (B, T) -> sentence embeddings (B, D), float32."""
+        """Token ids (B, T) -> embeddings (B, D), float32, by the model's pooling or another."""
+        pooling = pooling or self.pooling
         with torch.autocast(
             input_ids.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16
         ):
-            first = None if self.pooling == "mean" else 1
+            first = None if pooling == "mean" else 1
             output = self.bert(input_ids, attention_mask, token_type_ids, first)
-            return pool(output, attention_mask, self.pooling).float()
+            return pool(output, attention_mask, pooling).float()
 
     def decode(self, task: str, embeddings: Tensor) -> Tensor:
         """Embeddings of a task's rows -> logits (B, C).

@@ -12,8 +12,8 @@ LAYERS = [
     {"tasks"},
     {"datasets"},
     {"evaluation"},
-    {"supervised", "options"},
-    {"classifier", "multitask_classifier"},
+    {"supervised", "contrastive", "options"},
+    {"classifier", "multitask_classifier", "simcse"},
 ]
 LAYER = {name: i for i, names in enumerate(LAYERS) for name in names}
 LATE = {
@@ -56,7 +56,7 @@ def test_oracles_are_never_imported(name):
     assert not imports(tree) & {"transformers", "sentence_transformers"}
 
 
-@pytest.mark.parametrize("name", ["options", "classifier", "multitask_classifier"])
+@pytest.mark.parametrize("name", ["options", "classifier", "multitask_classifier", "simcse"])
 def test_scripts_parse_before_they_import_anything_heavy(name):
     tree = ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8"))
     top = ast.Module([n for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom)], [])

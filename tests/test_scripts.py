@@ -29,7 +29,7 @@ def refused(run_script, module, flags, *expected) -> str:
     return lines[0]
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", [*SCRIPTS, "simcse"])
 def test_help_imports_nothing_heavy(name):
     code = f"""
 import sys
@@ -44,7 +44,7 @@ assert not {{"torch", "numpy", "scipy", "sklearn", "tokenizers"}} & set(sys.modu
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, encoding="utf-8"
     )
     assert done.returncode == 0, done.stderr
-    assert "--option" in done.stdout
+    assert "--model" in done.stdout
 
 
 def test_a_real_process_ends_with_one_line_and_code_2(tmp_path):

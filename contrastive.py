@@ -1,0 +1,277 @@
+"""The job of `simcse.py`: sentences in, an encoder out whose cosines mean similarity.
+
+Shapes: B rows of a step, D hidden size, V views of a row: (premise, entailment, contradiction), or
+the same sentence twice.
+"""
+
+import math
+import time
+from argparse import Namespace
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from scipy import stats
+from torch import Tensor
+from torch.nn import functional as F
+
+from bert import BertModel
+from checkpoint import Run, UserError
+from datasets import Batch, Mixture, Sentences, TaskData, read_triples
+from evaluation import embeddings
+from optimizer import AdamW, parameter_groups
+from tasks import TASKS, MultitaskBERT
+from tokenizer import BertTokenizer
+from train import peak_memory, prepare, train
+
+# ---------------------------------------------------------------------------- the loss
+
+
+def contrastive_loss(
+    anchors: Tensor,
+    positives: Tensor,
+    negatives: Tensor | None = None,
+    excluded: Tensor | None = None,
+    temperature: float = 0.05,
+    hard_negative_weight: float = 1.0,
+) -> Tensor:
+    """The loss of each row, (B,): equation (1) of the paper in its standard form, that of SimCSE.
+
+        -log e(i, i+) / sum_j [e(i, j+) + w_ij e(i, j-)],    e(i, j) = exp(cos(h_i, h_j) / t)
+
+    with w_ij = `hard_negative_weight` for j = i, else 1 (Gao et al. 2021, equations 5 and 8). The
+    paper prints h_i where SimCSE has h_j in the denominator, a slip: all terms of its sum would be
+    equal, and no other row a negative. It prints no temperature either, which means t = 1.
+
+    Args:
+        anchors, positives, negatives: embeddings (B, D); without negatives e(i, j-) is 0.
+        excluded: (B, C) bool, C = B or 2 B: candidates (positives, then negatives) that are left
+            out of a row's sum. Its own positive always counts.
+        temperature: t above, positive.
+        hard_negative_weight: w_ii above, positive.
+    """
+    candidates = positives if negatives is None else torch.cat([positives, negatives])  # (C, D)
+    scores = F.normalize(anchors, dim=-1) @ F.normalize(candidates, dim=-1).T / temperature
+    own = torch.arange(len(anchors), device=scores.device)
+    if negatives is not None:
+        weights = torch.zeros_like(scores)
+        weights[own, own + len(anchors)] = math.log(hard_negative_weight)
+        scores = scores + weights
+    if excluded is not None:
+        others = excluded.clone()
+        others[own, own] = False
+        scores = scores.masked_fill(others, -torch.inf)
+    return F.cross_entropy(scores, own, reduction="none")
+
+
+def false_negatives(keys: Tensor) -> Tensor:
+    """The candidates that are no true negatives of a row: sentence keys (V, B) -> (B, C) bool.
+
+    Equal sentences have equal keys. A candidate is no negative where it equals the row's first or
+    second sentence, or is the second sentence of a row whose first is equal.
+    """
+    first, second = keys[0][:, None], keys[1][:, None]  # (B, 1)
+    candidates = keys[1:].flatten()  # (C,)
+    found = (candidates == first) | (candidates == second)
+    found[:, : len(first)] |= keys[0] == first
+    return found
+
+
+def sentence_keys(batches: Sequence[Batch]) -> Tensor:
+    """Numbers (V, B) for the sentences of a step, equal where their token ids are."""
+    width = max(batch.input_ids.size(1) for batch in batches)
+    parts = []
+    for batch in batches:
+        ids = batch.input_ids.masked_fill(batch.attention_mask == 0, -1)
+        ids = F.pad(ids, (0, width - ids.size(1)), value=-1)
+        parts.append(ids.unflatten(0, (batch.source.width, len(batch))))
+    rows = torch.cat(parts, dim=1)  # (V, B, T)
+    rows = rows.expand(max(2, len(rows)), -1, -1)  # a lone sentence is its own second view
+    _, keys = torch.unique(rows.flatten(0, 1), dim=0, return_inverse=True)
+    return keys.view(rows.shape[:2])
+
+
+class Contrast:
+    """Gradients of `contrastive_loss` over all rows of a step together, for `train.train`.
+
+    With several batches in a step (`--accumulate`) the loss is still that of the one big batch, in
+    which every row is a negative of every other, and memory that of a small one (gradient caching,
+    Gao et al. 2021, https://arxiv.org/abs/2101.06983): embeddings are made first, keeping nothing
+    else; the loss gives each its gradient; then every batch is encoded again, under the same
+    dropout, and takes its gradients further.
+    """
+
+    def __init__(self, model: MultitaskBERT, args: Namespace):
+        self.model = model
+        self.args = args
+
+    def embed(self, batch: Batch) -> Tensor:
+        """The views of a batch's rows, (V, b, D); a lone sentence is seen twice."""
+        ids, mask = batch.input_ids, batch.attention_mask
+        if batch.source.width == 1:
+            ids, mask = torch.cat([ids, ids]), torch.cat([mask, mask])
+        vectors = self.model.embed(ids, mask, pooling=self.args.pooling)
+        return vectors.unflatten(0, (-1, len(batch)))
+
+    def loss(self, vectors: Tensor, batches: Sequence[Batch]) -> Tensor:
+        """The mean loss of the step's rows, from their views (V, B, D)."""
+        losses = contrastive_loss(
+            *vectors,
+            excluded=false_negatives(sentence_keys(batches)),
+            temperature=self.args.temperature,
+            hard_negative_weight=self.args.hard_negative_weight,
+        )
+        return losses.mean()
+
+    def __call__(self, batches: Sequence[Batch]) -> float:
+        """Leave gradients in the model's parameters; the mean loss for the log."""
+        if len(batches) == 1:
+            loss = self.loss(self.embed(batches[0]), batches)
+            loss.backward()
+            return loss.item()
+        devices = [self.model.device] if self.model.device.type == "cuda" else []
+        states, parts = [], []
+        with torch.no_grad():
+            for batch in batches:
+                states.append((torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)))
+                parts.append(self.embed(batch))
+        vectors = torch.cat(parts, dim=1).requires_grad_()
+        loss = self.loss(vectors, batches)
+        loss.backward()
+        shares = vectors.grad.split([len(batch) for batch in batches], dim=1)
+        for batch, (state, *on_device), share in zip(batches, states, shares, strict=True):
+            with torch.random.fork_rng(devices):
+                torch.set_rng_state(state)
+                for device, other in zip(devices, on_device, strict=True):
+                    torch.cuda.set_rng_state(other, device)
+                self.embed(batch).backward(share)
+        return loss.item()
+
+
+# ---------------------------------------------------------------------------- figures
+
+
+def alignment(u: Tensor, v: Tensor) -> float:
+    """Mean squared distance of the unit vectors of positive pairs (N, D), 0 to 4, less is better.
+
+    Wang & Isola 2020, https://arxiv.org/abs/2005.10242, with their alpha = 2.
+    """
+    u, v = F.normalize(u.double(), dim=-1), F.normalize(v.double(), dim=-1)
+    return (u - v).square().sum(dim=-1).mean().item()
+
+
+def uniformity(x: Tensor) -> float:
+    """log of the mean of exp(-2 squared distance) over all pairs of unit vectors, less is better.
+
+    x: (N, D). Wang & Isola 2020, with their t = 2.
+    """
+    x = F.normalize(x.double(), dim=-1)
+    # Of unit vectors, the squared distance is 2 - 2 cos. In blocks, as memory is to be bounded.
+    total = sum((4 * (block @ x.T) - 4).exp().sum().item() for block in x.split(1024))
+    pairs = len(x) * (len(x) - 1)
+    return math.log((total - len(x)) / pairs)  # each vector met itself once, at a distance of 0
+
+
+def figures(model: MultitaskBERT, dev: TaskData, batch_size: int) -> dict[str, Any]:
+    """How well the plain cosine of embeddings orders the STS pairs of `dev`, without training.
+
+    Spearman's rho with the 0-5 scores ("score"); alignment over the pairs of at least 4, SimCSE's
+    threshold; uniformity over all sentences.
+    """
+    vectors = embeddings(model, dev, batch_size)  # (N, 2, D)
+    u, v = vectors[:, 0], vectors[:, 1]
+    cosines = F.cosine_similarity(u.double(), v.double(), dim=-1)
+    gold = dev.labels.double()
+    constant = len(gold) < 2 or not cosines.std() or not gold.std()
+    spearman = 0.0 if constant else float(stats.spearmanr(cosines, gold).statistic)
+    similar = gold >= 4
+    found = {
+        "spearman": spearman,
+        "alignment": alignment(u[similar], v[similar]) if similar.any() else None,
+        "uniformity": uniformity(vectors.flatten(0, 1)),
+    }
+    numbers = ", ".join(f"{key} {value:.3f}" for key, value in found.items() if value is not None)
+    return {"score": spearman, "summary": f"sts {numbers}", **found}
+
+
+# ---------------------------------------------------------------------------- the job
+
+
+def load(args: Namespace, tokenizer: BertTokenizer) -> tuple[Sentences, TaskData]:
+    """The training sentences (triples, or each distinct sentence by itself) and STS dev."""
+    path = args.nli or args.data_dir / "nli_for_simcse.csv"
+    triples = read_triples(path, args.limit)
+    columns: list[Sequence[str]] = list(zip(*triples, strict=True))
+    if args.mode == "unsupervised":
+        columns = [list(dict.fromkeys(text for triple in triples for text in triple))]
+    sentences = Sentences("nli", path, columns, tokenizer)
+    if len(sentences) < 2:
+        raise UserError(f"{path}: one row; a contrastive loss needs at least two")
+    sts = TASKS["sts"]
+    dev_path = args.sts_dev or args.data_dir / sts.files.format("dev")
+    return sentences, TaskData(dev_path, sts, tokenizer, limit=args.limit)
+
+
+def fit(args: Namespace) -> dict[str, Any]:
+    """Train in a new run folder, keeping the best encoder by Spearman; what `result.json` holds.
+
+    Unsupervised with the pooler, it is trained through the pooler (SimCSE's MLP) and evaluated and
+    kept without: the pooling of best/ is then `cls`.
+
+    Raises:
+        UserError: anything the user can mend; before training starts nothing has been written.
+    """
+    device, precision = prepare(args.seed, args.device, args.precision)
+    Run.check(args.run_dir)
+    tokenizer = BertTokenizer.from_pretrained(args.model)
+    sentences, dev = load(args, tokenizer)
+    print(sentences, dev, sep="\n")
+    without_mlp = args.mode == "unsupervised" and args.pooling == "pooler"
+    model = MultitaskBERT(
+        BertModel.from_pretrained(args.model, hidden_dropout_prob=args.hidden_dropout_prob),
+        tasks=[],
+        pooling="cls" if without_mlp else args.pooling,
+        tokenizer=tokenizer,
+    )
+    model.precision = precision
+    model.to(device)
+    optimizers = {"bert": AdamW(parameter_groups(model.bert, args.weight_decay), lr=args.lr)}
+    mixture = Mixture(
+        [sentences], args.batch_size, args.seed, args.epochs, accumulate=args.accumulate
+    )
+    run = Run.create(
+        args.run_dir,
+        vars(args),
+        device=str(device),
+        precision=str(precision).removeprefix("torch."),
+        rows={"train": {"nli": len(sentences)}, "dev": {"sts": len(dev)}},
+    )
+    print(f"run folder: {run.path}")
+    model.eval()
+    before = figures(model, dev, args.batch_size)
+    run.log("dev", 0, epoch=-1, **before)
+    print(f"before training: {before['summary']}")
+    started = time.perf_counter()
+    best = train(
+        model,
+        Contrast(model, args),
+        mixture,
+        optimizers,
+        lambda: figures(model, dev, args.batch_size),
+        run,
+        args,
+    )
+    seconds = time.perf_counter() - started
+    names = ("spearman", "alignment", "uniformity")
+    result = {
+        "dev": {"sts": {name: best[name] for name in names}},
+        "before": {"sts": {name: before[name] for name in names}},
+        "best_epoch": best["epoch"] + 1,
+        "best_step": best["step"],
+        "training_seconds": round(seconds, 1),
+        "peak_memory_bytes": peak_memory(device),
+    }
+    run.finish(result)
+    print(f"dev, best epoch {best['epoch'] + 1}: {best['summary']}")
+    print(f"{run.path}: best/, result.json; trained for {seconds:.0f} s")
+    return result
