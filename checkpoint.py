@@ -280,6 +280,7 @@ class Run:
 
     def __init__(self, path: Path):
         self.path = path
+        self.facts: dict[str, Any] = {}  # what every line of the log says from now on
         self._log = open(path / "log.jsonl", "a", encoding="utf-8", newline="\n")  # noqa: SIM115
         self._board = None
         if util.find_spec("tensorboard") is not None:
@@ -305,12 +306,12 @@ class Run:
             raise UserError(f"--run_dir {path}: cannot be written ({error.strerror})") from None
 
     def log(self, kind: str, step: int, **figures: Any) -> None:
-        """Append `{"kind": kind, "step": step, **figures}` as one line, at once on disk."""
-        line = json.dumps({"kind": kind, "step": step, **figures}, ensure_ascii=False)
+        """Append kind, step, `facts` and figures as one line, at once on disk."""
+        line = json.dumps({"kind": kind, "step": step, **self.facts, **figures}, ensure_ascii=False)
         self._log.write(line + "\n")
         self._log.flush()
         if self._board is not None:
-            tag = f"{kind}/{figures['of']}" if "of" in figures else kind
+            tag = "/".join(filter(None, [self.facts.get("stage"), kind, figures.get("of")]))
             for name, value in _numbers(tag, figures):
                 self._board.add_scalar(name, value, step)
 

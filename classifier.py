@@ -10,6 +10,15 @@ from collections.abc import Sequence
 
 from options import Parser, add_file_flags, add_supervised_flags, complete_supervised, script
 
+# What multitask_classifier.py has flags for, where there is one task.
+ONE_TASK = {
+    "sampling": "roundrobin",
+    "pair_encoding": "separate",
+    "leave_out": None,
+    "surgery": "none",
+    "measure_conflict": 0,
+}
+
 
 def parse(argv: Sequence[str] | None = None) -> Namespace:
     """The command line, checked and completed."""
@@ -17,6 +26,7 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
     parser.add_argument("--task", choices=["sst", "cfimdb"], default="sst")
     add_supervised_flags(parser)
     add_file_flags(parser, "", "the task's file")
+    parser.set_defaults(**ONE_TASK)
     args = parser.parse_args(argv)
     complete_supervised(args, parser, "classifier")
     return args

@@ -368,6 +368,9 @@ class Mixture:
     - `proportional`: an epoch is one pass over every set, in random order.
     - `annealed`: as many steps as `proportional`, shared out by (set size)^a, where a falls from 1
       in the first epoch to 0.2 in the last (Stickland & Murray 2019, section 4.2).
+
+    With `together`, each step of `roundrobin` has the batches of every task, as is needed where
+    their gradients are compared.
     """
 
     def __init__(
@@ -378,15 +381,19 @@ class Mixture:
         epochs: int,
         sampling: str = "roundrobin",
         accumulate: int = 1,
+        together: bool = False,
     ):
         if sampling not in SAMPLINGS:
             raise UserError(f"--sampling {sampling}: expected one of {', '.join(SAMPLINGS)}")
+        if together and sampling != "roundrobin":
+            raise UserError(f"--sampling {sampling}: steps with all tasks are roundrobin's alone")
         self.sets = list(sets)
         self.batch_size = batch_size
         self.seed = seed
         self.epochs = epochs
         self.sampling = sampling
         self.accumulate = accumulate
+        self.together = together
         # Steps in one pass over each set.
         self.passes = [math.ceil(math.ceil(len(s) / batch_size) / accumulate) for s in self.sets]
 
@@ -407,26 +414,33 @@ class Mixture:
 
     def steps_in(self, epoch: int) -> int:
         """The number of steps in an epoch."""
-        return sum(self.shares(epoch))
+        shares = self.shares(epoch)
+        return shares[0] if self.together else sum(shares)
 
-    def order(self, epoch: int) -> list[int]:
-        """Which set each step of the epoch draws from."""
+    def order(self, epoch: int) -> list[list[int]]:
+        """Which sets each step of the epoch draws from."""
         shares = self.shares(epoch)
         if self.sampling == "roundrobin":
-            return list(range(len(shares))) * shares[0]
+            everyone = list(range(len(shares)))
+            return [everyone] * shares[0] if self.together else [[i] for i in everyone] * shares[0]
         rng = np.random.default_rng([self.seed, epoch])
-        return rng.permutation(np.repeat(np.arange(len(shares)), shares)).tolist()
+        drawn = rng.permutation(np.repeat(np.arange(len(shares)), shares))
+        return [[i] for i in drawn.tolist()]
 
     def steps(self, epoch: int) -> Iterator[list[Batch]]:
         """The epoch's steps."""
         earlier = [self.shares(e) for e in range(epoch)]
         position = [sum(share[i] for share in earlier) for i in range(len(self.sets))]
         rows: dict[int, tuple[int, list[np.ndarray]]] = {}  # set -> (pass, its batches)
-        for i in self.order(epoch):
-            number, place = divmod(position[i], self.passes[i])
-            position[i] += 1
-            if i not in rows or rows[i][0] != number:
-                rows[i] = number, self.sets[i].training_batches(self.batch_size, self.seed, number)
-            first = place * self.accumulate
-            chosen = rows[i][1][first : first + self.accumulate]
-            yield [self.sets[i].batch(r) for r in chosen]
+        for step in self.order(epoch):
+            batches: list[Batch] = []
+            for i in step:
+                number, place = divmod(position[i], self.passes[i])
+                position[i] += 1
+                if i not in rows or rows[i][0] != number:
+                    passed = self.sets[i].training_batches(self.batch_size, self.seed, number)
+                    rows[i] = number, passed
+                first = place * self.accumulate
+                chosen = rows[i][1][first : first + self.accumulate]
+                batches += [self.sets[i].batch(r) for r in chosen]
+            yield batches

@@ -11,7 +11,14 @@ from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any
 
-from options import Parser, add_file_flags, add_supervised_flags, complete_supervised, script
+from options import (
+    COUNT,
+    Parser,
+    add_file_flags,
+    add_supervised_flags,
+    complete_supervised,
+    script,
+)
 
 TASK_FLAGS = {"sst": "SST sentiment", "para": "Quora question pairs", "sts": "STS similarity"}
 
@@ -44,6 +51,21 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
             choices=["concat", "dot", "cosine"],
             help="with --pair_encoding separate (default: dot, the paper's)",
         )
+    add("--leave_out", metavar="TASK", help="its head is trained, but its loss never reaches BERT")
+    add(
+        "--surgery",
+        choices=["none", "sum", "pcgrad"],
+        default="none",
+        help="sum, pcgrad: a step has a batch of every task, and BERT gets the sum of their"
+        " gradients, for pcgrad after conflicts are projected away (Yu et al. 2020)",
+    )
+    add(
+        "--measure_conflict",
+        type=COUNT,
+        default=0,
+        metavar="N",
+        help="every N steps, log how the tasks' gradients lie to each other; 0: never",
+    )
     for task, what in TASK_FLAGS.items():
         add_file_flags(parser, f"{task}_", what)
     args = parser.parse_args(argv)
@@ -55,6 +77,13 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
         for field in ("train", "dev", "test", "dev_out", "test_out", "decoder"):
             if task not in args.tasks and getattr(args, f"{task}_{field}", None) is not None:
                 parser.error(f"--{task}_{field}: {task} is not in --tasks {','.join(args.tasks)}")
+    if args.leave_out and args.leave_out not in args.tasks:
+        parser.error(f"--leave_out {args.leave_out}: not in --tasks {','.join(args.tasks)}")
+    for flag in ("leave_out", "surgery", "measure_conflict"):
+        if args.option == "pretrain" and getattr(args, flag) not in (None, "none", 0):
+            parser.error(f"--{flag} is for training BERT: give --option finetune or lpft")
+    if args.surgery != "none" and args.sampling != "roundrobin":
+        parser.error(f"--surgery {args.surgery} needs --sampling roundrobin: all tasks in a step")
     if args.pair_encoding == "joint" and (args.para_decoder or args.sts_decoder):
         parser.error("--pair_encoding joint has its own (linear) decoder; leave out --*_decoder")
     return args

@@ -13,7 +13,7 @@ from typing import NoReturn
 
 DEFAULT_LR = 5e-5  # of BERT
 DEFAULT_HEAD_LR = 1e-2  # of the heads, frozen BERT or not; LOG.md has the measurement
-DEFAULT_EPOCHS = {"pretrain": 10, "finetune": 3}
+DEFAULT_EPOCHS = {"pretrain": 10, "finetune": 3, "lpft": 3}
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -109,16 +109,15 @@ def add_supervised_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "--option",
-        choices=["pretrain", "finetune"],
+        choices=["pretrain", "finetune", "lpft"],
         default="pretrain",
         help="pretrain: BERT is frozen and the heads are trained on it (linear probing);"
-        " finetune: BERT is trained too",
+        " finetune: BERT is trained too; lpft: first the one until it converges, then the other"
+        " from its heads (Kumar et al. 2022)",
     )
-    add("--epochs", type=POSITIVE, help="(default: 10 for pretrain, 3 for finetune)")
-    add(
-        "--lr", type=RATE, help="peak learning rate (default: 1e-2 for pretrain, 5e-5 for finetune)"
-    )
-    add("--head_lr", type=RATE, help="of the heads when fine-tuning (default: 1e-2)")
+    add("--epochs", type=POSITIVE, help="(default: 10 for pretrain, else 3)")
+    add("--lr", type=RATE, help="peak learning rate (default: 1e-2 for pretrain, else 5e-5)")
+    add("--head_lr", type=RATE, help="of the heads when BERT is trained too (default: 1e-2)")
 
 
 def add_file_flags(parser: argparse.ArgumentParser, prefix: str, what: str) -> None:

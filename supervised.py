@@ -3,17 +3,21 @@
 import os
 import time
 from argparse import Namespace
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from bert import BertModel
 from checkpoint import Run, UserError
 from datasets import Batch, Mixture, TaskData
 from evaluation import (
+    Embed,
     FrozenEmbeddings,
     embed,
     evaluate,
@@ -23,10 +27,22 @@ from evaluation import (
     summary,
     write_predictions,
 )
+from gradients import Surgery, conflict, pcgrad, total
 from optimizer import AdamW, parameter_groups
 from tasks import TASKS, MultitaskBERT, Task, find_tasks
 from tokenizer import BertTokenizer
 from train import peak_memory, prepare, summed, train
+
+# The first stage of lpft: a frozen encoder's heads, trained until dev improves no more.
+PROBE = {
+    "epochs": 50,
+    "patience": 3,
+    "eval_every": 0,
+    "schedule": "constant",
+    "leave_out": None,
+    "surgery": "none",
+    "measure_conflict": 0,
+}
 
 
 @dataclass
@@ -46,8 +62,7 @@ def fit(
     """Train on the tasks that `files` names, in a new run folder, and write all that a run leaves.
 
     Args:
-        args: the command line (`options.add_training_flags`, and for several tasks `sampling` and
-            `pair_encoding`).
+        args: the command line of `multitask_classifier.py`, or one with all that it holds.
         files: task name -> the paths given for it.
         decoders: task name -> decoder, where one is given.
 
@@ -63,28 +78,16 @@ def fit(
     Run.check(args.run_dir)
     tokenizer = BertTokenizer.from_pretrained(args.model)
     sets = load_sets(args, tasks, files, tokenizer)
-    model = build(args, tasks, decoders, tokenizer)
+    model = MultitaskBERT(
+        BertModel.from_pretrained(args.model, hidden_dropout_prob=args.hidden_dropout_prob),
+        tasks,
+        decoders,
+        args.pooling,
+        args.pair_encoding,
+        tokenizer,
+    )
     model.precision = precision
     model.to(device)
-
-    optimizers = {}
-    if args.option == "finetune":
-        optimizers["bert"] = AdamW(parameter_groups(model.bert, args.weight_decay), lr=args.lr)
-    for task in tasks:
-        groups = parameter_groups(model.heads[task.name], args.weight_decay)
-        optimizers[task.name] = AdamW(groups, lr=args.head_lr)
-
-    embedder = partial(embed, model) if "bert" in optimizers else FrozenEmbeddings(model)
-
-    def loss_fn(batch: Batch) -> Tensor:
-        """The loss of each row of a batch; it reaches the batch's own head alone, and BERT."""
-        logits = model.decode(batch.task, embedder(batch))
-        return TASKS[batch.task].loss(logits, batch.labels)
-
-    sampling = getattr(args, "sampling", "roundrobin")
-    mixture = Mixture(
-        sets["train"], args.batch_size, args.seed, args.epochs, sampling, args.accumulate
-    )
     run = Run.create(
         args.run_dir,
         vars(args),
@@ -95,15 +98,14 @@ def fit(
     )
     print(f"run folder: {run.path}")
     started = time.perf_counter()
-    best = train(
-        model,
-        summed(loss_fn),
-        mixture,
-        optimizers,
-        lambda: evaluate(model, sets["dev"], args.batch_size, embedder),
-        run,
-        args,
-    )
+    if args.option == "lpft":
+        run.facts["stage"] = "probe"
+        learn(model, sets, run, Namespace(**{**vars(args), **PROBE}), frozen=True)
+        model.load(run.path / "best")
+        run.facts["stage"] = "finetune"
+        args.head_lr = args.lr  # all of the model at one rate, as Kumar et al. fine-tune
+        print("the probe has converged: fine-tuning from its heads")
+    best, embedder = learn(model, sets, run, args, frozen=args.option == "pretrain")
     seconds = time.perf_counter() - started
 
     model.load(run.path / "best")
@@ -127,6 +129,113 @@ def fit(
     print(f"dev, best epoch {best['epoch'] + 1}: {summary(reports)}")
     print(f"{run.path}: best/, predictions/, result.json; trained for {seconds:.0f} s")
     return result
+
+
+def learn(
+    model: MultitaskBERT,
+    sets: dict[str, list[TaskData]],
+    run: Run,
+    args: Namespace,
+    frozen: bool,
+) -> tuple[dict[str, Any], Embed]:
+    """Train the heads, and BERT unless it is frozen. The best state is then in `best/` of the run.
+
+    Returns the best evaluation, and what embeds a batch.
+    """
+    model.freeze(frozen)
+    optimizers = {}
+    if not frozen:
+        optimizers["bert"] = AdamW(parameter_groups(model.bert, args.weight_decay), lr=args.lr)
+    for name, head in model.heads.items():
+        optimizers[name] = AdamW(parameter_groups(head, args.weight_decay), lr=args.head_lr)
+    embedder = FrozenEmbeddings(model) if frozen else partial(embed, model)
+
+    def losses(batch: Batch, stop: bool = False) -> Tensor:
+        """The loss of each row; it reaches the batch's own head and, unless stopped there, BERT."""
+        with torch.set_grad_enabled(not stop):
+            vectors = embedder(batch)
+        return TASKS[batch.task].loss(model.decode(batch.task, vectors), batch.labels)
+
+    gradients = summed(lambda batch: losses(batch, stop=batch.task == args.leave_out))
+    if args.surgery != "none":
+        combine = {"pcgrad": pcgrad, "sum": total}[args.surgery]
+        gradients = Surgery(gradients, list(model.bert.parameters()), combine)
+    if args.measure_conflict:
+        gradients = Measured(gradients, losses, model, sets["train"], run, args)
+    mixture = Mixture(
+        sets["train"],
+        args.batch_size,
+        args.seed,
+        args.epochs,
+        args.sampling,
+        args.accumulate,
+        together=args.surgery != "none",
+    )
+    best = train(
+        model,
+        gradients,
+        mixture,
+        optimizers,
+        lambda: evaluate(model, sets["dev"], args.batch_size, embedder),
+        run,
+        args,
+    )
+    return best, embedder
+
+
+class Measured:
+    """A step's gradients as before; every so many steps the log gets how the tasks' conflict.
+
+    It is measured at the step's own weights, on two batches of each task that are drawn for it (a
+    pure function of seed and step), without dropout, in fp32 and unclipped. Training goes on as if
+    nothing had been measured.
+    """
+
+    def __init__(
+        self,
+        gradients: Callable[[Sequence[Batch]], float],
+        losses: Callable[[Batch], Tensor],
+        model: MultitaskBERT,
+        sets: Sequence[TaskData],
+        run: Run,
+        args: Namespace,
+    ):
+        self.gradients = gradients
+        self.losses = losses
+        self.model = model
+        self.sets = sets
+        self.run = run
+        self.args = args
+        self.step = 0
+
+    def __call__(self, batches: Sequence[Batch]) -> float:
+        """Measure where it is time to; then make the gradients."""
+        if self.step % self.args.measure_conflict == 0:
+            self.run.log("conflict", self.step, parts=self.measure())
+        self.step += 1
+        return self.gradients(batches)
+
+    def measure(self) -> dict[str, Any]:
+        """What `gradients.conflict` finds."""
+        precision, self.model.precision = self.model.precision, torch.float32
+        self.model.eval()
+
+        def batch_loss(batch: Batch) -> Callable[[], Tensor]:
+            return lambda: self.losses(batch).mean()
+
+        found = conflict(
+            {data.name: [batch_loss(batch) for batch in self.draw(data)] for data in self.sets},
+            list(self.model.bert.named_parameters()),
+        )
+        self.model.train()
+        self.model.precision = precision
+        return found
+
+    def draw(self, data: TaskData) -> list[Batch]:
+        """Two batches of a task without a row in common."""
+        rng = np.random.default_rng([self.args.seed, self.step, *data.name.encode()])
+        rows = rng.permutation(len(data))[: 2 * self.args.batch_size]
+        return [data.batch(half).to(self.model.device) for half in np.array_split(rows, 2)]
 
 
 def output_paths(run_dir: Path, files: dict[str, Files]) -> dict[tuple[str, str], Path]:
@@ -162,30 +271,10 @@ def load_sets(
                 getattr(files[task.name], split) or args.data_dir / name,
                 task,
                 tokenizer,
-                getattr(args, "pair_encoding", "separate"),
+                args.pair_encoding,
                 labelled=split != "test",
                 limit=args.limit,
             )
             print(data)
             of.append(data)
     return sets
-
-
-def build(
-    args: Namespace,
-    tasks: list[Task],
-    decoders: dict[str, str | None] | None,
-    tokenizer: BertTokenizer,
-) -> MultitaskBERT:
-    """The model that the command line describes, frozen for linear probing."""
-    model = MultitaskBERT(
-        BertModel.from_pretrained(args.model, hidden_dropout_prob=args.hidden_dropout_prob),
-        tasks,
-        decoders,
-        args.pooling,
-        getattr(args, "pair_encoding", "separate"),
-        tokenizer,
-    )
-    if args.option == "pretrain":
-        model.freeze()
-    return model

@@ -331,9 +331,9 @@ class MultitaskBERT(nn.Module):
                 bert.config.hidden_size, task, bert.config.hidden_dropout_prob
             )
 
-    def freeze(self) -> None:
+    def freeze(self, frozen: bool = True) -> None:
         """Linear probing: the encoder's weights get no gradients, and its dropout stays off."""
-        self.bert.requires_grad_(False)
+        self.bert.requires_grad_(not frozen)
 
     def train(self, mode: bool = True) -> "MultitaskBERT":
         """Switch dropout on or off; a frozen encoder has none."""

@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
-    {"checkpoint", "optimizer"},
+    {"checkpoint", "gradients", "optimizer"},
     {"bert", "tokenizer", "train"},
     {"tasks"},
     {"datasets"},

@@ -323,7 +323,7 @@ def test_hidden_dropout_reaches_bert_and_its_record(tiny, data, tmp_path, run_sc
     built = []
     original = tasks.MultitaskBERT.freeze
     monkeypatch.setattr(
-        tasks.MultitaskBERT, "freeze", lambda self: (built.append(self), original(self))
+        tasks.MultitaskBERT, "freeze", lambda self, on: (built.append(self), original(self, on))
     )
     flags = job(tiny, data, tmp_path / "run", "--hidden_dropout_prob", "0.37", "--epochs", 1)
     assert run_script(multitask_classifier, *flags)[0] == 0

@@ -1,0 +1,156 @@
+"""Gradients of several tasks for one encoder: whether they conflict, and PCGrad, which mends it.
+
+A gradient is a list of tensors, one a parameter. Nothing here knows what a task or a model is.
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from itertools import compress, groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Gradient = Sequence[Tensor]
+
+# ---------------------------------------------------------------------------- PCGrad
+
+
+def dot(a: Gradient, b: Gradient) -> float:
+    """The inner product over all parameters."""
+    return sum(torch.dot(x.flatten(), y.flatten()).item() for x, y in zip(a, b, strict=True))
+
+
+def project(gradient: Gradient, others: Sequence[Gradient]) -> list[Tensor]:
+    """Take from `gradient` what points against each of `others`, one after the other.
+
+    Yu et al. 2020 (https://arxiv.org/abs/2001.06782), algorithm 1: where g . g_j < 0,
+    g <- g - (g . g_j / |g_j|^2) g_j, so that g . g_j is then 0. Later projections may undo it.
+    """
+    result = [g.clone() for g in gradient]
+    for other in others:
+        product = dot(result, other)
+        if product < 0:
+            share = product / dot(other, other)
+            for mine, theirs in zip(result, other, strict=True):
+                mine.sub_(theirs, alpha=share)
+    return result
+
+
+def total(gradients: Sequence[Gradient]) -> list[Tensor]:
+    """The plain sum of the tasks' gradients."""
+    return [sum(parts) for parts in zip(*gradients, strict=True)]
+
+
+def pcgrad(gradients: Sequence[Gradient]) -> list[Tensor]:
+    """The sum of the tasks' gradients, each first projected against the others in random order."""
+    projected = []
+    for i, own in enumerate(gradients):
+        order = [j for j in torch.randperm(len(gradients)).tolist() if j != i]
+        projected.append(project(own, [gradients[j] for j in order]))
+    return total(projected)
+
+
+class Surgery:
+    """A step's gradients where it has batches of several tasks.
+
+    Each task's gradients are made by themselves. Those of the shared parameters are put together by
+    `combine`; any other parameter keeps its own task's.
+
+    Args:
+        gradients: batches of one task -> gradients left in the parameters, and the task's loss.
+        shared: the parameters that all tasks train.
+        combine: such as `pcgrad`.
+    """
+
+    def __init__(
+        self,
+        gradients: Callable[[Sequence[Any]], float],
+        shared: Sequence[nn.Parameter],
+        combine: Callable[[Sequence[Gradient]], list[Tensor]],
+    ):
+        self.gradients = gradients
+        self.shared = list(shared)
+        self.combine = combine
+
+    def __call__(self, batches: Sequence[Any]) -> float:
+        """Leave gradients in the parameters; the sum of the tasks' losses."""
+        loss = 0.0
+        found: list[list[Tensor | None]] = []
+        for _, own in groupby(batches, key=lambda batch: batch.task):
+            loss += self.gradients(list(own))
+            found.append([p.grad for p in self.shared])
+            for parameter in self.shared:
+                parameter.grad = None
+        # A task may reach no shared parameter, and no task some of them (the pooler, unused).
+        found = [grads for grads in found if any(g is not None for g in grads)]
+        reached = [any(g is not None for g in column) for column in zip(*found, strict=True)]
+        shared = list(compress(self.shared, reached))
+        whole = [
+            [torch.zeros_like(p) if g is None else g for p, g in zip(shared, kept, strict=True)]
+            for kept in ([*compress(grads, reached)] for grads in found)
+        ]
+        for parameter, gradient in zip(shared, self.combine(whole) if whole else [], strict=True):
+            parameter.grad = gradient
+        return loss
+
+
+# ---------------------------------------------------------------------------- conflict
+
+
+def layer_group(name: str) -> str:
+    """Which part of BERT a parameter of `bert.BertModel` belongs to, by its name."""
+    found = re.match(r"layers\.(\d+)\.(attention)?", name)
+    if found:
+        return f"layer {found[1]} {'attention' if found[2] else 'feed-forward'}"
+    return "pooler" if name.startswith("pooler.") else "embeddings"
+
+
+def conflict(
+    losses: Mapping[str, Sequence[Callable[[], Tensor]]],
+    named_parameters: Sequence[tuple[str, nn.Parameter]],
+) -> dict[str, dict[str, dict[str, float | None]]]:
+    """How the gradients of tasks lie to each other, part by part of the model and over all of it.
+
+    Args:
+        losses: task -> functions that each compute the loss of one batch; the first is compared
+            with the other tasks' firsts, and with the task's own second: the noise floor.
+        named_parameters: the shared ones.
+
+    Returns:
+        part (`layer_group`, and "overall") -> "a|b" -> "cosine", and "magnitude", the similarity
+        2 |a| |b| / (|a|^2 + |b|^2) (Yu et al. 2020, definition 2); None where a gradient is 0.
+
+    Only one part's gradients are held at a time, so every batch is encoded once a part.
+    """
+    groups: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in named_parameters:
+        groups.setdefault(layer_group(name), []).append(parameter)
+    tasks = list(losses)
+    pairs = [((a, 0), (b, 0)) for i, a in enumerate(tasks) for b in tasks[i + 1 :]]
+    pairs += [((a, 0), (a, 1)) for a in tasks]
+    keys = sorted({key for pair in pairs for key in pair})
+    wanted = [*pairs, *((key, key) for key in keys)]
+    products: dict[str, dict] = {}
+    for group, parameters in groups.items():
+        found = {
+            key: torch.autograd.grad(
+                losses[key[0]][key[1]](), parameters, allow_unused=True, materialize_grads=True
+            )
+            for key in keys
+        }
+        products[group] = {(a, b): dot(found[a], found[b]) for a, b in wanted}
+    products["overall"] = {pair: sum(p[pair] for p in products.values()) for pair in wanted}
+    return {
+        group: {f"{a[0]}|{b[0]}": _similarity(of, a, b) for a, b in pairs}
+        for group, of in products.items()
+    }
+
+
+def _similarity(products: dict, a: tuple, b: tuple) -> dict[str, float | None]:
+    squares = products[a, a], products[b, b]
+    if not min(squares) > 0:
+        return {"cosine": None, "magnitude": None}
+    lengths = math.sqrt(squares[0]) * math.sqrt(squares[1])
+    return {"cosine": products[a, b] / lengths, "magnitude": 2 * lengths / sum(squares)}

@@ -1,0 +1,302 @@
+"""Task gradients: PCGrad by hand and by property, what is measured of conflicts, leaving out."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_train import Toy, files_of, job, log_of, result_of
+
+import multitask_classifier
+import supervised
+from bert import BertConfig, BertModel
+from evaluation import embed
+from gradients import Surgery, conflict, dot, layer_group, pcgrad, project, total
+from tasks import TASKS, MultitaskBERT
+from train import summed
+
+
+def vectors(*rows) -> list[list[torch.Tensor]]:
+    """Each row as a gradient of two parameters, the first number and the others."""
+    made = [torch.tensor(row, dtype=torch.float64) for row in rows]
+    return [[row[:1], row[1:].reshape(1, -1)] for row in made]
+
+
+def flat(gradient) -> list[float]:
+    return torch.cat([g.flatten() for g in gradient]).tolist()
+
+
+# ---------------------------------------------------------------------------- PCGrad
+
+
+def test_projection_by_hand():
+    """(1, 0, 0) against (-1, 1, 0): minus half of it, with a sign. Then nothing is left to mend."""
+    one, other = vectors([1, 0, 0], [-1, 1, 0])
+    assert flat(project(one, [other])) == [0.5, 0.5, 0]
+    assert flat(project(other, [one])) == [0, 1, 0]
+    assert flat(pcgrad([one, other])) == [0.5, 1.5, 0]
+    assert flat(one) == [1, 0, 0]  # the inputs stay
+
+
+def test_agreeing_orthogonal_and_zero_gradients_are_left_alone():
+    for rows in ([[1, 0, 0], [0, 2, 0]], [[1, 1, 0], [1, 0, 3]], [[1, 0, 0], [0, 0, 0]]):
+        gradients = vectors(*rows)
+        assert flat(pcgrad(gradients)) == np.sum(rows, axis=0).tolist()
+        assert flat(total(gradients)) == np.sum(rows, axis=0).tolist()
+
+
+def test_the_order_is_random_and_matters():
+    """Three tasks, each against the next: what comes out is one of the results of the orders."""
+    gradients = vectors([1, 0, 0], [-1, 1, 0], [0.2, -1, 0.3])
+    results = set()
+    for seed in range(40):
+        torch.manual_seed(seed)
+        results.add(tuple(np.round(flat(pcgrad(gradients)), 9)))
+    expected = set()
+    for picks in np.ndindex(2, 2, 2):
+        parts = []
+        for i, pick in enumerate(picks):
+            others = [gradients[j] for j in range(3) if j != i]
+            parts.append(project(gradients[i], others if pick else others[::-1]))
+        expected.add(tuple(np.round(flat(total(parts)), 9)))
+    assert 1 < len(results) <= len(expected)
+    assert results <= expected
+
+
+numbers = st.floats(-3, 3).map(lambda x: round(x, 3))
+
+
+@settings(max_examples=150)
+@given(st.lists(st.lists(numbers, min_size=4, max_size=4), min_size=2, max_size=5))
+def test_no_conflict_is_left_with_the_gradient_just_projected_against(rows):
+    own, *others = vectors(*rows)
+    for i in range(1, len(others) + 1):
+        before, after = project(own, others[: i - 1]), project(own, others[:i])
+        assert dot(after, others[i - 1]) >= -1e-9
+        assert dot(after, after) <= dot(before, before) + 1e-9  # a projection never lengthens
+        if dot(before, others[i - 1]) >= 0:
+            assert flat(after) == flat(before)
+
+
+def losses_of(toy):
+    def losses(batch):
+        return TASKS[batch.task].loss(
+            toy.model.decode(batch.task, embed(toy.model, batch)), batch.labels
+        )
+
+    return losses
+
+
+def test_surgery_gives_bert_the_combination_and_heads_their_own(tiny, data, tmp_path):
+    """Against gradients taken task by task with autograd; the pooler's too, which mean leaves."""
+    for pooling in ("pooler", "mean"):
+        toy = Toy(tiny, data, tmp_path / pooling)
+        toy.model.pooling = pooling
+        toy.model.eval()
+        losses = losses_of(toy)
+        batches = [s.batch(np.arange(k, k + 3)) for s in toy.sets for k in (0, 3)]
+        shared = list(toy.model.bert.parameters())
+        expected, means = [], []
+        for i in (0, 2, 4):
+            loss = torch.cat([losses(batches[i]), losses(batches[i + 1])]).mean()
+            means.append(loss.item())
+            found = torch.autograd.grad(loss, shared, allow_unused=True)
+            expected.append([g for g in found if g is not None])
+        loss = Surgery(summed(losses), shared, total)(batches)
+        assert loss == pytest.approx(sum(means))
+        found = [p.grad for p in shared if p.grad is not None]
+        assert (toy.model.bert.pooler.weight.grad is None) == (pooling == "mean")
+        for ours, parts in zip(found, zip(*expected, strict=True), strict=True):
+            torch.testing.assert_close(ours, sum(parts), atol=1e-5, rtol=1e-4)
+        for name, head in toy.model.heads.items():
+            own = [losses(b) for b in batches if b.task == name]
+            wanted = torch.autograd.grad(torch.cat(own).mean(), list(head.parameters()))
+            for parameter, gradient in zip(head.parameters(), wanted, strict=True):
+                torch.testing.assert_close(parameter.grad, gradient)
+
+
+# ---------------------------------------------------------------------------- conflict
+
+
+def test_every_parameter_has_its_part():
+    config = BertConfig(
+        vocab_size=9, hidden_size=4, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8
+    )
+    parts: dict[str, list[str]] = {}
+    for name, _ in BertModel(config).named_parameters():
+        parts.setdefault(layer_group(name), []).append(name)
+    layers = [f"layer {i} {part}" for i in (0, 1) for part in ("attention", "feed-forward")]
+    assert list(parts) == ["embeddings", *layers, "pooler"]
+    assert len(parts["layer 1 attention"]) == 10  # query, key, value, output, LayerNorm
+    assert len(parts["layer 0 feed-forward"]) == 6
+    assert len(parts["embeddings"]) == 5
+
+
+def test_conflict_by_hand():
+    """loss = g . p has the gradient g, whatever p is."""
+    named = [(name, torch.nn.Parameter(torch.zeros(2))) for name in ("pooler.a", "word_embedding")]
+
+    def loss(*numbers):
+        return lambda: sum(
+            (torch.tensor(n) * p).sum() for n, (_, p) in zip(numbers, named, strict=True)
+        )
+
+    found = conflict(
+        {
+            "a": [loss([3.0, 0.0], [0.0, 0.0]), loss([0.0, 1.0], [1.0, 0.0])],
+            "b": [loss([-4.0, 4.0], [1.0, 1.0]), loss([-4.0, 4.0], [2.0, 2.0])],
+        },
+        named,
+    )
+    assert list(found) == ["pooler", "embeddings", "overall"]
+    assert list(found["pooler"]) == ["a|b", "a|a", "b|b"]
+    root = 32**0.5
+    assert found["pooler"]["a|b"] == pytest.approx(
+        {"cosine": -12 / (3 * root), "magnitude": 2 * 3 * root / (9 + 32)}
+    )
+    assert found["pooler"]["a|a"]["cosine"] == 0
+    assert found["embeddings"]["a|b"] == {"cosine": None, "magnitude": None}
+    assert found["embeddings"]["b|b"] == pytest.approx({"cosine": 1, "magnitude": 0.8})
+    assert found["overall"]["a|b"]["cosine"] == pytest.approx(-12 / (3 * 34**0.5))
+
+
+def test_conflict_against_whole_gradients(tiny, data, tmp_path):
+    """Part by part it finds what the whole gradients, held at once, have."""
+    toy = Toy(tiny, data, tmp_path / "run")
+    toy.model.eval()
+    losses = losses_of(toy)
+    batches = {s.name: [s.batch(np.arange(k, k + 4)) for k in (0, 4)] for s in toy.sets}
+    found = conflict(
+        {name: [lambda b=b: losses(b).mean() for b in two] for name, two in batches.items()},
+        list(toy.model.bert.named_parameters()),
+    )
+    whole = {}
+    for name, two in batches.items():
+        for k, batch in enumerate(two):
+            parameters = dict(toy.model.bert.named_parameters())
+            grads = torch.autograd.grad(losses(batch).mean(), list(parameters.values()))
+            whole[name, k] = dict(zip(parameters, grads, strict=True))
+    for part, pairs in found.items():
+        names = [n for n in whole["sst", 0] if part in ("overall", layer_group(n))]
+        assert list(pairs) == ["sst|para", "sst|sts", "para|sts", "sst|sst", "para|para", "sts|sts"]
+        for pair, figures in pairs.items():
+            a, b = pair.split("|")
+            one = torch.cat([whole[a, 0][n].flatten() for n in names]).double()
+            two = torch.cat([whole[b, int(a == b)][n].flatten() for n in names]).double()
+            cosine = torch.nn.functional.cosine_similarity(one, two, dim=0).item()
+            assert figures["cosine"] == pytest.approx(cosine, abs=1e-5)
+            lengths = one.norm().item(), two.norm().item()
+            magnitude = 2 * lengths[0] * lengths[1] / (lengths[0] ** 2 + lengths[1] ** 2)
+            assert figures["magnitude"] == pytest.approx(magnitude, abs=1e-5)
+
+
+def test_measuring_changes_no_bit_of_the_run(tiny, data, tmp_path, run_script):
+    for name, more in (("plain", []), ("measured", ["--measure_conflict", 4])):
+        flags = job(
+            tiny, data, tmp_path / name, "--option", "finetune", "--precision", "bf16", *more
+        )
+        code, _, err = run_script(multitask_classifier, *flags)
+        assert code == 0, err
+    plain, measured = files_of(tmp_path / "plain"), files_of(tmp_path / "measured")
+    records = [r for r in measured["log"] if r["kind"] == "conflict"]
+    assert [r["step"] for r in records] == [0, 4, 8, 12, 16]
+    assert records[0]["parts"]["overall"]["sst|sts"]["cosine"] is not None
+    measured["log"] = [r for r in measured["log"] if r["kind"] != "conflict"]
+    assert plain == measured
+
+
+# ---------------------------------------------------------------------------- whole runs
+
+
+def test_the_loss_of_a_task_left_out_never_reaches_bert(
+    tiny, data, tmp_path, run_script, monkeypatch
+):
+    """After its steps no parameter of BERT has a gradient; after the others' steps all do."""
+    models, seen = [], []
+    learn, add_up = supervised.learn, supervised.summed
+
+    def watched(loss_fn):
+        gradients = add_up(loss_fn)
+
+        def step(batches):
+            loss = gradients(batches)
+            none = [p.grad is None for p in models[0].bert.parameters()]
+            seen.append((batches[0].task, none))
+            return loss
+
+        return step
+
+    def remembered(model, *rest, **named):
+        models.append(model)
+        return learn(model, *rest, **named)
+
+    monkeypatch.setattr(supervised, "summed", watched)
+    monkeypatch.setattr(supervised, "learn", remembered)
+    flags = job(tiny, data, tmp_path / "run", "--option", "finetune", "--leave_out", "sts")
+    code, _, err = run_script(multitask_classifier, *flags)
+    assert code == 0, err
+    assert {task for task, _ in seen} == {"sst", "para", "sts"}
+    for task, none in seen:
+        assert all(none) if task == "sts" else not any(none)
+
+
+def test_the_head_of_a_task_left_out_learns(tiny, data, tmp_path, run_script):
+    flags = job(tiny, data, tmp_path / "run", "--option", "finetune", "--leave_out", "sst")
+    assert run_script(multitask_classifier, *flags)[0] == 0
+    model = MultitaskBERT.from_pretrained(tmp_path / "run")
+    torch.manual_seed(0)
+    assert model.heads["sst"].dense.bias.abs().max() > 1e-3  # it starts at 0
+
+
+@pytest.mark.parametrize("surgery", ["sum", "pcgrad"])
+def test_surgery_trains_on_all_tasks_in_a_step(tiny, data, tmp_path, run_script, surgery):
+    flags = job(tiny, data, tmp_path / "run", "--option", "finetune", "--surgery", surgery)
+    code, _, err = run_script(multitask_classifier, *flags, "--accumulate", 2)
+    assert code == 0, err
+    records = log_of(tmp_path / "run", "train")
+    assert {r["of"] for r in records} == {"sst+para+sts"}
+    assert len(records) == 2 * 2  # epochs; STS: 20 rows, 3 batches, 2 steps
+
+
+def test_lpft_probes_first_and_goes_on_from_those_heads(tiny, data, tmp_path, run_script):
+    flags = job(tiny, data, tmp_path / "run", "--option", "lpft", "--epochs", 1)
+    code, out, err = run_script(multitask_classifier, *flags)
+    assert code == 0, err
+    assert "the probe has converged" in out
+    dev = log_of(tmp_path / "run", "dev")
+    probe = [r for r in dev if r["stage"] == "probe"]
+    assert len(probe) > 3 and [r["stage"] for r in dev[len(probe) :]] == ["finetune"]
+    best = max(range(len(probe)), key=lambda i: probe[i]["score"])
+    assert len(probe) in (best + 4, 50)  # three evaluations without a better score
+    steps = log_of(tmp_path / "run", "train")
+    assert {tuple(r["lr"]) for r in steps if r["stage"] == "probe"} == {("sst", "para", "sts")}
+    assert {tuple(r["lr"]) for r in steps if r["stage"] == "finetune"} == {
+        ("bert", "sst", "para", "sts")
+    }
+    first = next(r for r in steps if r["stage"] == "finetune")
+    assert first["lr"]["bert"] == first["lr"]["sst"]
+    assert result_of(tmp_path / "run")["best_epoch"] == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--option", "finetune", "--leave_out", "nli"], "--leave_out nli: not in --tasks"),
+        (
+            ["--option", "finetune", "--tasks", "sst,sts", "--leave_out", "para"],
+            "--leave_out para: not in --tasks sst,sts",
+        ),
+        (["--leave_out", "sst"], "--leave_out is for training BERT"),
+        (["--surgery", "pcgrad"], "--surgery is for training BERT"),
+        (["--measure_conflict", "5"], "--measure_conflict is for training BERT"),
+        (["--option", "finetune", "--measure_conflict", "-1"], "--measure_conflict"),
+        (["--option", "finetune", "--surgery", "vaccine"], "--surgery"),
+        (
+            ["--option", "finetune", "--surgery", "sum", "--sampling", "annealed"],
+            "--surgery sum needs --sampling roundrobin",
+        ),
+    ],
+)
+def test_bad_flags(run_script, flags, expected):
+    code, _, err = run_script(multitask_classifier, *flags)
+    assert code == 2 and expected in err and len(err.strip().splitlines()) == 1
