@@ -33,6 +33,7 @@ ACTIVATIONS = {
     "relu": F.relu,
 }
 POOLINGS = ("pooler", "cls", "mean")
+LARGEST = 10**8  # of any size in a config.json; beyond it, the file is damaged
 
 
 @dataclass
@@ -80,9 +81,11 @@ class BertConfig:
         for field in fields(self):
             value = getattr(self, field.name)
             if field.type in (int, "int") and (
-                type(value) is not int or value < (field.name != "pad_token_id")
+                type(value) is not int or not (field.name != "pad_token_id") <= value <= LARGEST
             ):
-                raise UserError(f"{field.name} is {value!r}, expected a positive whole number")
+                raise UserError(
+                    f"{field.name} is {value!r}, expected a positive whole number up to {LARGEST:,}"
+                )
             if field.type in (float, "float"):
                 if type(value) not in (int, float) or not 0 <= value < math.inf:
                     raise UserError(f"{field.name} is {value!r}, expected a number of at least 0")
@@ -107,7 +110,7 @@ def dropout(x: Tensor, rate: float) -> Tensor:
     """
     if x.device.type != "cpu" or not rate:
         return F.dropout(x, rate)
-    lost = round(rate * 2**16)  # of 2^16 equally likely values
+    lost = min(round(rate * 2**16), 2**16 - 1)  # of 2^16 equally likely values
     words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
     keep = words.view(torch.int16)[: x.numel()].view(x.shape).ge_(lost - 2**15)
     return x * keep.to(x.dtype).mul_(2**16 / (2**16 - lost))
@@ -301,8 +304,9 @@ class BertModel(nn.Module):
         config = BertConfig(**{**asdict(config), **given})
         with torch.device("meta"):  # shapes without memory: every weight is about to be read
             model = cls(config)
-        model.to_empty(device="cpu")
-        load_weights(model, *read_weights(folder))
+        tensors, source = read_weights(folder)
+        found = match_weights(model, tensors, source)  # before memory is taken for them
+        fill_weights(model.to_empty(device="cpu"), found, source)
         return model.eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -345,10 +349,15 @@ def hub_name(name: str) -> str:
 
 
 def load_weights(model: BertModel, tensors: dict[str, Tensor], source: Path) -> None:
-    """Fill every parameter of `model` exactly once from HuggingFace tensors.
+    """Fill every parameter of `model` exactly once from HuggingFace tensors, or raise UserError."""
+    fill_weights(model, match_weights(model, tensors, source), source)
+
+
+def match_weights(model: BertModel, tensors: dict[str, Tensor], source: Path) -> dict[str, Tensor]:
+    """HuggingFace tensors by HuggingFace's plain names, each of the shape that `model` has.
 
     A `bert.` prefix and TensorFlow's `gamma`/`beta` are understood; left-overs are allowed only by
-    name (`LEFT_OVER`). A checkpoint without a pooler gets a random one, and standard error says so.
+    name (`LEFT_OVER`). The whole pooler may be missing.
 
     Raises:
         UserError: a tensor that is missing, extra, given twice or of another shape, by name.
@@ -374,15 +383,20 @@ def load_weights(model: BertModel, tensors: dict[str, Tensor], source: Path) -> 
             raise UserError(f"{source}: {original} holds {tensor.dtype}, expected floating point")
         found[name] = tensor
     missing = [name for name in wanted if name not in found]
-    if missing and all(name.startswith("pooler.") for name in missing):
+    if missing and missing != [name for name in wanted if name.startswith("pooler.")]:
+        raise UserError(f"{source}: {missing[0]} is missing")
+    return found
+
+
+def fill_weights(model: BertModel, found: dict[str, Tensor], source: Path) -> None:
+    """Copy what `match_weights` found; a missing pooler is drawn at random, said aloud."""
+    if not any(name.startswith("pooler.") for name in found):
         print(f"note: {source} has no pooler; its weights are drawn at random", file=sys.stderr)
         model.pooler.apply(model._initialise)
-        missing = [name for name in missing if len(missing) == 1]  # half a pooler is an error
-    if missing:
-        raise UserError(f"{source}: {missing[0]} is missing")
     with torch.no_grad():
-        for name, tensor in found.items():
-            wanted[name].copy_(tensor)
+        for name, parameter in model.named_parameters():
+            if hub_name(name) in found:
+                parameter.copy_(found[hub_name(name)])
 
 
 def pool(output: dict[str, Tensor], attention_mask: Tensor, how: str) -> Tensor:

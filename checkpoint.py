@@ -257,7 +257,7 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write a JSON object, indented for people, whole or not at all."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -291,7 +291,11 @@ class Run:
     @classmethod
     def check(cls, path: Path) -> None:
         """UserError where `path` cannot become a new run's folder."""
-        if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        try:
+            used = path.exists() and not (path.is_dir() and not any(path.iterdir()))
+        except OSError as error:
+            raise UserError(f"--run_dir {path}: cannot be used ({error.strerror})") from None
+        if used:
             raise UserError(f"--run_dir {path}: already in use; name a new folder or remove it")
 
     @classmethod
@@ -307,7 +311,11 @@ class Run:
 
     def log(self, kind: str, step: int, **figures: Any) -> None:
         """Append kind, step, `facts` and figures as one line, at once on disk."""
-        line = json.dumps({"kind": kind, "step": step, **self.facts, **figures}, ensure_ascii=False)
+        line = json.dumps(
+            {"kind": kind, "step": step, **self.facts, **figures},
+            ensure_ascii=False,
+            allow_nan=False,
+        )
         self._log.write(line + "\n")
         self._log.flush()
         if self._board is not None:

@@ -57,7 +57,7 @@ def read_rows(
     """
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            rows = csv.DictReader(file, delimiter=delimiter)
+            rows = csv.DictReader(file, delimiter=delimiter, strict=True)
             _check_header(path, rows.fieldnames, [*wanted, *filter(None, [label])], delimiter)
             for row in rows:
                 where = f"{path}, line {rows.line_num}"
@@ -66,7 +66,7 @@ def read_rows(
                         f"{where}: has not the {len(rows.fieldnames)} columns of the header;"
                         f" is a {DELIMITERS[delimiter]} or a quote missing?"
                     )
-                if any("\n" in row[column] and delimiter in row[column] for column in wanted):
+                if any("\n" in text and "\t" in text for text in row.values() if text):
                     raise UserError(f"{where}: a quoted field swallows lines; close its quote")
                 yield where, row
     except FileNotFoundError:

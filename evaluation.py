@@ -15,7 +15,7 @@ from torch import Tensor
 from checkpoint import write_text
 from datasets import Batch, TaskData
 from tasks import TASKS, MultitaskBERT
-from train import progress
+from train import Diverged, progress
 
 Embed = Callable[[Batch], Tensor]
 
@@ -60,7 +60,19 @@ def embeddings(model: MultitaskBERT, data: TaskData, batch_size: int) -> Tensor:
     for batch in data.in_order(batch_size):
         found = embed(model, batch.to(model.device)).cpu()
         vectors[torch.from_numpy(batch.rows)] = found.unflatten(0, (data.width, -1)).transpose(0, 1)
+    check_finite(vectors, data)
     return vectors
+
+
+def check_finite(outputs: Tensor, data: TaskData) -> None:
+    """Diverged where a row's outputs (N, ...) are not finite, naming the row."""
+    bad = ~outputs.flatten(1).isfinite().all(dim=1)
+    if bad.any():
+        rows = data.names(bad.nonzero().flatten()[:1].numpy())
+        raise Diverged(
+            f"{data.path}: the outputs for {int(bad.sum())} rows are not finite ({rows}, ...):"
+            " try a smaller --lr or --precision fp32"
+        )
 
 
 @torch.no_grad()
@@ -73,6 +85,7 @@ def predict(model: MultitaskBERT, data: TaskData, batch_size: int, embedder: Emb
             batch = batch.to(model.device)
             logits[torch.from_numpy(batch.rows)] = model.decode(batch.task, embedder(batch)).cpu()
             bar.update(len(batch))
+    check_finite(logits, data)
     return logits
 
 

@@ -4,12 +4,14 @@ Nothing heavy is imported here before the arguments are parsed, so that `--help`
 """
 
 import argparse
+import io
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 DEFAULT_LR = 5e-5  # of BERT
 DEFAULT_HEAD_LR = 1e-2  # of the heads, frozen BERT or not; LOG.md has the measurement
@@ -32,6 +34,13 @@ class Parser(argparse.ArgumentParser):
             formatter_class=Formatter,
             allow_abbrev=False,
         )
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        """As the base class; a word that no text file could record is refused."""
+        for word in sys.argv[1:] if args is None else args:
+            if not word.isprintable() and any("\ud800" <= c <= "\udfff" for c in word):
+                self.error(f"{word!r} is not UTF-8; rename it")
+        return super().parse_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Print the message, and leave with exit code 2."""
@@ -60,10 +69,10 @@ def number(
     return parse
 
 
-POSITIVE = number(int, 1)
-COUNT = number(int, 0)
-RATE = number(float, 0, above=True)
-AMOUNT = number(float, 0)
+POSITIVE = number(int, 1, 10**6)
+COUNT = number(int, 0, 10**9)
+RATE = number(float, 0, 1e6, above=True)
+AMOUNT = number(float, 0, 1e6)
 DROPOUT = number(float, 0, 1, below=True)
 
 
@@ -98,7 +107,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="of matrix products; auto: bf16 where it is faster",
     )
-    add("--limit", type=POSITIVE, help="rows read of each file, to try things")
+    add("--limit", type=number(int, 1), help="rows read of each file, to try things")
     add("--eval_every", type=COUNT, default=0, help="also evaluate every so many steps")
     add("--patience", type=COUNT, default=0, help="evaluations without a better score; 0: no limit")
 
@@ -167,6 +176,9 @@ def complete_supervised(
 
 def script(main: Callable[[Sequence[str] | None], None]) -> NoReturn:
     """Run a script's `main` and leave: 0, or one line on standard error and its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a letter shows its number
+            stream.reconfigure(errors="backslashreplace")
     try:
         main(None)
     except KeyboardInterrupt:
@@ -175,6 +187,9 @@ def script(main: Callable[[Sequence[str] | None], None]) -> NoReturn:
             file=sys.stderr,
         )
         sys.exit(130)
+    except BrokenPipeError:  # who reads our standard output has left: `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except Exception as error:
         from checkpoint import UserError
 

@@ -27,13 +27,15 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
     add(
         "--hard_negative_weight",
         type=RATE,
-        default=1.0,
-        help="of a row's own contradiction among its negatives",
+        help="of a row's own contradiction among its negatives (default: 1)",
     )
     add("--nli", type=Path, help="triples (default: nli_for_simcse.csv in --data_dir)")
     add("--sts_dev", type=Path, help="pairs to evaluate on (default: sts-dev.csv in --data_dir)")
     args = parser.parse_args(argv)
     complete(args, parser, f"simcse-{args.mode}")
+    if args.mode == "unsupervised" and args.hard_negative_weight:
+        parser.error("--hard_negative_weight: there are none with --mode unsupervised")
+    args.hard_negative_weight = args.hard_negative_weight or 1.0
     rows = min(args.batch_size * args.accumulate, args.limit or 2)
     if rows < 2:
         parser.error("a contrastive loss needs two rows in a step: raise --batch_size or --limit")

@@ -245,17 +245,25 @@ def output_paths(run_dir: Path, files: dict[str, Files]) -> dict[tuple[str, str]
         UserError: a file that the user named exists, is named twice, or cannot be made.
     """
     paths: dict[tuple[str, str], Path] = {}
+    taken = {run_dir.resolve(): "--run_dir"}
     for task, given in files.items():
         for split, named in (("dev", given.dev_out), ("test", given.test_out)):
-            if named is not None and named.exists():
-                raise UserError(f"{named}: exists, and is not overwritten; name another file")
-            if named is not None:
-                if named.resolve() in [path.resolve() for path in paths.values()]:
-                    raise UserError(f"{named}: named for two outputs; give each its own file")
-                folder = next(parent for parent in named.absolute().parents if parent.exists())
-                if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-                    raise UserError(f"{named}: {folder} is not a folder that can be written to")
             paths[task, split] = named or run_dir / "predictions" / f"{task}-{split}-output.csv"
+            if named is None:
+                continue
+            try:
+                if named.exists():
+                    raise UserError(f"{named}: exists, and is not overwritten; name another file")
+                folder = next(parent for parent in named.absolute().parents if parent.exists())
+            except OSError as error:
+                raise UserError(f"{named}: cannot be used ({error.strerror})") from None
+            if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+                raise UserError(f"{named}: {folder} is not a folder that can be written to")
+            path = named.resolve()
+            for other, what in taken.items():
+                if path == other or other in path.parents or path in other.parents:
+                    raise UserError(f"{named}: clashes with {what}; give each output its own place")
+            taken[path] = f"another output, {named}"
     return paths
 
 

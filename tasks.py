@@ -20,6 +20,7 @@ Shapes: B sentences or pairs, T tokens, D hidden size, C logits of a task.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -44,12 +45,15 @@ from tokenizer import BertTokenizer
 # ---------------------------------------------------------------------------- the table of tasks
 
 
-def class_report(predicted: np.ndarray, gold: np.ndarray) -> dict[str, object]:
-    """Accuracy (the headline), macro F1 and the confusion matrix (rows gold, columns predicted)."""
+def class_report(classes: int, predicted: np.ndarray, gold: np.ndarray) -> dict[str, object]:
+    """Accuracy (the headline), macro F1 and the confusion matrix (rows gold, columns predicted).
+
+    Macro F1 is over the classes that occur; the matrix has all of them.
+    """
     return {
         "accuracy": float(metrics.accuracy_score(gold, predicted)),
         "macro_f1": float(metrics.f1_score(gold, predicted, average="macro")),
-        "confusion": metrics.confusion_matrix(gold, predicted).tolist(),
+        "confusion": metrics.confusion_matrix(gold, predicted, labels=range(classes)).tolist(),
     }
 
 
@@ -149,7 +153,7 @@ def _sentiment(name: str, files: str, classes: int) -> Task:
         outputs=classes,
         loss=_cross_entropy,
         decode=_classes,
-        report=class_report,
+        report=partial(class_report, classes),
         course_score=_identity,
         header="Predicted_Sentiment",
         head="linear",
@@ -171,7 +175,7 @@ TASKS: dict[str, Task] = {
         outputs=1,
         loss=_binary_cross_entropy,
         decode=_rounded_probability,
-        report=class_report,
+        report=partial(class_report, 2),
         course_score=_identity,
         header="Predicted_Is_Paraphrase",
         head="dot",
@@ -409,7 +413,9 @@ class MultitaskBERT(nn.Module):
             ids = [F.pad(x, (0, width - x.size(1)), value=pad) for x in (ids_1, ids_2)]
             masks = [F.pad(x, (0, width - x.size(1))) for x in (mask_1, mask_2)]
             return self(task, torch.cat(ids), torch.cat(masks))
-        room = self.bert.config.max_position_embeddings - 3  # [CLS] and two [SEP]
+        known = self.tokenizer is not None
+        limit = self.tokenizer.max_length if known else self.bert.config.max_position_embeddings
+        room = limit - 3  # [CLS] and two [SEP]
         rows, types = [], []
         for a, keep_a, b, keep_b in zip(ids_1, mask_1, ids_2, mask_2, strict=True):
             a, b = a[keep_a.bool()], b[keep_b.bool()]
@@ -451,9 +457,16 @@ class MultitaskBERT(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a HuggingFace folder of the encoder and tokenizer, with the heads beside it.
 
-        The folder appears whole or not at all, in place of an older one.
+        The folder appears whole or not at all, in place of an older one that was written so.
+
+        Raises:
+            UserError: the folder holds something else.
         """
-        with whole_folder(Path(folder)) as draft:
+        folder = Path(folder).resolve()
+        ours = not folder.exists() or (folder / "heads.json").exists()
+        if not ours and not (folder.is_dir() and not any(folder.iterdir())):
+            raise UserError(f"{folder}: holds something other than a model; it is left alone")
+        with whole_folder(folder) as draft:
             self.bert.save_pretrained(draft)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(draft)

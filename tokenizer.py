@@ -87,7 +87,9 @@ class BertTokenizer:
             settings.get("model_max_length"),
         ]
         # transformers writes 10**30 for "no limit".
-        limits = [n for n in limits if isinstance(n, int) and 2 < n < 10**9]
+        limits = [n for n in limits if isinstance(n, int) and n < 10**9]
+        if limits and min(limits) < 3:
+            raise UserError(f"{folder}: its limit is {min(limits)} tokens; [CLS] x [SEP] need 3")
         for key, types in SETTINGS.items():
             if key in settings and not isinstance(settings[key], types):
                 raise UserError(f"{settings_file}: {key} is {settings[key]!r}, not true or false")
@@ -202,7 +204,9 @@ class BertTokenizer:
         self.backend.no_truncation()
         write_text(folder / "tokenizer.json", self.backend.to_str(pretty=True))
         vocabulary = self.backend.get_vocab(with_added_tokens=True)
-        lines = sorted(vocabulary, key=vocabulary.__getitem__)
+        tokens = {index: token for token, index in vocabulary.items()}
+        # A line twice in the vocab.txt that was read left a number without a token.
+        lines = [tokens.get(index, f"[unused line {index}]") for index in range(self.vocab_size)]
         write_text(folder / "vocab.txt", "".join(f"{token}\n" for token in lines))
         own = {key: getattr(self, key) for key in SPECIAL_TOKENS}
         limits = {"model_max_length": self.max_length, "tokenizer_class": "BertTokenizer"}

@@ -82,10 +82,13 @@ def gpu_gains_by_bf16() -> bool:
 def cpu_gains_by_bf16() -> bool:
     """Whether the CPU has bfloat16 instructions, and they multiply matrices clearly faster.
 
-    Some CPUs have such instructions that run at half the speed of float32's: only trying tells.
+    Units for matrices (AMX) do. Of other instructions some run at twice the speed of float32's, and
+    some at half of it: only trying tells.
     """
     known = torch.cpu.get_capabilities()
-    if not any(known.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16")):
+    if known.get("amx_bf16"):
+        return True
+    if not (known.get("avx512_bf16") or known.get("bf16")):
         return False
 
     def seconds(dtype: torch.dtype) -> float:
@@ -149,7 +152,8 @@ def summed(loss_fn: Callable[[Any], Tensor]) -> Callable[[Sequence[Any]], float]
         loss_fn: batch -> the loss of each of its rows, (B,), float32.
 
     Losses are summed over the rows of all batches and divided once by their number, so that
-    accumulation, and the short last batch, weigh every row alike. One batch is held at a time.
+    accumulation, and the short last batch, weigh every row alike. Only one batch's activations are
+    held at a time.
     """
 
     def gradients(batches: Sequence[Any]) -> float:
@@ -192,8 +196,9 @@ def train(
         The best evaluation, with its "step" and "epoch".
 
     Raises:
-        Diverged: a loss or gradient is not finite; `last/` then holds the state before that step.
-            Or a weight is not, before an evaluation; `best/` then holds the best state, if any.
+        Diverged: a loss or gradient is not finite; `last/` then holds the state before that step,
+            if that was still finite. Or a weight, a prediction or the score is not, at an
+            evaluation. `best/` always holds the best state so far, if any.
     """
     total = sum(plan.steps_in(epoch) for epoch in range(args.epochs))
     warmup = round(args.warmup * total)
@@ -206,13 +211,19 @@ def train(
     step = 0
     started = time.perf_counter()
 
+    def finite() -> bool:
+        """Whether every weight still is."""
+        return all(bool(p.isfinite().all()) for p in parameters)
+
     def check(epoch: int) -> None:
         """Evaluate, log, and save the model where it is the best so far."""
         nonlocal best, since_best
         model.eval()
-        if not all(bool(p.isfinite().all()) for p in parameters):
+        if not finite():
             raise Diverged(f"step {step}: weights are not finite; try a smaller --lr")
         found = {**evaluate(), "epoch": epoch, "step": step}
+        if not math.isfinite(found["score"]):
+            raise Diverged(f"step {step}: the dev score is {found['score']}; try a smaller --lr")
         model.train()
         seconds = time.perf_counter() - started
         run.log("dev", seconds=round(seconds, 3), rows=rows, **found)
@@ -232,12 +243,14 @@ def train(
         norm = nn.utils.clip_grad_norm_(parameters, limit).item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {norm}"
-            model.save_pretrained(run.path / "last")
-            run.log("diverged", step, loss=str(loss), grad_norm=str(norm), rows=str(batches[0]))
-            raise Diverged(
-                f"step {step}: {what} at {'; '.join(map(str, batches))}: the state before it is in"
-                f" {run.path / 'last'}; try a smaller --lr or --precision fp32"
-            )
+            rows = "; ".join(map(str, batches))
+            run.log("diverged", step, loss=str(loss), grad_norm=str(norm), rows=rows)
+            kept = f"the best state so far, if any, is in {run.path / 'best'}"
+            if finite():
+                model.save_pretrained(run.path / "last")
+                kept = f"the state before it is in {run.path / 'last'}"
+            advice = "try a smaller --lr or --precision fp32"
+            raise Diverged(f"step {step}: {what} at {rows}: {kept}; {advice}")
         for optimizer in optimizers.values():
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from datasets import Example, read
 from evaluation import headline
+from options import script
 from tasks import TASKS, Task
 
 
@@ -59,4 +60,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script(lambda _: main())

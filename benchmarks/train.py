@@ -22,12 +22,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from options import script
+
 LR = 5e-5
 MODES = ("peer", "fp32", "auto")
 
 
-def peer(args: Namespace) -> Callable[[], None]:
-    """The plain loop; call the result to train for an epoch."""
+def peer(args: Namespace) -> tuple[int, Callable[[], None]]:
+    """The plain loop: the number of rows, and what trains for an epoch."""
     import torch
     import transformers
     from torch import nn
@@ -68,11 +70,11 @@ def peer(args: Namespace) -> Callable[[], None]:
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
 
-    return epoch
+    return len(rows), epoch
 
 
-def ours(args: Namespace, precision: str) -> Callable[[], None]:
-    """This project's loop; call the result to train for an epoch."""
+def ours(args: Namespace, precision: str) -> tuple[int, Callable[[], None]]:
+    """This project's loop: the number of rows, and what trains for an epoch."""
     from functools import partial
 
     from bert import BertModel
@@ -113,12 +115,12 @@ def ours(args: Namespace, precision: str) -> Callable[[], None]:
             )
             run.close()
 
-    return epoch
+    return len(data), epoch
 
 
 def measure(args: Namespace) -> dict[str, float]:
     """Sentences per second over the epochs after the first, and the process's peak memory."""
-    epoch = peer(args) if args.worker == "peer" else ours(args, args.worker)
+    rows, epoch = peer(args) if args.worker == "peer" else ours(args, args.worker)
     epoch()  # first touches of memory, caches, thread pools
     started = time.perf_counter()
     for _ in range(args.epochs):
@@ -129,7 +131,7 @@ def measure(args: Namespace) -> dict[str, float]:
     from train import peak_memory
 
     memory = peak_memory(torch.device("cpu"))
-    return {"speed": args.rows * args.epochs / seconds, "memory": memory / 2**20}
+    return {"speed": rows * args.epochs / seconds, "memory": memory / 2**20}
 
 
 def compare(args: Namespace) -> dict:
@@ -193,4 +195,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script(lambda _: main())

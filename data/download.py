@@ -84,7 +84,13 @@ def main() -> None:
     parser.add_argument("--course_url", default=COURSE, help="where the course's files are")
     parser.add_argument("--nli_url", default=NLI, help=f"where {NLI_FILE} is")
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--out {args.out}: cannot be a folder ({error.strerror})")
+    for flag, url in (("course_url", args.course_url), ("nli_url", args.nli_url)):
+        if not url.startswith(("https://", "http://")):
+            fail(f"--{flag} {url}: expected an address that starts with https:// or http://")
     for name in [*BLOB_IDS, NLI_FILE]:
         path, expected = args.out / name, BLOB_IDS.get(name)
         if not path.exists():

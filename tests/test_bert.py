@@ -328,7 +328,7 @@ def test_whole_model_runs_on_written_attention(small_folder, monkeypatch):
 @settings(deadline=None, max_examples=40, derandomize=True)
 @given(
     st.lists(st.integers(0, 7), min_size=1, max_size=3),
-    st.floats(0, 0.99),
+    st.floats(0, 1, exclude_max=True),
     st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
     st.integers(0, 2**31),
 )
@@ -338,7 +338,8 @@ def test_dropout_zeroes_or_scales_and_its_gradient_is_the_same_mask(shape, rate,
     torch.manual_seed(seed)
     y = dropout(x, rate)
     y.sum().backward()
-    scale = torch.tensor(1 / (1 - round(rate * 2**16) / 2**16), dtype=torch.float64).to(dtype)
+    lost = min(round(rate * 2**16), 2**16 - 1)
+    scale = torch.tensor(1 / (1 - lost / 2**16), dtype=torch.float64).to(dtype)
     assert y.shape == x.shape and y.dtype == dtype
     assert set(y.flatten().tolist()) <= {0.0, (scale * 2).item()}
     assert torch.equal(x.grad * 2, y)
@@ -362,7 +363,9 @@ def test_dropout_loses_the_share_it_says_each_number_by_itself(rate):
 def test_the_dropout_module_works_in_training_only_and_rate_0_is_the_identity():
     """Nothing is drawn where nothing is dropped, so the random stream stays where it was."""
     x = torch.ones(100)
-    assert dropout(x, 0.0) is not None and torch.equal(dropout(x, 0.0), x)
+    before = torch.get_rng_state()
+    assert torch.equal(dropout(x, 0.0), x)
+    assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(Dropout(0.5).eval()(x), x)
     assert not torch.equal(Dropout(0.5).train()(x), x)
 

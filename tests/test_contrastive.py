@@ -306,6 +306,7 @@ def test_faults_of_the_triples(tiny, data, tmp_path, run_script, content, expect
     [
         (["--temperature", "0"], "--temperature: 0 is out of range; expected a number above 0"),
         (["--hard_negative_weight", "-1"], "--hard_negative_weight"),
+        (["--mode", "unsupervised", "--hard_negative_weight", "2"], "there are none with"),
         (["--batch_size", "1"], "a contrastive loss needs two rows in a step"),
         (["--limit", "1"], "a contrastive loss needs two rows in a step"),
         (["--mode", "both"], "--mode"),

@@ -89,6 +89,9 @@ BROKEN = {
     "short row": (HEADER.encode() + b"0\ta\tx\n", "line 2: has not the 5 columns"),
     "long row": (HEADER.encode() + b"0\ta\tx\ty\t1\t2\n", "line 2: has not the 5 columns"),
     "open quote": (HEADER.encode() + b'0\ta\t"x\ty\t1\n1\tb\tx"\ty\t1\n', "line 3: a quoted field"),
+    "open quote at the end": (HEADER.encode() + b'0\ta\tx\t"y\t1', "unexpected end of data"),
+    "quote in the index": (HEADER.encode() + b'"0\ta\tx\ty\t1\n1"\tb\tx\ty\t1\n', "swallows"),
+    "text after a quote": (HEADER.encode() + b'0\ta\t"x" z\ty\t1\n', "line 2: not csv"),
     "latin-1": (HEADER.encode() + b"0\ta\t\xe9t\xe9\ty\t1\n", "not UTF-8 (byte 0xe9"),
     "two sentences": (HEADER.encode() + b"0\ta\tx\ty\t2,5\n", "'2,5'"),
 }

@@ -20,7 +20,7 @@ from torch import nn
 
 import optimizer
 from bert import BertConfig, BertModel
-from optimizer import AdamW, parameter_groups, schedule
+from optimizer import AdamW, parameter_groups, root, schedule
 
 STEPS = 1000
 DEFAULTS = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": 0.0}
@@ -594,3 +594,27 @@ def test_clipping_over_several_modules(limit):
     after = np.concatenate([numbers(p.grad).ravel() for p in having])
     np.testing.assert_allclose(after, before * min(1, limit / expected), rtol=1e-5, atol=0)
     assert parameters[3].grad is None
+
+
+@pytest.mark.parametrize("size", [1e-3, 1e-18, 1e-20])
+def test_tiny_gradients_without_eps_are_torchs(size):
+    """Where eps is 0 the root of the second moment is exact down to the smallest numbers."""
+    found = []
+    for kind in (AdamW, torch.optim.AdamW):
+        parameter = torch.nn.Parameter(torch.ones(3))
+        optimizer = kind([parameter], lr=0.1, eps=0.0, weight_decay=0.0)
+        for _ in range(3):
+            parameter.grad = torch.full((3,), size)
+            optimizer.step()
+        found.append(parameter.detach())
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_floor_under_the_root_is_lost_beside_eps(dtype):
+    """sqrt(v) + eps to the bit, zeros and subnormal numbers included."""
+    kind = torch.finfo(dtype)
+    v = torch.tensor([0, kind.tiny / 8, kind.tiny, 1e-30, 1e-12, 1, 4], dtype=dtype)
+    for eps in (1e-6, 1e-8, 1e-11):
+        assert torch.equal(root(v, eps).add_(eps), v.sqrt().add_(eps))
+    assert torch.equal(root(v, 0.0), v.sqrt())

@@ -70,6 +70,9 @@ BAD_FLAGS = [
     (["--lr", "0"], "--lr: 0 is out of range; expected a number above 0"),
     (["--lr", "-1e-3"], "--lr"),
     (["--lr", "nan"], "--lr"),
+    (["--lr", "1e39"], "--lr: 1e39 is out of range; expected a number above 0 and at most 1e+06"),
+    (["--run_dir", "n" * 300], "cannot be used (File name too long)"),
+    (["--run_dir", "caf\udce9"], "is not UTF-8; rename it"),
     (["--lr", "fast"], "'fast' is not a number"),
     (["--epochs", "0"], "--epochs: 0 is out of range; expected a whole number at least 1"),
     (["--seed", "1" * 400], "--seed"),
@@ -183,6 +186,18 @@ FAULTS = {
         lambda d: overwrite(d / "model/config.json", "{"),
         "config.json: not valid JSON",
     ),
+    "config of an absurd width": (
+        lambda d: change_config(d / "model/config.json", intermediate_size=10**20),
+        "config.json: intermediate_size is 100000000000000000000, expected",
+    ),
+    "config beyond the memory": (
+        lambda d: change_config(d / "model/config.json", max_position_embeddings=10**8),
+        "embeddings.position_embeddings.weight has shape (48, 32)",
+    ),
+    "room for two tokens": (
+        lambda d: change_config(d / "model/config.json", max_position_embeddings=2),
+        "its limit is 2 tokens",
+    ),
     "config of another width": (
         lambda d: change_config(d / "model/config.json", intermediate_size=65),
         "encoder.layer.0.intermediate.dense.bias has shape (64,)",
@@ -242,9 +257,28 @@ def test_an_existing_prediction_file_is_not_overwritten(run_script, job, tmp_pat
     assert mine.read_text(encoding="utf-8") == "precious"
     new = tmp_path / "new.csv"
     flags = [*job, "--sts_dev_out", new, "--para_dev_out", new]
-    refused(run_script, multitask_classifier, flags, "new.csv: named for two outputs")
+    refused(run_script, multitask_classifier, flags, "new.csv: clashes with another output")
     flags = [*job, "--sts_dev_out", mine / "x.csv"]
     refused(run_script, multitask_classifier, flags, "mine.csv is not a folder")
+
+
+def test_prediction_files_do_not_clash_with_the_run_or_each_other(run_script, job, tmp_path):
+    run = tmp_path / "run"
+    for clash in (run, run / "best", run / "config.json", run / "predictions/para-dev-output.csv"):
+        refused(run_script, multitask_classifier, [*job, "--sst_dev_out", clash], "clashes with")
+    flags = ["--sst_dev_out", tmp_path / "a", "--sst_test_out", tmp_path / "a" / "b"]
+    refused(run_script, multitask_classifier, [*job, *flags], "clashes with another output")
+    flags = ["--sst_dev_out", tmp_path / ("n" * 300)]
+    refused(run_script, multitask_classifier, [*job, *flags], "File name too long")
+
+
+def test_a_reader_of_standard_output_that_leaves_ends_the_script_quietly(job):
+    command = [sys.executable, str(ROOT / "multitask_classifier.py"), *map(str, job)]
+    script = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
+    script.stdout.close()
+    err = script.communicate()[1].decode()
+    assert "Traceback" not in err
+    assert script.returncode == 141
 
 
 def test_prediction_files_go_where_the_user_says(run_script, job, tmp_path):

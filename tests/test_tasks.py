@@ -51,6 +51,27 @@ def test_heads_against_their_formulas():
         np.testing.assert_allclose(logits, features @ w.T + b, atol=1e-5)
 
 
+def test_the_confusion_matrix_has_every_class():
+    """Rows are gold and columns predicted, whether or not a class occurs."""
+    found = TASKS["sst"].report(np.array([0, 4, 4]), np.array([0, 4, 0]))
+    assert np.array(found["confusion"]).shape == (5, 5)
+    assert found["confusion"][0] == [1, 0, 0, 0, 1] and found["confusion"][4] == [0, 0, 0, 0, 1]
+    assert TASKS["para"].report(np.ones(2), np.ones(2))["confusion"] == [[0, 0], [0, 2]]
+
+
+def test_saving_leaves_a_folder_of_something_else_alone(tiny, tmp_path):
+    tokenizer = BertTokenizer.from_pretrained(tiny)
+    model = MultitaskBERT(BertModel.from_pretrained(tiny), [TASKS["sst"]], tokenizer=tokenizer)
+    (tmp_path / "mine").mkdir()
+    model.save_pretrained(tmp_path / "mine")  # empty: it may be used
+    model.save_pretrained(tmp_path / "mine")  # and what was written so, replaced
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.txt").write_text("precious", encoding="utf-8")
+    with pytest.raises(UserError, match="holds something other than a model"):
+        model.save_pretrained(tmp_path / "thesis")
+    assert [p.name for p in (tmp_path / "thesis").iterdir()] == ["thesis.txt"]
+
+
 @pytest.mark.parametrize(("task", "low", "high"), [("sts", 0, 5), ("para", -5, 5)])
 def test_cosine_starts_with_the_span_of_the_task(task, low, high):
     head = HEADS["cosine"](3, TASKS[task], 0.1)

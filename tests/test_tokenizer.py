@@ -363,6 +363,18 @@ def test_saved_tokenizer_loads_equal_everywhere(tmp_path):
         assert first == last, file
 
 
+def test_a_vocabulary_with_a_line_twice_keeps_its_numbers(tmp_path):
+    """From either of the files that are written, tokens have the numbers that they had."""
+    lines = [*SPECIAL, "film", "film", "b", "c"]
+    (tmp_path / "vocab.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    first = BertTokenizer.from_pretrained(tmp_path)
+    first.save_pretrained(tmp_path / "saved")
+    for name in ("tokenizer.json", "vocab.txt"):
+        again = BertTokenizer.from_pretrained(tmp_path / "saved")
+        assert again("film b c") == first("film b c"), name
+        (tmp_path / "saved" / "tokenizer.json").unlink(missing_ok=True)
+
+
 def test_embedded_tokenizer_saves_and_loads_equal(embedded, tmp_path):
     """The full vocabulary, byte for byte, and the oracle reads it; no stored truncation."""
     ours, theirs = embedded

@@ -175,6 +175,44 @@ def test_a_loss_that_is_not_finite_stops_with_the_state_before_it(tiny, data, tm
     assert error.value.exit_code == 1
 
 
+def test_a_step_that_spoils_the_weights_leaves_no_last_state(tiny, data, tmp_path):
+    """Its own loss is finite, and the next one's is not: there is no good state before that."""
+    toy = Toy(tiny, data, tmp_path / "run", warmup=0.0)
+    count = 0
+
+    def loss(batch):
+        nonlocal count
+        count += 1
+        if count == 3:
+            with torch.no_grad():
+                toy.model.bert.pooler.weight.fill_(float("inf"))
+        return toy.loss(batch)
+
+    with pytest.raises(Diverged, match=r"step 2: loss is .* the best state so far, if any, is in"):
+        toy.train(Mixture(toy.sets, 4, 1, epochs=1), loss)
+    assert not (tmp_path / "run/last").exists()
+
+
+@pytest.mark.parametrize("tasks", ["sst", "para", "sts"])
+def test_outputs_that_are_not_finite_at_an_evaluation_end_the_run(
+    tiny, data, tmp_path, run_script, monkeypatch, tasks
+):
+    """Weights may be finite and too large: no figure and no model is made of what comes out."""
+    decode = MultitaskBERT.decode
+    monkeypatch.setattr(
+        MultitaskBERT,
+        "decode",
+        lambda self, *given: decode(self, *given) * (1 if self.training else float("nan")),
+    )
+    flags = job(tiny, data, tmp_path / "run", "--option", "finetune", "--tasks", tasks)
+    code, _, err = run_script(multitask_classifier, *flags)
+    assert code == 1
+    line = err.strip().splitlines()[-1]
+    assert "the outputs for 16 rows are not finite" in line and "--lr" in line
+    assert not (tmp_path / "run/best").exists()
+    assert not (tmp_path / "run/result.json").exists()
+
+
 # ---------------------------------------------------------------------------- the loop
 
 
