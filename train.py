@@ -3,7 +3,6 @@
 A step is a list of batches, and a function that makes gradients of them; scripts differ in those.
 """
 
-import ctypes
 import math
 import os
 import random
@@ -49,7 +48,6 @@ def prepare(seed: int, device: str, precision: str) -> tuple[torch.device, torch
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only so
     # Determinism needs no NaN fill of new memory, which would cost time.
     torch.utils.deterministic.fill_uninitialized_memory = False
-    keep_freed_memory()
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -101,21 +99,6 @@ def cpu_gains_by_bf16() -> bool:
     pairs = [(seconds(torch.float32), seconds(torch.bfloat16)) for _ in range(9)]
     fp32, bf16 = map(min, zip(*pairs, strict=True))  # the least disturbed try of each
     return bf16 * 1.25 < fp32
-
-
-def keep_freed_memory() -> None:
-    """Have the C library keep what tensors free, for the next step's tensors.
-
-    By default glibc hands large blocks back to the system and has each of their pages cleared
-    again a moment later, several percent of a training step's time. Elsewhere this does nothing.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):  # no glibc
-        return
-    trim_threshold, mmap_threshold = -1, -3  # of malloc.h
-    mallopt(trim_threshold, 2**30)
-    mallopt(mmap_threshold, 2**30)
 
 
 def peak_memory(device: torch.device) -> int:
