@@ -4,12 +4,14 @@ Every figure is computed from all rows at once; none is a mean of batch means. E
 evaluation mode, without gradients, and in file order.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from scipy import stats
 from torch import Tensor
 
 from checkpoint import write_text
@@ -129,6 +131,93 @@ def evaluate(
         data.task.name: report(data, predict(model, data, batch_size, embedder)) for data in sets
     }
     return {"score": overall(reports), "summary": summary(reports), "tasks": reports}
+
+
+# ---------------------------------------------------------------------------- comparing models
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The difference of two models' headline figures (the first minus the second), on one task.
+
+    `low` and `high` bound its 95% interval; `p` is the chance of one as large where both are equal.
+    """
+
+    difference: float
+    low: float
+    high: float
+    p: float
+
+
+def compare(
+    gold: np.ndarray,
+    first: np.ndarray,
+    second: np.ndarray,
+    correlation: bool,
+    resamples: int = 9999,
+) -> Comparison:
+    """Compare two models, each trained with one or several seeds, on the same rows.
+
+    Args:
+        gold: labels, (N,).
+        first, second: predictions in the labels' units, (seeds, N).
+        correlation: whether the figure is Pearson's r, else accuracy; averaged over seeds.
+        resamples: of the bootstrap and of the permutation test.
+
+    The interval is a percentile bootstrap over rows. The test is, for accuracy, a permutation test
+    over rows (each row's two shares of right answers change sides at random; for one seed,
+    McNemar's); for a correlation, the bootstrap itself. What seeds do beside is not in either.
+    """
+    rng = np.random.default_rng(0)
+    if correlation:
+        # A resample of r costs far more than one of a mean.
+        resamples = min(resamples, 1999)
+
+        def difference(gold: np.ndarray, *predicted: np.ndarray, axis: int = -1) -> np.ndarray:
+            r = [_pearson(gold, row, axis) for row in predicted]
+            return np.mean(r[: len(first)], axis=0) - np.mean(r[len(first) :], axis=0)
+
+        samples = (gold, *first, *second)
+    else:
+
+        def difference(a: np.ndarray, b: np.ndarray, axis: int = -1) -> np.ndarray:
+            return a.mean(axis=axis) - b.mean(axis=axis)
+
+        samples = tuple((model == gold).mean(axis=0) for model in (first, second))
+    found = float(difference(*samples))
+    options = {"n_resamples": resamples, "batch": 64, "rng": rng, "vectorized": True}
+    if np.array_equal(first, second):
+        return Comparison(0.0, 0.0, 0.0, 1.0)
+    boot = stats.bootstrap(
+        samples, difference, paired=True, method="percentile", confidence_level=0.95, **options
+    )
+    if correlation:
+        below = (1 + np.sum(boot.bootstrap_distribution <= 0)) / (1 + resamples)
+        above = (1 + np.sum(boot.bootstrap_distribution >= 0)) / (1 + resamples)
+        p = min(1.0, 2 * min(below, above))
+    else:
+        test = stats.permutation_test(samples, difference, permutation_type="samples", **options)
+        p = test.pvalue
+    low, high = boot.confidence_interval
+    return Comparison(found, float(low), float(high), float(p))
+
+
+def _pearson(x: np.ndarray, y: np.ndarray, axis: int) -> np.ndarray:
+    """Pearson's r along an axis of many resamples at once; 0 where one is constant."""
+    x, y = (v - v.mean(axis=axis, keepdims=True) for v in (x, y))
+    scale = np.sqrt((x * x).sum(axis=axis) * (y * y).sum(axis=axis))
+    return np.divide((x * y).sum(axis=axis), scale, out=np.zeros_like(scale), where=scale > 0)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P-values corrected for their number (Holm 1979): each times how many are not smaller."""
+    order = np.argsort(p_values)
+    corrected = np.empty(len(p_values))
+    highest = 0.0
+    for rank, i in enumerate(order):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        corrected[i] = highest
+    return corrected.tolist()
 
 
 def write_predictions(path: Path, data: TaskData, logits: Tensor) -> None:

@@ -28,11 +28,9 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter):
 class Parser(argparse.ArgumentParser):
     """An argument parser whose complaint is one line."""
 
-    def __init__(self, description: str):
+    def __init__(self, description: str, **more: Any):
         super().__init__(
-            description=description,
-            formatter_class=Formatter,
-            allow_abbrev=False,
+            description=description, formatter_class=Formatter, allow_abbrev=False, **more
         )
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:

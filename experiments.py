@@ -1,0 +1,366 @@
+"""The paper's tables, and ours, as data: run their cells over seeds, report what was recorded.
+
+    python experiments.py run table1 --seeds 3 --model all-MiniLM-L6-v2 --data_dir DATA
+    python experiments.py report --data_dir DATA
+    python experiments.py conflict RUN
+    python experiments.py map RUN --data_dir DATA
+
+A cell is a command line; a table names cells. `run` starts the scripts, one run folder a cell and
+seed, skips what has been recorded and starts anew what broke off. Each finished run becomes a file
+in results/records/ (command, commit, figures, predictions; no sentence and no label of the data),
+and `report` reads nothing but those and the gold labels.
+"""
+
+import argparse
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from options import POSITIVE, Parser, script
+
+HOME = Path(__file__).resolve().parent
+TASKS = ("sst", "para", "sts")
+
+# ---------------------------------------------------------------------------- the tables as data
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One column of a table: a script with its flags, on top of those that a user gives to all.
+
+    `start` names the cell whose best encoder of the same seed it starts from, instead of --model.
+    """
+
+    flags: str
+    script: str = "multitask_classifier.py"
+    start: str | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns (cells), the paper's figures for them, and the pairs of cells that are compared."""
+
+    title: str
+    cells: dict[str, str]  # cell -> the column's heading
+    paper: dict[str, dict[str, float]]  # cell -> task -> figure
+    pairs: tuple[tuple[str, str], ...] = ()  # (cell, the one that it is compared with)
+
+
+PROBE, FINE = "--option pretrain", "--option finetune"
+CONCAT = "--para_decoder concat --sts_decoder concat"
+CELLS: dict[str, Cell] = {
+    # The paper's SimCSE has no temperature, which is 1.
+    "simcse": Cell("--temperature 1", "simcse.py"),
+    "simcse-t0.05": Cell("--temperature 0.05", "simcse.py"),
+    "probe": Cell(PROBE),
+    "finetune": Cell(f"{FINE} --measure_conflict 100"),
+    "probe-simcse": Cell(PROBE, start="simcse"),
+    "finetune-simcse": Cell(FINE, start="simcse"),
+    "probe-simcse-t0.05": Cell(PROBE, start="simcse-t0.05"),
+    "finetune-simcse-t0.05": Cell(FINE, start="simcse-t0.05"),
+    **{f"without-{task}": Cell(f"{FINE} --leave_out {task}") for task in TASKS},
+    "probe-concat": Cell(f"{PROBE} {CONCAT}"),
+    "finetune-concat": Cell(f"{FINE} {CONCAT}"),
+    **{
+        f"{pooling}-{decoder}": Cell(f"{FINE} --pooling {pooling} --sts_decoder {decoder}")
+        for pooling in ("pooler", "cls", "mean")
+        for decoder in ("dot", "cosine")
+        if (pooling, decoder) != ("pooler", "dot")
+    },
+    "proportional": Cell(f"{FINE} --sampling proportional"),
+    "annealed": Cell(f"{FINE} --sampling annealed"),
+    "lpft": Cell("--option lpft"),
+    "sum": Cell(f"{FINE} --surgery sum"),
+    "pcgrad": Cell(f"{FINE} --surgery pcgrad"),
+}
+
+TABLES: dict[str, Table] = {
+    "table1": Table(
+        "Contrastive pre-training on NLI before probing and fine-tuning (the paper's Table 1)",
+        {
+            "probe": "Probe",
+            "probe-simcse": "Probe, SimCSE",
+            "finetune": "Fine-tune",
+            "finetune-simcse": "Fine-tune, SimCSE",
+        },
+        {
+            "probe": {"sst": 0.386, "para": 0.694, "sts": 0.304},
+            "probe-simcse": {"sst": 0.390, "para": 0.632, "sts": 0.195},
+            "finetune": {"sst": 0.494, "para": 0.823, "sts": 0.370},
+            "finetune-simcse": {"sst": 0.487, "para": 0.775, "sts": 0.346},
+        },
+        (("probe-simcse", "probe"), ("finetune-simcse", "finetune")),
+    ),
+    "table2": Table(
+        "A task's loss kept from BERT (the paper's Table 2)",
+        {
+            "finetune": "None left out",
+            "probe": "Probe",
+            **{f"without-{task}": f"{task} left out" for task in TASKS},
+        },
+        {
+            "without-sst": {"sst": 0.278, "para": 0.813, "sts": 0.395},
+            "without-para": {"sst": 0.495, "para": 0.628, "sts": 0.357},
+            "without-sts": {"sst": 0.501, "para": 0.825, "sts": -0.064},
+        },
+        (
+            *((f"without-{task}", "finetune") for task in TASKS),
+            *((f"without-{task}", "probe") for task in TASKS),
+        ),
+    ),
+    "table3": Table(
+        "Decoders of pairs (the paper's Table 3)",
+        {
+            "probe-concat": "Probe, concatenate",
+            "probe": "Probe, weighted dot",
+            "finetune-concat": "Fine-tune, concatenate",
+            "finetune": "Fine-tune, weighted dot",
+        },
+        {
+            "probe-concat": {"para": 0.681, "sts": 0.277},
+            "probe": {"para": 0.694, "sts": 0.304},
+            "finetune-concat": {"para": 0.760, "sts": 0.345},
+            "finetune": {"para": 0.823, "sts": 0.370},
+        },
+        (("probe", "probe-concat"), ("finetune", "finetune-concat")),
+    ),
+    "temperature": Table(
+        "The temperature of contrastive pre-training",
+        {
+            "probe-simcse": "Probe, t = 1",
+            "probe-simcse-t0.05": "Probe, t = 0.05",
+            "finetune-simcse": "Fine-tune, t = 1",
+            "finetune-simcse-t0.05": "Fine-tune, t = 0.05",
+        },
+        {},
+        (("probe-simcse-t0.05", "probe-simcse"), ("finetune-simcse-t0.05", "finetune-simcse")),
+    ),
+    "pooling": Table(
+        "Pooling and the decoder of STS, fine-tuned",
+        {
+            "finetune": "pooler, dot",
+            **{
+                name: name.replace("-", ", ")
+                for name in ("pooler-cosine", "cls-dot", "cls-cosine", "mean-dot", "mean-cosine")
+            },
+        },
+        {},
+        tuple(
+            (name, "finetune")
+            for name in ("pooler-cosine", "cls-dot", "cls-cosine", "mean-dot", "mean-cosine")
+        ),
+    ),
+    "methods": Table(
+        "Sampling, probing before fine-tuning, and gradient surgery",
+        {
+            "finetune": "Round robin",
+            "proportional": "Proportional",
+            "annealed": "Annealed",
+            "lpft": "Probe, then fine-tune",
+            "sum": "All tasks a step",
+            "pcgrad": "All tasks a step, PCGrad",
+        },
+        {},
+        (
+            ("proportional", "finetune"),
+            ("annealed", "finetune"),
+            ("lpft", "finetune"),
+            ("pcgrad", "sum"),
+        ),
+    ),
+}
+
+# ---------------------------------------------------------------------------- running
+
+
+@dataclass(frozen=True)
+class Job:
+    """A cell with a seed."""
+
+    cell: str
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.cell}-seed{self.seed}"
+
+
+def jobs_of(tables: Sequence[str], seeds: int, probe_seeds: int) -> list[Job]:
+    """What the tables need, each once, encoders before what starts from them."""
+    jobs: dict[Job, None] = {}
+    for table in tables:
+        for name in TABLES[table].cells:
+            cell = CELLS[name]
+            count = probe_seeds if PROBE in cell.flags else seeds
+            for seed in range(1, count + 1):
+                if cell.start:
+                    jobs[Job(cell.start, seed)] = None
+                jobs[Job(name, seed)] = None
+    return list(jobs)
+
+
+def command(job: Job, args: argparse.Namespace, runs: Path, data_dir: Path) -> list[str]:
+    """The command line of a job, without the interpreter."""
+    cell = CELLS[job.cell]
+    start = runs / str(Job(cell.start, job.seed)) / "best" if cell.start else args.model
+    line = [cell.script, *shlex.split(cell.flags), "--model", str(start), *args.flags]
+    line += ["--data_dir", str(data_dir), "--seed", str(job.seed)]
+    return [*line, "--run_dir", str(runs / str(job))]
+
+
+def recorded_command(job: Job, args: argparse.Namespace) -> str:
+    """The same for a record: what does not depend on where things lie."""
+    return "python " + shlex.join(command(job, args, Path("runs/experiments"), Path("DATA")))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the jobs of some tables that have no record yet, one after the other."""
+    from checkpoint import UserError, read_json
+    from train import progress
+
+    records = args.out / "records"
+    jobs = jobs_of(args.tables, args.seeds, args.probe_seeds)
+    waiting = [job for job in jobs if not (records / f"{job}.json").exists()]
+    for job in set(jobs) - set(waiting):
+        path = records / f"{job}.json"
+        was, is_ = read_json(path).get("command"), recorded_command(job, args)
+        if was != is_:
+            raise UserError(f"{path}: is of another command ({was}); name another --out and --runs")
+    print(f"{len(jobs)} runs, {len(jobs) - len(waiting)} of them recorded already")
+    failed = []
+    with progress(len(waiting), "runs") as bar:
+        for job in waiting:
+            bar.set_postfix_str(str(job))
+            folder = args.runs / str(job)
+            if not (folder / "result.json").exists():
+                # What an earlier try left is no result; its folder is this command's own.
+                shutil.rmtree(folder, ignore_errors=True)
+                code = start(command(job, args, args.runs, args.data_dir), args.runs / f"{job}.log")
+                if code:
+                    failed.append(job)
+                    bar.write(f"{job}: exit code {code}; see {args.runs / f'{job}.log'}")
+                    bar.update()
+                    if code < 0 or code == 130:
+                        break  # stopped from outside: so is all of this
+                    continue
+            record(folder, records / f"{job}.json", job, recorded_command(job, args))
+            bar.update()
+    if failed:
+        raise UserError(f"{len(failed)} of {len(waiting)} runs failed ({failed[0]}, ...)")
+
+
+def start(line: Sequence[str], log: Path) -> int:
+    """Run a script to its end, what it prints going to `log`; its exit code."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "w", encoding="utf-8") as file:
+        python = [sys.executable, str(HOME / line[0]), *line[1:]]
+        return subprocess.run(python, stdout=file, stderr=file).returncode
+
+
+def record(folder: Path, path: Path, job: Job, line: str) -> None:
+    """Write a finished run as one file: what it was, its figures, and its dev predictions."""
+    from checkpoint import read_json, write_json
+
+    config, result = read_json(folder / "config.json"), read_json(folder / "result.json")
+    lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    log = [json.loads(line) for line in lines]
+    predictions = {}
+    for name in result.get("predictions", {}):
+        task, split = name.split("_")
+        if split == "dev":
+            predictions[task] = read_predictions(Path(result["predictions"][name]))
+    kept = ("commit", "uncommitted_changes", "versions", "hardware", "started", "rows", "precision")
+    curve = [
+        {"step": r["step"], "score": r["score"], "stage": r.get("stage")}
+        for r in log
+        if r["kind"] == "dev"
+    ]
+    conflicts = [{"step": r["step"], "parts": r["parts"]} for r in log if r["kind"] == "conflict"]
+    write_json(
+        path,
+        {
+            "cell": job.cell,
+            "seed": job.seed,
+            "command": line,
+            **{name: config[name] for name in kept},
+            "dev": result["dev"],
+            "overall": result.get("overall"),
+            "training_seconds": result["training_seconds"],
+            "curve": curve,
+            "conflict": conflicts,
+            "predictions": predictions,
+        },
+    )
+
+
+def read_predictions(path: Path) -> list[float]:
+    """The predictions of a leaderboard file, in its order."""
+    lines = path.read_text(encoding="utf-8").splitlines()[1:]
+    return [round(float(line.rsplit(" , ", 1)[1]), 5) for line in lines]
+
+
+# ---------------------------------------------------------------------------- the command line
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line, checked."""
+    parser = Parser(__doc__.splitlines()[0])
+    actions = parser.add_subparsers(dest="action", required=True)
+
+    def action(name: str, what: str, data: bool = True, out: bool = True) -> Parser:
+        added = actions.add_parser(name, help=what, description=what)
+        if data:
+            added.add_argument("--data_dir", type=Path, default=Path("data"), help="the csv files")
+        if out:
+            added.add_argument("--out", type=Path, default=Path("results"), help="records, tables")
+        return added
+
+    add = action("run", "run what tables need and no record has").add_argument
+    add("tables", nargs="+", metavar="TABLE", help=f"{', '.join(TABLES)}, or all")
+    add("--model", default="bert-base-uncased", help="as for the scripts")
+    add("--seeds", type=POSITIVE, default=3, help="of each cell that trains BERT: 1, 2, ...")
+    add("--probe_seeds", type=POSITIVE, default=5, help="of each cell that does not")
+    add("--runs", type=Path, default=Path("runs/experiments"), help="a run folder a cell and seed")
+    add("--flags", default="", help='for every script, such as --flags="--limit 500 --use_gpu"')
+    action("report", "write tables and plots from the records")
+    add = action("conflict", "plot what a run measured", data=False, out=False).add_argument
+    add("run", type=Path, help="a run folder of --measure_conflict")
+    add = action("map", "plot a run's sentence embeddings", out=False).add_argument
+    add("run", type=Path, help="a run folder")
+    add("--limit", type=POSITIVE, help="rows of each task")
+    args = parser.parse_args(argv)
+    if args.action == "run":
+        if "all" in args.tables:
+            args.tables = list(TABLES)
+        for table in args.tables:
+            if table not in TABLES:
+                parser.error(f"{table}: no such table; there are {', '.join(TABLES)}, and all")
+        try:
+            args.flags = shlex.split(args.flags)
+        except ValueError as error:
+            parser.error(f"--flags {args.flags}: {error}")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Do what the command line says."""
+    args = parse(argv)
+    if args.action == "run":
+        run(args)
+        return
+    import report
+
+    if args.action == "report":
+        report.report(TABLES, CELLS, args.out, args.data_dir)
+    elif args.action == "conflict":
+        report.plot_conflict(args.run)
+    else:
+        report.plot_map(args.run, args.data_dir, args.limit)
+
+
+if __name__ == "__main__":
+    script(main)

@@ -1,0 +1,285 @@
+"""Recorded runs to tables, plots and comparisons: what `experiments.py report` writes.
+
+A record is one finished run (`experiments.record`); a table names cells, and each cell has a record
+a seed. Nothing here trains, and every figure comes from the records and the gold labels.
+"""
+
+import json
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from matplotlib.figure import Figure
+from sklearn.decomposition import PCA
+
+from checkpoint import UserError, read_json, whole_file, write_text
+from datasets import read
+from evaluation import compare, headline, holm
+from tasks import TASKS, MultitaskBERT
+
+TASK_NAMES = {"sst": "Sentiment, accuracy", "para": "Paraphrase, accuracy", "sts": "STS, Pearson"}
+Records = dict[str, list[dict[str, Any]]]  # cell -> its runs, by seed
+EMBEDDED_NOTE = (
+    "**The model is the embedded all-MiniLM-L6-v2, which was tuned on sentence pairs before, NLI's"
+    " and Quora's among them. Its SimCSE columns ask another question than the paper's: what more"
+    " of the same does, not what contrast does to plain BERT.**"
+)
+
+
+class Table(Protocol):
+    """`experiments.Table`."""
+
+    title: str
+    cells: dict[str, str]
+    paper: dict[str, dict[str, float]]
+    pairs: tuple[tuple[str, str], ...]
+
+
+def load_records(out: Path, cells: Collection[str]) -> Records:
+    """The records in `out` by cell, seeds in order; UserError for one of no such cell."""
+    paths = sorted((out / "records").glob("*.json"))
+    if not paths:
+        raise UserError(f"{out / 'records'}: no records; make some with experiments.py run TABLE")
+    found: Records = {}
+    for path in paths:
+        record = read_json(path)
+        if record.get("cell") not in cells:
+            raise UserError(f"{path}: its cell {record.get('cell')!r} is in no table; move it away")
+        found.setdefault(record["cell"], []).append(record)
+    return {cell: sorted(of, key=lambda r: r["seed"]) for cell, of in found.items()}
+
+
+def mean_and_sd(records: Sequence[dict[str, Any]], task: str) -> tuple[float, float | None]:
+    """Of a task's headline over seeds; no deviation from a single one."""
+    values = [headline(record["dev"][task]) for record in records]
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
+def comparisons(table: Table, records: Records, data_dir: Path) -> list[dict[str, Any]]:
+    """Each pair of the table on each task: difference, 95% interval, p-value corrected by Holm."""
+    found = []
+    gold: dict[str, np.ndarray] = {}
+    for first, second in table.pairs:
+        for task in TASK_NAMES:
+            groups = [records.get(cell, []) for cell in (first, second)]
+            if not all(groups):
+                continue
+            if task not in gold:
+                examples, _ = read(data_dir / TASKS[task].files.format("dev"), TASKS[task])
+                gold[task] = np.array([example.label for example in examples])
+            predicted = [np.array([r["predictions"][task] for r in of]) for of in groups]
+            for cell, rows in zip((first, second), predicted, strict=True):
+                if rows.shape[1] != len(gold[task]):
+                    raise UserError(
+                        f"--data_dir {data_dir}: {task} has {len(gold[task])} dev rows, but the"
+                        f" records of {cell} {rows.shape[1]}: name the data that they were made on"
+                    )
+            result = compare(gold[task], *predicted, correlation=not TASKS[task].whole)
+            found.append({"first": first, "second": second, "task": task, **vars(result)})
+    for row, p in zip(found, holm([row["p"] for row in found]), strict=True):
+        row["p_corrected"] = p
+    return found
+
+
+def figure(records: Sequence[dict[str, Any]], task: str, plus_minus: str) -> str:
+    """A cell's text: mean and deviation, or that it is missing."""
+    if not records:
+        return "missing"
+    mean, sd = mean_and_sd(records, task)
+    return f"{mean:.3f}" if sd is None else f"{mean:.3f} {plus_minus} {sd:.3f}"
+
+
+def markdown(table: Table, records: Records, compared: list[dict[str, Any]]) -> str:
+    """A table, its comparisons, and what it was made from."""
+    lines = [f"## {table.title}", "", "| | " + " | ".join(table.cells.values()) + " |"]
+    lines.append("|---" * (len(table.cells) + 1) + "|")
+    for task, name in TASK_NAMES.items():
+        cells = [figure(records.get(cell, []), task, "±") for cell in table.cells]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        if table.paper:
+            paper = [table.paper.get(cell, {}).get(task) for cell in table.cells]
+            shown = ["-" if value is None else f"{value:.3f}" for value in paper]
+            lines.append("| *the paper's* | " + " | ".join(shown) + " |")
+    if compared:
+        lines += ["", "| difference | task | | 95% interval | p (Holm) |", "|---|---|---|---|---|"]
+    for row in compared:
+        heading = f"{table.cells[row['first']]} - {table.cells[row['second']]}"
+        interval = f"{row['low']:+.3f} to {row['high']:+.3f}"
+        shown = f"{row['p_corrected']:.4f}" if row["p_corrected"] >= 1e-4 else "< 0.0001"
+        lines.append(
+            f"| {heading} | {row['task']} | {row['difference']:+.3f} | {interval} | {shown} |"
+        )
+    lines += ["", "| column | seeds | commit | command |", "|---|---|---|---|"]
+    for cell, heading in table.cells.items():
+        of = records.get(cell, [])
+        seeds = " ".join(str(record["seed"]) for record in of) or "none"
+        commits = " ".join(sorted({(record["commit"] or "-")[:7] for record in of})) or "-"
+        line = f"`{of[0]['command']}`" if of else "missing"
+        lines.append(f"| {heading} | {seeds} | {commits} | {line} |")
+    return "\n".join([*lines, ""])
+
+
+def latex(table: Table, records: Records) -> str:
+    """The table alone, for a paper."""
+    lines = [r"\begin{tabular}{l" + "r" * len(table.cells) + "}", r"\hline"]
+    lines += ["& " + " & ".join(table.cells.values()) + r" \\", r"\hline"]
+    for task, name in TASK_NAMES.items():
+        cells = [figure(records.get(cell, []), task, r"$\pm$") for cell in table.cells]
+        lines.append(f"{name} & " + " & ".join(cells) + r" \\")
+    return "\n".join([*lines, r"\hline", r"\end{tabular}", ""])
+
+
+def report(tables: dict[str, Table], cells: Collection[str], out: Path, data_dir: Path) -> None:
+    """Write tables.md, LaTeX tables and plots into `out`, from the records in it."""
+    records = load_records(out, cells)
+    shown = {name: table for name, table in tables.items() if set(table.cells) & set(records)}
+    parts = ["# Tables", "", "Written by `python experiments.py report`."]
+    if any("all-MiniLM-L6-v2" in r["command"] for of in records.values() for r in of):
+        parts += ["", EMBEDDED_NOTE]
+    for name, table in shown.items():
+        compared = comparisons(table, records, data_dir)
+        parts += ["", markdown(table, records, compared), f"![{table.title}]({name}.png)"]
+        write_text(out / f"{name}.tex", latex(table, records))
+        plot_bars(table, records, out / f"{name}.png")
+    plot_curves(records, out / "curves.png")
+    parts += ["", "## Learning curves", "", "![dev score over steps](curves.png)"]
+    measured = [r["conflict"] for of in records.values() for r in of if r["conflict"]]
+    if measured:
+        parts += ["", conflict_report(measured, out)]
+    write_text(out / "tables.md", "\n".join([*parts, ""]))
+    print(f"{out}: tables.md, {', '.join(f'{name}.tex' for name in shown)}, and plots")
+
+
+# ---------------------------------------------------------------------------- plots
+
+
+def save(drawing: Figure, path: Path) -> None:
+    """Write a plot, whole or not at all."""
+    with whole_file(path) as draft:
+        drawing.savefig(draft, format="png", dpi=120, bbox_inches="tight")
+
+
+def axes(columns: int = 1, width: float = 6, height: float = 4) -> tuple[Figure, list[Any]]:
+    """A figure, drawn without a screen, and its panels side by side."""
+    drawing = Figure(figsize=(width * columns, height))
+    return drawing, list(drawing.subplots(1, columns, squeeze=False)[0])
+
+
+def plot_bars(table: Table, records: Records, path: Path) -> None:
+    """A bar a cell with its deviation over seeds, the paper's figure as a line, a panel a task."""
+    drawing, panels = axes(len(TASK_NAMES), width=4.5)
+    for panel, (task, name) in zip(panels, TASK_NAMES.items(), strict=True):
+        for i, cell in enumerate(table.cells):
+            if records.get(cell):
+                mean, sd = mean_and_sd(records[cell], task)
+                panel.bar(i, mean, yerr=sd, capsize=4, color="tab:blue", alpha=0.8)
+            if task in table.paper.get(cell, {}):
+                panel.hlines(table.paper[cell][task], i - 0.4, i + 0.4, color="tab:orange")
+        panel.set_title(name + (" (orange: the paper's)" if table.paper else ""))
+        panel.set_xticks(range(len(table.cells)), table.cells.values(), rotation=40, ha="right")
+    save(drawing, path)
+
+
+def plot_curves(records: Records, path: Path) -> None:
+    """The overall score on dev over training steps, a line a cell, averaged over seeds."""
+    drawing, panels = axes(width=9, height=5)
+    for cell, of in records.items():
+        if of[0]["overall"] is None:  # contrastive pre-training has another score
+            continue
+        curves = [[p for p in r["curve"] if p["stage"] != "probe"] for r in of]
+        length = min(map(len, curves))
+        steps = [point["step"] for point in curves[0][:length]]
+        scores = np.array([[point["score"] for point in c[:length]] for c in curves])
+        panels[0].plot(steps, scores.mean(axis=0), marker="o", label=cell)
+    panels[0].set(xlabel="step", ylabel="overall score, dev")
+    panels[0].legend(fontsize="small", ncols=2)
+    save(drawing, path)
+
+
+def conflict_report(runs: Sequence[list[dict[str, Any]]], out: Path) -> str:
+    """Plot what several runs measured of gradient conflict, and say it in a table of Markdown.
+
+    Args:
+        runs: each a list of {"step", "parts"} (`gradients.conflict`).
+        out: the folder that gets conflict-layers.png and conflict-steps.png.
+    """
+    parts = [part for part in runs[0][0]["parts"] if part != "overall"]
+    pairs = list(runs[0][0]["parts"]["overall"])
+
+    def values(part: str, pair: str, key: str = "cosine", of: Sequence = runs) -> np.ndarray:
+        found = [point["parts"][part][pair][key] for run in of for point in run]
+        return np.array([np.nan if value is None else value for value in found])
+
+    def mean(of: np.ndarray) -> float:
+        return float(np.mean(of[~np.isnan(of)])) if not np.isnan(of).all() else float("nan")
+
+    drawing, panels = axes(width=7, height=0.32 * len(parts) + 1)
+    grid = np.array([[mean(values(part, pair)) for pair in pairs] for part in parts])
+    image = panels[0].imshow(grid, cmap="RdBu", vmin=-1, vmax=1, aspect="auto")
+    panels[0].set_xticks(range(len(pairs)), pairs)
+    panels[0].set_yticks(range(len(parts)), parts)
+    for (i, j), value in np.ndenumerate(grid):
+        panels[0].text(j, i, f"{value:+.2f}", ha="center", va="center", fontsize=7)
+    panels[0].set_title("mean cosine of task gradients (a|a: two batches of one task)")
+    drawing.colorbar(image)
+    save(drawing, out / "conflict-layers.png")
+
+    drawing, panels = axes(width=9, height=5)
+    for pair in pairs:
+        steps = [point["step"] for point in runs[0]]
+        cosines = []
+        for step in steps:
+            at = [[point for point in run if point["step"] == step] for run in runs]
+            cosines.append(mean(values("overall", pair, of=at)))
+        same = len(set(pair.split("|"))) == 1
+        panels[0].plot(steps, cosines, "--" if same else "-", label=pair)
+    panels[0].axhline(0, color="black", linewidth=0.5)
+    panels[0].set(xlabel="step", ylabel="cosine over all parameters of BERT")
+    panels[0].legend()
+    save(drawing, out / "conflict-steps.png")
+
+    lines = ["## Do the tasks' gradients conflict?", ""]
+    count = sum(map(len, runs))
+    lines += [f"Measured {count} times in {len(runs)} runs, over all of BERT's parameters.", ""]
+    lines += ["| pair | mean cosine | negative | magnitude similarity |", "|---|---|---|---|"]
+    for pair in pairs:
+        cosine, magnitude = values("overall", pair), values("overall", pair, "magnitude")
+        share = np.mean(cosine[~np.isnan(cosine)] < 0) if not np.isnan(cosine).all() else np.nan
+        shown = pair.replace("|", r"\|")
+        lines.append(f"| {shown} | {mean(cosine):+.3f} | {share:.0%} | {mean(magnitude):.3f} |")
+    lines += ["", "A pair a\\|a is two batches of one task: the noise floor."]
+    lines += ["", "![by layer](conflict-layers.png)", "![over steps](conflict-steps.png)"]
+    return "\n".join(lines)
+
+
+def plot_conflict(run: Path) -> None:
+    """Plot what one run measured of gradient conflict, into its own folder."""
+    try:
+        lines = (run / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"{run}: not a run folder ({error.strerror})") from None
+    measured = [r for r in map(json.loads, lines) if r["kind"] == "conflict"]
+    if not measured:
+        raise UserError(f"{run}: nothing was measured; train with --measure_conflict N")
+    print(conflict_report([measured], run))
+
+
+def plot_map(run: Path, data_dir: Path, limit: int | None = None) -> None:
+    """Plot the dev sentences of a run's tasks by the first two principal components."""
+    model = MultitaskBERT.from_pretrained(run)
+    vectors, names = [], []
+    for task in model.heads:
+        examples, _ = read(data_dir / TASKS[task].files.format("dev"), TASKS[task], limit=limit)
+        texts = [text for example in examples for text in example.texts]
+        vectors.append(model.encode(texts))
+        names.append(f"{task} ({len(texts)} sentences)")
+    fitted = PCA(2, random_state=0).fit(np.concatenate(vectors))
+    drawing, panels = axes(width=8, height=7)
+    for name, of in zip(names, vectors, strict=True):
+        panels[0].scatter(*fitted.transform(of).T, s=4, alpha=0.5, label=name)
+    share = fitted.explained_variance_ratio_.sum()
+    panels[0].set_title(f"dev sentences, two principal components ({share:.0%} of the variance)")
+    panels[0].legend()
+    save(drawing, run / "map.png")
+    print(run / "map.png")

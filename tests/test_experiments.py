@@ -1,0 +1,204 @@
+"""Tables end to end on tiny data, and the statistics against scipy and by hand."""
+
+import json
+import shutil
+import signal
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+import experiments
+import report
+from evaluation import compare, holm
+
+# ---------------------------------------------------------------------------- statistics
+
+
+def test_accuracy_with_one_seed_is_mcnemars_test():
+    """The permutation test over rows is the exact McNemar test: a binomial of who is right."""
+    rng = np.random.default_rng(0)
+    gold = rng.integers(0, 5, 400)
+    first, second = (np.where(rng.random(400) < share, gold, 9) for share in (0.6, 0.5))
+    found = compare(gold, first[None], second[None], correlation=False)
+    only = [int(np.sum((a == gold) & (b != gold))) for a, b in ((first, second), (second, first))]
+    assert found.difference == pytest.approx((only[0] - only[1]) / 400)
+    expected = stats.binomtest(only[0], sum(only)).pvalue
+    assert found.p == pytest.approx(expected, rel=0.25, abs=0.003)
+    # The interval is near that of the normal approximation.
+    spread = 1.96 * np.std((first == gold) * 1.0 - (second == gold) * 1.0) / 20
+    assert found.low == pytest.approx(found.difference - spread, abs=0.012)
+    assert found.high == pytest.approx(found.difference + spread, abs=0.012)
+
+
+def test_figures_are_averaged_over_seeds():
+    gold = np.array([0, 1, 1, 0])
+    first = np.array([[0, 1, 1, 0], [0, 1, 0, 1]])  # 1.0 and 0.5
+    second = np.array([[1, 1, 1, 0]])  # 0.75
+    assert compare(gold, first, second, correlation=False).difference == 0
+    scores = np.array([0.0, 1, 2, 5])
+    ours = np.array([[0.1, 1, 2, 4], [3, 1, 2, 0.5]])
+    theirs = np.array([[1.0, 0, 5, 2]])
+    r = [stats.pearsonr(scores, row).statistic for row in (*ours, *theirs)]
+    found = compare(scores, ours, theirs, correlation=True, resamples=99)
+    assert found.difference == pytest.approx((r[0] + r[1]) / 2 - r[2])
+
+
+def test_a_clear_difference_of_correlations_is_found_and_noise_is_not():
+    rng = np.random.default_rng(1)
+    gold = rng.uniform(0, 5, 500)
+    good, other, bad = (gold + noise * rng.normal(size=500) for noise in (1.0, 1.0, 4.0))
+    clear = compare(gold, good[None], bad[None], correlation=True)
+    assert clear.p < 0.01 and 0 < clear.low < clear.difference < clear.high
+    unclear = compare(gold, good[None], other[None], correlation=True)
+    assert unclear.p > 0.05 and unclear.low < 0 < unclear.high
+
+
+def test_a_model_against_itself_differs_by_nothing():
+    gold = np.arange(6.0) % 3
+    for correlation in (False, True):
+        found = compare(gold, gold[None], gold[None], correlation)
+        assert (found.difference, found.p) == (0, 1)
+
+
+@settings(max_examples=100)
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
+def test_holm_rejects_what_his_procedure_rejects(p_values):
+    """Step down: the k-th smallest of m is rejected at a while it is at most a / (m - k + 1)."""
+    corrected = holm(p_values)
+    for level in (0.01, 0.05, 0.3):
+        rejected = set()
+        for rank, i in enumerate(np.argsort(p_values, kind="stable")):
+            if p_values[i] * (len(p_values) - rank) > level:
+                break
+            rejected.add(i)
+        assert {i for i, p in enumerate(corrected) if p <= level} == rejected
+
+
+# ---------------------------------------------------------------------------- the grid
+
+
+@pytest.fixture
+def grid(tiny, data, tmp_path, monkeypatch):
+    """Flags of `run` over the tiny data, with triples; scripts run in this process."""
+    shutil.copytree(data, tmp_path / "data")
+    triples = [f"the dog is {w},a {w} dog,the cat is dull" for w in ("fine", "lovely", "great")]
+    text = "sent0,sent1,hard_neg\n" + "".join(f"{line}\n" for line in triples)
+    (tmp_path / "data/nli_for_simcse.csv").write_text(text, encoding="utf-8")
+    modules = {f"{name}.py": __import__(name) for name in ("multitask_classifier", "simcse")}
+    started = []
+
+    def here(line, log):
+        started.append(line[line.index("--run_dir") + 1].rsplit("/", 1)[1])
+        modules[line[0]].main(line[1:])
+        return 0
+
+    monkeypatch.setattr(experiments, "start", here)
+    flags = ["--model", tiny, "--data_dir", tmp_path / "data", "--out", tmp_path / "results"]
+    flags += ["--runs", tmp_path / "runs", "--seeds", 2, "--probe_seeds", 2]
+    flags += ["--flags=--epochs 1 --batch_size 16 --precision fp32"]
+    return flags, started
+
+
+def test_every_table_runs_and_is_reported(grid, tmp_path, run_script, monkeypatch):
+    flags, started = grid
+    flags[flags.index("--seeds") + 1] = 1
+    monkeypatch.setitem(report.__dict__, "EMBEDDED_NOTE", "not shown")
+    code, _, err = run_script(experiments, "run", "all", *flags)
+    assert code == 0, err
+    assert len(started) == len(set(started))
+    assert {name.rsplit("-seed", 1)[0] for name in started} == set(experiments.CELLS)
+    # Each comes after the encoder that it starts from.
+    assert started.index("simcse-seed2") < started.index("probe-simcse-seed2")
+    out = tmp_path / "results"
+    (out / "records/without-sts-seed1.json").unlink()
+    reported = ["--data_dir", tmp_path / "data", "--out", out]
+    code, _, err = run_script(experiments, "report", *reported)
+    assert code == 0, err
+    text = (out / "tables.md").read_text(encoding="utf-8")
+    assert "not shown" not in text  # the model is not the embedded one
+    record = json.loads((out / "records/probe-seed1.json").read_text(encoding="utf-8"))
+    other = json.loads((out / "records/probe-seed2.json").read_text(encoding="utf-8"))
+    values = [r["dev"]["sts"]["pearson"] for r in (record, other)]
+    assert f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}" in text
+    assert "| *the paper's* | 0.386 | 0.390 | 0.494 | 0.487 |" in text
+    assert "| sts left out | none | - | missing |" in text
+    assert "--option pretrain --model" in text and "Do the tasks' gradients conflict?" in text
+    for table in experiments.TABLES:
+        assert (out / f"{table}.png").read_bytes().startswith(b"\x89PNG")
+        assert (out / f"{table}.tex").read_text(encoding="utf-8").startswith(r"\begin{tabular}")
+    # No sentence of the data is in a record.
+    assert not any("dog" in path.read_text(encoding="utf-8") for path in out.rglob("*.json"))
+
+
+def test_what_is_recorded_is_skipped_and_what_broke_off_starts_anew(grid, tmp_path, run_script):
+    flags, started = grid
+    broken = tmp_path / "runs/probe-concat-seed1"
+    broken.mkdir(parents=True)
+    (broken / "config.json").write_text("{}", encoding="utf-8")
+    code, out, err = run_script(experiments, "run", "table3", *flags)
+    assert code == 0, err
+    assert "8 runs, 0 of them recorded already" in out
+    assert (broken / "result.json").exists()
+    first = list(started)
+    code, out, _ = run_script(experiments, "run", "table3", *flags)
+    assert code == 0 and "8 runs, 8 of them recorded already" in out and started == first
+    flags[-1] = "--flags=--epochs 2"
+    code, _, err = run_script(experiments, "run", "table3", *flags)
+    assert code == 2 and "is of another command" in err
+
+
+def test_an_interrupted_run_ends_the_command_and_others_failures_do_not(
+    grid, tmp_path, run_script, monkeypatch
+):
+    flags, _ = grid
+    codes = iter([2, -signal.SIGTERM])
+    calls = []
+
+    def failing(line, log):
+        calls.append(line)
+        return next(codes)
+
+    monkeypatch.setattr(experiments, "start", failing)
+    code, _, err = run_script(experiments, "run", "table3", *flags)
+    assert code == 2 and "2 of 8 runs failed (probe-concat-seed1, ...)" in err
+    assert len(calls) == 2
+
+
+def test_a_script_starts_as_a_process_with_its_own_log(tmp_path):
+    log = tmp_path / "runs" / "job.log"
+    assert experiments.start(["simcse.py", "--temperature", "0"], log) == 2
+    assert "--temperature: 0 is out of range" in log.read_text(encoding="utf-8")
+
+
+def test_plots_of_one_run(tiny, data, tmp_path, run_script):
+    import multitask_classifier
+
+    flags = ["--model", tiny, "--data_dir", data, "--run_dir", tmp_path / "run", "--epochs", 1]
+    flags += ["--option", "finetune", "--measure_conflict", 3, "--precision", "fp32"]
+    assert run_script(multitask_classifier, *flags)[0] == 0
+    code, out, err = run_script(experiments, "conflict", tmp_path / "run")
+    assert code == 0, err
+    assert r"| sst\|sts |" in out
+    code, out, err = run_script(experiments, "map", tmp_path / "run", "--data_dir", data)
+    assert code == 0, err
+    for name in ("conflict-layers.png", "conflict-steps.png", "map.png"):
+        assert (tmp_path / "run" / name).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["run", "table9"], "table9: no such table; there are table1, table2"),
+        (["run", "table1", "--seeds", "0"], "--seeds"),
+        (["run", "table1", "--flags=--seed 'x"], "--flags"),
+        (["report", "--out", "nowhere"], "no records; make some with experiments.py run"),
+        (["conflict", "nowhere"], "nowhere: not a run folder"),
+        (["map", "nowhere"], "nowhere: no such run folder"),
+    ],
+)
+def test_bad_usage(run_script, flags, expected):
+    code, _, err = run_script(experiments, *flags)
+    assert code == 2 and expected in err and len(err.strip().splitlines()) == 1
