@@ -72,6 +72,9 @@ CELLS: dict[str, Cell] = {
         for decoder in ("dot", "cosine")
         if (pooling, decoder) != ("pooler", "dot")
     },
+    "slow": Cell(f"{FINE} --lr 1e-5 --head_lr 1e-3"),
+    "slow-bert": Cell(f"{FINE} --lr 1e-5"),
+    "mean-cosine-fast": Cell(f"{FINE} --pooling mean --sts_decoder cosine --lr 1e-4"),
     "proportional": Cell(f"{FINE} --sampling proportional"),
     "annealed": Cell(f"{FINE} --sampling annealed"),
     "lpft": Cell("--option lpft"),
@@ -155,6 +158,25 @@ TABLES: dict[str, Table] = {
             for name in ("pooler-cosine", "cls-dot", "cls-cosine", "mean-dot", "mean-cosine")
         ),
     ),
+    "ladder": Table(
+        "What the low STS figure comes from, one change at a time",
+        {
+            "slow": "Paper's heads 1e-3, course's BERT 1e-5",
+            "slow-bert": "Heads 1e-2",
+            "finetune": "BERT 5e-5",
+            "mean-dot": "Mean pooling",
+            "mean-cosine": "Cosine for STS",
+            "mean-cosine-fast": "BERT 1e-4",
+        },
+        {},
+        (
+            ("slow-bert", "slow"),
+            ("finetune", "slow-bert"),
+            ("mean-dot", "finetune"),
+            ("mean-cosine", "mean-dot"),
+            ("mean-cosine-fast", "mean-cosine"),
+        ),
+    ),
     "methods": Table(
         "Sampling, probing before fine-tuning, and gradient surgery",
         {
@@ -174,6 +196,70 @@ TABLES: dict[str, Table] = {
         ),
     ),
 }
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What the paper says, as differences that must then be there.
+
+    `differences`: (cell, other cell, task, sign): the first is below (-1), above (+1), or not far
+    from (0) the second. `most`: a task whose difference must be the largest of all.
+    """
+
+    text: str
+    table: str
+    differences: tuple[tuple[str, str, str, int], ...]
+    most: str | None = None
+
+
+def everywhere(first: str, second: str, sign: int) -> tuple[tuple[str, str, str, int], ...]:
+    """The same difference on every task."""
+    return tuple((first, second, task, sign) for task in TASKS)
+
+
+CLAIMS = (
+    Claim(
+        "Contrastive pre-training hurts when probing.",
+        "table1",
+        everywhere("probe-simcse", "probe", -1),
+    ),
+    Claim(
+        "Contrastive pre-training hurts when fine-tuning.",
+        "table1",
+        everywhere("finetune-simcse", "finetune", -1),
+    ),
+    Claim(
+        "It hurts most on STS.",
+        "table1",
+        everywhere("probe-simcse", "probe", -1),
+        most="sts",
+    ),
+    Claim(
+        "Sentiment and STS conflict: leaving out either helps the other.",
+        "table2",
+        (("without-sst", "finetune", "sts", 1), ("without-sts", "finetune", "sst", 1)),
+    ),
+    Claim(
+        "Paraphrase conflicts with neither: leaving it out changes neither.",
+        "table2",
+        (("without-para", "finetune", "sst", 0), ("without-para", "finetune", "sts", 0)),
+    ),
+    Claim(
+        "Leaving a task out makes it worse than probing, most of all STS.",
+        "table2",
+        tuple((f"without-{task}", "probe", task, -1) for task in TASKS),
+        most="sts",
+    ),
+    Claim(
+        "The weighted dot product beats concatenation.",
+        "table3",
+        tuple(
+            (option, f"{option}-concat", task, 1)
+            for option in ("probe", "finetune")
+            for task in ("para", "sts")
+        ),
+    ),
+)
 
 # ---------------------------------------------------------------------------- running
 
@@ -355,7 +441,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     import report
 
     if args.action == "report":
-        report.report(TABLES, CELLS, args.out, args.data_dir)
+        report.report(TABLES, CLAIMS, CELLS, args.out, args.data_dir)
     elif args.action == "conflict":
         report.plot_conflict(args.run)
     else:

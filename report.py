@@ -36,6 +36,15 @@ class Table(Protocol):
     pairs: tuple[tuple[str, str], ...]
 
 
+class Claim(Protocol):
+    """`experiments.Claim`."""
+
+    text: str
+    table: str
+    differences: tuple[tuple[str, str, str, int], ...]
+    most: str | None
+
+
 def load_records(out: Path, cells: Collection[str]) -> Records:
     """The records in `out` by cell, seeds in order; UserError for one of no such cell."""
     paths = sorted((out / "records").glob("*.json"))
@@ -106,7 +115,7 @@ def markdown(table: Table, records: Records, compared: list[dict[str, Any]]) -> 
     for row in compared:
         heading = f"{table.cells[row['first']]} - {table.cells[row['second']]}"
         interval = f"{row['low']:+.3f} to {row['high']:+.3f}"
-        shown = f"{row['p_corrected']:.4f}" if row["p_corrected"] >= 1e-4 else "< 0.0001"
+        shown = p_value(row["p_corrected"])
         lines.append(
             f"| {heading} | {row['task']} | {row['difference']:+.3f} | {interval} | {shown} |"
         )
@@ -130,16 +139,80 @@ def latex(table: Table, records: Records) -> str:
     return "\n".join([*lines, r"\hline", r"\end{tabular}", ""])
 
 
-def report(tables: dict[str, Table], cells: Collection[str], out: Path, data_dir: Path) -> None:
-    """Write tables.md, LaTeX tables and plots into `out`, from the records in it."""
+LEVEL = 0.05  # of a corrected p-value
+MARGIN = 0.02  # accuracy or r; a difference surely smaller is none
+
+
+def judge(claim: Claim, compared: Sequence[dict[str, Any]]) -> tuple[str, str]:
+    """A verdict on a claim of the paper, and the figures that it rests on.
+
+    Args:
+        claim: what the paper says.
+        compared: `comparisons` of its table.
+
+    Each difference speaks for the claim (p below `LEVEL` and the claimed sign; where none is
+    claimed, a whole interval within `MARGIN`), against it (p below `LEVEL` and not that), or
+    neither. That a task differs most is for it where its interval lies beyond all others', against
+    it where another's lies beyond it. The claim stands if all is for it, falls if anything is
+    against it, and else cannot be told.
+    """
+    found = {(row["first"], row["second"], row["task"]): row for row in compared}
+    rows = [(found.get((one, other, task)), sign) for one, other, task, sign in claim.differences]
+    if any(row is None for row, _ in rows):
+        return "cannot be told", "Runs are missing."
+    votes = [_vote(row, sign) for row, sign in rows]
+    if claim.most:
+        sizes = {row["task"]: sorted((sign * row["low"], sign * row["high"])) for row, sign in rows}
+        low, high = sizes.pop(claim.most)
+        beyond_all = all(other_high < low for _, other_high in sizes.values())
+        beaten = any(other_low > high for other_low, _ in sizes.values())
+        votes.append(1 if beyond_all else -1 if beaten else 0)
+    verdict = "falls" if -1 in votes else "stands" if set(votes) == {1} else "cannot be told"
+    parts = []
+    for row, _ in rows:
+        interval = f"{row['low']:+.3f} to {row['high']:+.3f}, p {p_value(row['p_corrected'])}"
+        where = f"{row['first']} - {row['second']}"
+        parts.append(f"{row['task']} {row['difference']:+.3f} ({interval}; {where})")
+    return verdict, "; ".join(parts) + "."
+
+
+def _vote(row: dict[str, Any], sign: int) -> int:
+    """1 for a claimed difference, -1 against it, 0 for neither."""
+    significant = row["p_corrected"] < LEVEL
+    if sign == 0:
+        negligible = max(-row["low"], row["high"]) <= MARGIN
+        return 1 if negligible else -1 if significant else 0
+    if not significant:
+        return 0
+    return 1 if row["difference"] * sign > 0 else -1
+
+
+def p_value(p: float) -> str:
+    """A p-value for people."""
+    return f"{p:.4f}" if p >= 1e-4 else "< 0.0001"
+
+
+def report(
+    tables: dict[str, Table],
+    claims: Sequence[Claim],
+    cells: Collection[str],
+    out: Path,
+    data_dir: Path,
+) -> None:
+    """Write README.md, LaTeX tables and plots into `out`, from the records in it."""
     records = load_records(out, cells)
     shown = {name: table for name, table in tables.items() if set(table.cells) & set(records)}
-    parts = ["# Tables", "", "Written by `python experiments.py report`."]
+    parts = ["# Results", "", "Written by `python experiments.py report`."]
     if any("all-MiniLM-L6-v2" in r["command"] for of in records.values() for r in of):
         parts += ["", EMBEDDED_NOTE]
+    compared = {name: comparisons(table, records, data_dir) for name, table in shown.items()}
+    parts += ["", "## The paper's claims", ""]
+    parts += [f"Each figure is a difference with its 95% interval; see `report.judge`, p {LEVEL}."]
+    for claim in claims:
+        verdict, figures = judge(claim, compared.get(claim.table, []))
+        parts += ["", f"- {claim.text} **{verdict.capitalize()}.** {figures}"]
     for name, table in shown.items():
-        compared = comparisons(table, records, data_dir)
-        parts += ["", markdown(table, records, compared), f"![{table.title}]({name}.png)"]
+        parts += ["", markdown(table, records, compared[name]), f"![{table.title}]({name}.png)"]
         write_text(out / f"{name}.tex", latex(table, records))
         plot_bars(table, records, out / f"{name}.png")
     plot_curves(records, out / "curves.png")
@@ -147,8 +220,8 @@ def report(tables: dict[str, Table], cells: Collection[str], out: Path, data_dir
     measured = [r["conflict"] for of in records.values() for r in of if r["conflict"]]
     if measured:
         parts += ["", conflict_report(measured, out)]
-    write_text(out / "tables.md", "\n".join([*parts, ""]))
-    print(f"{out}: tables.md, {', '.join(f'{name}.tex' for name in shown)}, and plots")
+    write_text(out / "README.md", "\n".join([*parts, ""]))
+    print(f"{out}: README.md, {', '.join(f'{name}.tex' for name in shown)}, and plots")
 
 
 # ---------------------------------------------------------------------------- plots

@@ -77,6 +77,66 @@ def test_holm_rejects_what_his_procedure_rejects(p_values):
         assert {i for i, p in enumerate(corrected) if p <= level} == rejected
 
 
+def row(task, difference, low, high, p, first="a", second="b"):
+    names = {"first": first, "second": second, "task": task, "p_corrected": p}
+    return {**names, "difference": difference, "low": low, "high": high}
+
+
+@pytest.mark.parametrize(
+    ("signs", "most", "rows", "expected"),
+    [
+        ({"sst": -1}, None, [row("sst", -0.1, -0.15, -0.05, 0.001)], "stands"),
+        ({"sst": -1}, None, [row("sst", -0.1, -0.25, 0.05, 0.2)], "cannot be told"),
+        ({"sst": -1}, None, [row("sst", 0.1, 0.05, 0.15, 0.001)], "falls"),
+        ({"sst": -1}, None, [], "cannot be told"),
+        ({"sst": 0}, None, [row("sst", 0.001, -0.01, 0.012, 0.9)], "stands"),
+        ({"sst": 0}, None, [row("sst", 0.012, 0.005, 0.018, 0.001)], "stands"),
+        ({"sst": 0}, None, [row("sst", 0.01, -0.04, 0.06, 0.9)], "cannot be told"),
+        ({"sst": 0}, None, [row("sst", 0.1, 0.05, 0.15, 0.001)], "falls"),
+        (
+            {"sst": -1, "sts": -1},
+            None,
+            [row("sst", -0.1, -0.2, -0.05, 0.001), row("sts", 0.0, -0.1, 0.1, 1)],
+            "cannot be told",
+        ),
+        (
+            {"sst": -1, "sts": -1},
+            "sts",
+            [row("sst", -0.1, -0.15, -0.05, 0.001), row("sts", -0.3, -0.35, -0.25, 0.001)],
+            "stands",
+        ),
+        (
+            {"sst": -1, "sts": -1},
+            "sts",
+            [row("sst", -0.1, -0.15, -0.05, 0.001), row("sts", -0.12, -0.2, -0.06, 0.001)],
+            "cannot be told",
+        ),
+        (
+            {"sst": -1, "sts": -1},
+            "sst",
+            [row("sst", -0.1, -0.15, -0.05, 0.001), row("sts", -0.3, -0.35, -0.25, 0.001)],
+            "falls",
+        ),
+    ],
+)
+def test_verdicts_by_hand(signs, most, rows, expected):
+    differences = tuple(("a", "b", task, sign) for task, sign in signs.items())
+    claim = experiments.Claim("It does.", "table1", differences, most)
+    verdict, figures = report.judge(claim, rows)
+    assert verdict == expected
+    assert all(f"{r['difference']:+.3f}" in figures for r in rows)
+
+
+def test_claims_and_tables_name_cells_that_exist_and_are_compared():
+    for table in experiments.TABLES.values():
+        assert set(table.cells) <= set(experiments.CELLS)
+        assert set(table.paper) <= set(table.cells)
+        assert {cell for pair in table.pairs for cell in pair} <= set(table.cells)
+    for claim in experiments.CLAIMS:
+        pairs = experiments.TABLES[claim.table].pairs
+        assert {difference[:2] for difference in claim.differences} <= set(pairs)
+
+
 # ---------------------------------------------------------------------------- the grid
 
 
@@ -117,7 +177,7 @@ def test_every_table_runs_and_is_reported(grid, tmp_path, run_script, monkeypatc
     reported = ["--data_dir", tmp_path / "data", "--out", out]
     code, _, err = run_script(experiments, "report", *reported)
     assert code == 0, err
-    text = (out / "tables.md").read_text(encoding="utf-8")
+    text = (out / "README.md").read_text(encoding="utf-8")
     assert "not shown" not in text  # the model is not the embedded one
     record = json.loads((out / "records/probe-seed1.json").read_text(encoding="utf-8"))
     other = json.loads((out / "records/probe-seed2.json").read_text(encoding="utf-8"))
@@ -125,6 +185,7 @@ def test_every_table_runs_and_is_reported(grid, tmp_path, run_script, monkeypatc
     assert f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}" in text
     assert "| *the paper's* | 0.386 | 0.390 | 0.494 | 0.487 |" in text
     assert "| sts left out | none | - | missing |" in text
+    assert "leaving out either helps the other. **Cannot be told.** Runs are missing." in text
     assert "--option pretrain --model" in text and "Do the tasks' gradients conflict?" in text
     for table in experiments.TABLES:
         assert (out / f"{table}.png").read_bytes().startswith(b"\x89PNG")
