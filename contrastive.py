@@ -129,23 +129,35 @@ class Contrast:
             loss = self.loss(self.embed(batches[0]), batches)
             loss.backward()
             return loss.item()
-        devices = [self.model.device] if self.model.device.type == "cuda" else []
+        device = self.model.device
         states, parts = [], []
         with torch.no_grad():
             for batch in batches:
-                states.append((torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)))
+                states.append(random_states(device))
                 parts.append(self.embed(batch))
         vectors = torch.cat(parts, dim=1).requires_grad_()
         loss = self.loss(vectors, batches)
         loss.backward()
         shares = vectors.grad.split([len(batch) for batch in batches], dim=1)
-        for batch, (state, *on_device), share in zip(batches, states, shares, strict=True):
-            with torch.random.fork_rng(devices):
-                torch.set_rng_state(state)
-                for device, other in zip(devices, on_device, strict=True):
-                    torch.cuda.set_rng_state(other, device)
-                self.embed(batch).backward(share)
+        after = random_states(device)
+        for batch, state, share in zip(batches, states, shares, strict=True):
+            set_random_states(device, state)
+            self.embed(batch).backward(share)
+        set_random_states(device, after)
         return loss.item()
+
+
+def random_states(device: torch.device) -> list[Tensor]:
+    """The states of the generators that dropout may draw from: the CPU's, and the device's own."""
+    own = [] if device.type == "cpu" else [torch.get_device_module(device).get_rng_state()]
+    return [torch.get_rng_state(), *own]
+
+
+def set_random_states(device: torch.device, states: Sequence[Tensor]) -> None:
+    """Put back what `random_states` gave."""
+    torch.set_rng_state(states[0])
+    for state in states[1:]:
+        torch.get_device_module(device).set_rng_state(state)
 
 
 # ---------------------------------------------------------------------------- figures
@@ -202,11 +214,14 @@ def load(args: Namespace, tokenizer: BertTokenizer) -> tuple[Sentences, TaskData
     path = args.nli or args.data_dir / "nli_for_simcse.csv"
     triples = read_triples(path, args.limit)
     columns: list[Sequence[str]] = list(zip(*triples, strict=True))
+    unit = "rows"
     if args.mode == "unsupervised":
         columns = [list(dict.fromkeys(text for triple in triples for text in triple))]
-    sentences = Sentences("nli", path, columns, tokenizer)
+        unit = "distinct sentences"
+    # A row alone in a batch would have nothing to be told apart from.
+    sentences = Sentences("nli", path, columns, tokenizer, unit=unit, least=2)
     if len(sentences) < 2:
-        raise UserError(f"{path}: one row; a contrastive loss needs at least two")
+        raise UserError(f"{path}: fewer than two {unit}; a contrastive loss needs at least two")
     sts = TASKS["sts"]
     dev_path = args.sts_dev or args.data_dir / sts.files.format("dev")
     return sentences, TaskData(dev_path, sts, tokenizer, limit=args.limit)

@@ -66,7 +66,7 @@ def read_rows(
                         f"{where}: has not the {len(rows.fieldnames)} columns of the header;"
                         f" is a {DELIMITERS[delimiter]} or a quote missing?"
                     )
-                if any("\n" in text and "\t" in text for text in row.values() if text):
+                if any("\n" in text and delimiter in text for text in row.values() if text):
                     raise UserError(f"{where}: a quoted field swallows lines; close its quote")
                 yield where, row
     except FileNotFoundError:
@@ -205,6 +205,8 @@ class Sentences:
         path: the file that they are from.
         columns: the first sentence of every row, the second of every row, ...
         joint: whether two sentences become one sequence, "[CLS] a [SEP] b [SEP]".
+        unit: what messages call the rows.
+        least: rows of the smallest batch for training; a shorter last one joins the one before.
 
     Attributes: `truncated` (rows with a sentence beyond the model's limit), `width` (embeddings a
     row), `lengths` (tokens of each row's longest sequence), `labels` (none here).
@@ -219,8 +221,12 @@ class Sentences:
         columns: Sequence[Sequence[str]],
         tokenizer: BertTokenizer,
         joint: bool = False,
+        unit: str = "rows",
+        least: int = 1,
     ):
         self.name = name
+        self.unit = unit
+        self.least = least
         self.path = path
         self.pad_token_id = tokenizer.pad_token_id
         self.width = 1 if joint else len(columns)
@@ -248,7 +254,7 @@ class Sentences:
         return len(self.ids[0])
 
     def __str__(self) -> str:
-        notes = [f"{self.path}: {len(self):,} rows", *self.notes()]
+        notes = [f"{self.path}: {len(self):,} {self.unit}", *self.notes()]
         if self.truncated:
             notes.append(f"{self.truncated} truncated to the model's limit")
         return ", ".join(notes)
@@ -259,7 +265,7 @@ class Sentences:
 
     def names(self, rows: np.ndarray) -> str:
         """How a message calls these rows."""
-        return "rows " + " ".join(str(row + 1) for row in rows)
+        return f"{self.unit} " + " ".join(str(row + 1) for row in rows)
 
     def batch(self, rows: np.ndarray) -> Batch:
         """The batch of these row numbers, padded to its longest sentence."""
@@ -283,6 +289,11 @@ class Sentences:
             None if self.labels is None else self.labels[torch.from_numpy(rows)],
         )
 
+    def batch_count(self, batch_size: int) -> int:
+        """The number of batches in a pass over the set."""
+        whole, rest = divmod(len(self), batch_size)
+        return whole + (rest > 0 and (rest >= self.least or not whole))
+
     def training_batches(self, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
         """Row numbers of each batch of a pass over the set: shuffled, of like length."""
         rng = np.random.default_rng([seed, epoch, zlib.crc32(self.name.encode())])
@@ -292,6 +303,8 @@ class Sentences:
             pool = order[start : start + POOL * batch_size]
             pool = pool[np.argsort(self.lengths[pool], kind="stable")]
             batches += [pool[i : i + batch_size] for i in range(0, len(pool), batch_size)]
+        if len(batches) > self.batch_count(batch_size):
+            batches[-2:] = [np.concatenate(batches[-2:])]
         return [batches[i] for i in rng.permutation(len(batches))]
 
     def in_order(self, batch_size: int) -> Iterator[Batch]:
@@ -395,7 +408,7 @@ class Mixture:
         self.accumulate = accumulate
         self.together = together
         # Steps in one pass over each set.
-        self.passes = [math.ceil(math.ceil(len(s) / batch_size) / accumulate) for s in self.sets]
+        self.passes = [math.ceil(s.batch_count(batch_size) / accumulate) for s in self.sets]
 
     def shares(self, epoch: int) -> list[int]:
         """How many steps of each task the epoch takes."""

@@ -4,6 +4,7 @@ Every figure is computed from all rows at once; none is a mean of batch means. E
 evaluation mode, without gradients, and in file order.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,6 +98,8 @@ def report(data: TaskData, logits: Tensor) -> dict[str, Any]:
     predicted = task.decode(logits).numpy()
     figures = task.report(predicted, data.labels.numpy())
     loss = task.loss(logits, data.labels).double().sum().item() / len(data)
+    if not math.isfinite(loss):
+        raise Diverged(f"{data.path}: the mean loss is {loss}; try a smaller --lr or --head_lr")
     return {**figures, "loss": loss, "rows": len(data)}
 
 

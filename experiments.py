@@ -12,18 +12,22 @@ and `report` reads nothing but those and the gold labels.
 """
 
 import argparse
+import fcntl
 import json
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from options import POSITIVE, Parser, script
 
 HOME = Path(__file__).resolve().parent
+INTERRUPTED = (130, -signal.SIGINT, -signal.SIGTERM)
 TASKS = ("sst", "para", "sts")
 
 # ---------------------------------------------------------------------------- the tables as data
@@ -203,7 +207,7 @@ class Claim:
     """What the paper says, as differences that must then be there.
 
     `differences`: (cell, other cell, task, sign): the first is below (-1), above (+1), or not far
-    from (0) the second. `most`: a task whose difference must be the largest of all.
+    from (0) the second. With `most`, only that task's must be there, and be the largest of all.
     """
 
     text: str
@@ -219,9 +223,9 @@ def everywhere(first: str, second: str, sign: int) -> tuple[tuple[str, str, str,
 
 CLAIMS = (
     Claim(
-        "Contrastive pre-training hurts when probing.",
+        "Contrastive pre-training hurts when probing (but for sentiment).",
         "table1",
-        everywhere("probe-simcse", "probe", -1),
+        everywhere("probe-simcse", "probe", -1)[1:],
     ),
     Claim(
         "Contrastive pre-training hurts when fine-tuning.",
@@ -229,7 +233,7 @@ CLAIMS = (
         everywhere("finetune-simcse", "finetune", -1),
     ),
     Claim(
-        "It hurts most on STS.",
+        "Contrastive pre-training hurts most on STS.",
         "table1",
         everywhere("probe-simcse", "probe", -1),
         most="sts",
@@ -245,7 +249,12 @@ CLAIMS = (
         (("without-para", "finetune", "sst", 0), ("without-para", "finetune", "sts", 0)),
     ),
     Claim(
-        "Leaving a task out makes it worse than probing, most of all STS.",
+        "Leaving a task out makes it worse than probing.",
+        "table2",
+        tuple((f"without-{task}", "probe", task, -1) for task in TASKS),
+    ),
+    Claim(
+        "Leaving a task out makes it worse most of all for STS.",
         "table2",
         tuple((f"without-{task}", "probe", task, -1) for task in TASKS),
         most="sts",
@@ -290,10 +299,10 @@ def jobs_of(tables: Sequence[str], seeds: int, probe_seeds: int) -> list[Job]:
 
 
 def command(job: Job, args: argparse.Namespace, runs: Path, data_dir: Path) -> list[str]:
-    """The command line of a job, without the interpreter."""
+    """The command line of a job, without the interpreter. The cell's own flags win over --flags."""
     cell = CELLS[job.cell]
     start = runs / str(Job(cell.start, job.seed)) / "best" if cell.start else args.model
-    line = [cell.script, *shlex.split(cell.flags), "--model", str(start), *args.flags]
+    line = [cell.script, *args.flags, *shlex.split(cell.flags), "--model", str(start)]
     line += ["--data_dir", str(data_dir), "--seed", str(job.seed)]
     return [*line, "--run_dir", str(runs / str(job))]
 
@@ -303,37 +312,76 @@ def recorded_command(job: Job, args: argparse.Namespace) -> str:
     return "python " + shlex.join(command(job, args, Path("runs/experiments"), Path("DATA")))
 
 
+@contextmanager
+def alone(runs: Path) -> Iterator[None]:
+    """Hold the folder of run folders; UserError where another `run` does."""
+    from checkpoint import UserError
+
+    runs.mkdir(parents=True, exist_ok=True)
+    with open(runs / ".lock", "w", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"--runs {runs}: another run works there; name another") from None
+        yield
+
+
 def run(args: argparse.Namespace) -> None:
     """Run the jobs of some tables that have no record yet, one after the other."""
-    from checkpoint import UserError, read_json
+    records = args.out / "records"
+    records.mkdir(parents=True, exist_ok=True)
+    with alone(args.runs):
+        run_alone(args, records)
+
+
+def run_alone(args: argparse.Namespace, records: Path) -> None:
+    """The same, in folders that nobody else writes to."""
+    from checkpoint import UserError, read_json, write_text
     from train import progress
 
-    records = args.out / "records"
+    def finished(job: Job) -> bool:
+        return (args.runs / str(job) / "result.json").exists()
+
+    def encoder(job: Job) -> Job | None:
+        start = CELLS[job.cell].start
+        return Job(start, job.seed) if start else None
+
     jobs = jobs_of(args.tables, args.seeds, args.probe_seeds)
-    waiting = [job for job in jobs if not (records / f"{job}.json").exists()]
-    for job in set(jobs) - set(waiting):
-        path = records / f"{job}.json"
-        was, is_ = read_json(path).get("command"), recorded_command(job, args)
-        if was != is_:
-            raise UserError(f"{path}: is of another command ({was}); name another --out and --runs")
+    recorded = {job for job in jobs if (records / f"{job}.json").exists()}
+    # What others start from must be there, recorded or not.
+    needed = {encoder(job) for job in jobs if job not in recorded}
+    waiting = [j for j in jobs if j not in recorded or (j in needed and not finished(j))]
+    for job in jobs:
+        line = recorded_command(job, args)
+        if job in recorded and read_json(records / f"{job}.json").get("command") != line:
+            raise UserError(f"{records / f'{job}.json'}: of another command; name another --out")
+        folder, note = args.runs / str(job), args.runs / f"{job}.command"
+        if folder.exists() and not (note.exists() and note.read_text(encoding="utf-8") == line):
+            raise UserError(f"{folder}: of another command; name another --runs")
     print(f"{len(jobs)} runs, {len(jobs) - len(waiting)} of them recorded already")
-    failed = []
+    failed: list[Job] = []
     with progress(len(waiting), "runs") as bar:
         for job in waiting:
             bar.set_postfix_str(str(job))
-            folder = args.runs / str(job)
-            if not (folder / "result.json").exists():
-                # What an earlier try left is no result; its folder is this command's own.
-                shutil.rmtree(folder, ignore_errors=True)
-                code = start(command(job, args, args.runs, args.data_dir), args.runs / f"{job}.log")
+            log = args.runs / f"{job}.log"
+            if not finished(job):
+                # What an earlier try left is no result, and its folder is this command's own.
+                shutil.rmtree(args.runs / str(job), ignore_errors=True)
+                code: int | str = "its encoder failed"
+                if encoder(job) not in failed:
+                    write_text(args.runs / f"{job}.command", recorded_command(job, args))
+                    code = start(command(job, args, args.runs, args.data_dir), log)
                 if code:
                     failed.append(job)
-                    bar.write(f"{job}: exit code {code}; see {args.runs / f'{job}.log'}")
+                    where = "" if isinstance(code, str) else f"exit code; see {log}"
+                    bar.write(f"{job}: {code} {where}")
                     bar.update()
-                    if code < 0 or code == 130:
+                    if code in INTERRUPTED:
                         break  # stopped from outside: so is all of this
                     continue
-            record(folder, records / f"{job}.json", job, recorded_command(job, args))
+            if job not in recorded:
+                path = records / f"{job}.json"
+                record(args.runs / str(job), path, job, recorded_command(job, args))
             bar.update()
     if failed:
         raise UserError(f"{len(failed)} of {len(waiting)} runs failed ({failed[0]}, ...)")

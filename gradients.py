@@ -18,8 +18,9 @@ Gradient = Sequence[Tensor]
 
 
 def dot(a: Gradient, b: Gradient) -> float:
-    """The inner product over all parameters."""
-    return sum(torch.dot(x.flatten(), y.flatten()).item() for x, y in zip(a, b, strict=True))
+    """The inner product over all parameters, in float64: squares must not leave float32's range."""
+    pairs = zip(a, b, strict=True)
+    return sum(torch.dot(x.flatten().double(), y.flatten().double()).item() for x, y in pairs)
 
 
 def project(gradient: Gradient, others: Sequence[Gradient]) -> list[Tensor]:
@@ -120,7 +121,8 @@ def conflict(
 
     Returns:
         part (`layer_group`, and "overall") -> "a|b" -> "cosine", and "magnitude", the similarity
-        2 |a| |b| / (|a|^2 + |b|^2) (Yu et al. 2020, definition 2); None where a gradient is 0.
+        2 |a| |b| / (|a|^2 + |b|^2) (Yu et al. 2020, definition 2); None where a gradient is 0, or
+        not finite.
 
     Only one part's gradients are held at a time, so every batch is encoded once a part.
     """
@@ -148,9 +150,18 @@ def conflict(
     }
 
 
+def negative(parts: Mapping[str, Mapping[str, Mapping[str, float | None]]]) -> dict[str, float]:
+    """Pair -> the share of the model's parts in which its cosine (`conflict`) is negative."""
+    names = [part for part in parts if part != "overall"]
+    return {
+        pair: sum((parts[part][pair]["cosine"] or 0) < 0 for part in names) / len(names)
+        for pair in parts["overall"]
+    }
+
+
 def _similarity(products: dict, a: tuple, b: tuple) -> dict[str, float | None]:
     squares = products[a, a], products[b, b]
-    if not min(squares) > 0:
+    if not (min(squares) > 0 and max(squares) < math.inf):
         return {"cosine": None, "magnitude": None}
     lengths = math.sqrt(squares[0]) * math.sqrt(squares[1])
     return {"cosine": products[a, b] / lengths, "magnitude": 2 * lengths / sum(squares)}

@@ -124,7 +124,11 @@ def add_supervised_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--epochs", type=POSITIVE, help="(default: 10 for pretrain, else 3)")
     add("--lr", type=RATE, help="peak learning rate (default: 1e-2 for pretrain, else 5e-5)")
-    add("--head_lr", type=RATE, help="of the heads when BERT is trained too (default: 1e-2)")
+    add(
+        "--head_lr",
+        type=RATE,
+        help="of the heads when BERT is trained too (default: 1e-2); with lpft, in the probe",
+    )
 
 
 def add_file_flags(parser: argparse.ArgumentParser, prefix: str, what: str) -> None:
@@ -188,6 +192,10 @@ def script(main: Callable[[Sequence[str] | None], None]) -> NoReturn:
     except BrokenPipeError:  # who reads our standard output has left: `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except OSError as error:  # a full disk, a folder that has gone or may not be written to
+        reason = error.strerror or type(error).__name__
+        print(f"{Path(sys.argv[0]).name}: error: {error.filename}: {reason}", file=sys.stderr)
+        sys.exit(2)
     except Exception as error:
         from checkpoint import UserError
 

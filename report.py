@@ -53,7 +53,10 @@ def load_records(out: Path, cells: Collection[str]) -> Records:
     found: Records = {}
     for path in paths:
         record = read_json(path)
-        if record.get("cell") not in cells:
+        absent = {"cell", "seed", "command", "commit", "dev", "overall", "curve"} - set(record)
+        if absent:
+            raise UserError(f"{path}: not a record (no {min(absent)}); move it away")
+        if record["cell"] not in cells:
             raise UserError(f"{path}: its cell {record.get('cell')!r} is in no table; move it away")
         found.setdefault(record["cell"], []).append(record)
     return {cell: sorted(of, key=lambda r: r["seed"]) for cell, of in found.items()}
@@ -65,26 +68,38 @@ def mean_and_sd(records: Sequence[dict[str, Any]], task: str) -> tuple[float, fl
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
+def having(records: Sequence[dict[str, Any]], task: str) -> list[dict[str, Any]]:
+    """Those of the records that trained on the task."""
+    return [record for record in records if task in record["dev"]]
+
+
 def comparisons(table: Table, records: Records, data_dir: Path) -> list[dict[str, Any]]:
     """Each pair of the table on each task: difference, 95% interval, p-value corrected by Holm."""
     found = []
-    gold: dict[str, np.ndarray] = {}
+    gold: dict[tuple[str, int], np.ndarray] = {}
     for first, second in table.pairs:
         for task in TASK_NAMES:
-            groups = [records.get(cell, []) for cell in (first, second)]
+            groups = [having(records.get(cell, []), task) for cell in (first, second)]
             if not all(groups):
                 continue
-            if task not in gold:
-                examples, _ = read(data_dir / TASKS[task].files.format("dev"), TASKS[task])
-                gold[task] = np.array([example.label for example in examples])
+            sizes = {len(r["predictions"][task]) for of in groups for r in of}
+            if len(sizes) > 1:
+                raise UserError(
+                    f"the records of {first} and {second} have {min(sizes)} to {max(sizes)} dev"
+                    f" rows of {task}: run them anew on the same data"
+                )
+            [size] = sizes
+            if (task, size) not in gold:
+                path = data_dir / TASKS[task].files.format("dev")
+                examples, _ = read(path, TASKS[task], limit=size)
+                gold[task, size] = np.array([example.label for example in examples])
+            if len(gold[task, size]) != size:
+                raise UserError(
+                    f"--data_dir {data_dir}: {task} has {len(gold[task, size])} dev rows, but the"
+                    f" records of {first} {size}: name the data that they were made on"
+                )
             predicted = [np.array([r["predictions"][task] for r in of]) for of in groups]
-            for cell, rows in zip((first, second), predicted, strict=True):
-                if rows.shape[1] != len(gold[task]):
-                    raise UserError(
-                        f"--data_dir {data_dir}: {task} has {len(gold[task])} dev rows, but the"
-                        f" records of {cell} {rows.shape[1]}: name the data that they were made on"
-                    )
-            result = compare(gold[task], *predicted, correlation=not TASKS[task].whole)
+            result = compare(gold[task, size], *predicted, correlation=not TASKS[task].whole)
             found.append({"first": first, "second": second, "task": task, **vars(result)})
     for row, p in zip(found, holm([row["p"] for row in found]), strict=True):
         row["p_corrected"] = p
@@ -93,6 +108,7 @@ def comparisons(table: Table, records: Records, data_dir: Path) -> list[dict[str
 
 def figure(records: Sequence[dict[str, Any]], task: str, plus_minus: str) -> str:
     """A cell's text: mean and deviation, or that it is missing."""
+    records = having(records, task)
     if not records:
         return "missing"
     mean, sd = mean_and_sd(records, task)
@@ -123,19 +139,26 @@ def markdown(table: Table, records: Records, compared: list[dict[str, Any]]) -> 
     for cell, heading in table.cells.items():
         of = records.get(cell, [])
         seeds = " ".join(str(record["seed"]) for record in of) or "none"
-        commits = " ".join(sorted({(record["commit"] or "-")[:7] for record in of})) or "-"
+        changed = {r["commit"]: "+" if r.get("uncommitted_changes") else "" for r in of}
+        commits = (
+            " ".join(f"{(commit or '-')[:7]}{mark}" for commit, mark in changed.items()) or "-"
+        )
         line = f"`{of[0]['command']}`" if of else "missing"
         lines.append(f"| {heading} | {seeds} | {commits} | {line} |")
     return "\n".join([*lines, ""])
 
 
 def latex(table: Table, records: Records) -> str:
-    """The table alone, for a paper."""
+    """The table for a paper: figures, and below each the paper's."""
     lines = [r"\begin{tabular}{l" + "r" * len(table.cells) + "}", r"\hline"]
     lines += ["& " + " & ".join(table.cells.values()) + r" \\", r"\hline"]
     for task, name in TASK_NAMES.items():
         cells = [figure(records.get(cell, []), task, r"$\pm$") for cell in table.cells]
         lines.append(f"{name} & " + " & ".join(cells) + r" \\")
+        if table.paper:
+            paper = [table.paper.get(cell, {}).get(task) for cell in table.cells]
+            shown = ["" if value is None else f"{value:.3f}" for value in paper]
+            lines.append("the paper & " + " & ".join(shown) + r" \\")
     return "\n".join([*lines, r"\hline", r"\end{tabular}", ""])
 
 
@@ -153,14 +176,14 @@ def judge(claim: Claim, compared: Sequence[dict[str, Any]]) -> tuple[str, str]:
     Each difference speaks for the claim (p below `LEVEL` and the claimed sign; where none is
     claimed, a whole interval within `MARGIN`), against it (p below `LEVEL` and not that), or
     neither. That a task differs most is for it where its interval lies beyond all others', against
-    it where another's lies beyond it. The claim stands if all is for it, falls if anything is
-    against it, and else cannot be told.
+    it where another's lies beyond it; then only that task's own difference has a vote beside. The
+    claim stands if all is for it, falls if anything is against it, and else cannot be told.
     """
     found = {(row["first"], row["second"], row["task"]): row for row in compared}
     rows = [(found.get((one, other, task)), sign) for one, other, task, sign in claim.differences]
     if any(row is None for row, _ in rows):
         return "cannot be told", "Runs are missing."
-    votes = [_vote(row, sign) for row, sign in rows]
+    votes = [_vote(row, sign) for row, sign in rows if claim.most in (None, row["task"])]
     if claim.most:
         sizes = {row["task"]: sorted((sign * row["low"], sign * row["high"])) for row, sign in rows}
         low, high = sizes.pop(claim.most)
@@ -244,12 +267,12 @@ def plot_bars(table: Table, records: Records, path: Path) -> None:
     drawing, panels = axes(len(TASK_NAMES), width=4.5)
     for panel, (task, name) in zip(panels, TASK_NAMES.items(), strict=True):
         for i, cell in enumerate(table.cells):
-            if records.get(cell):
-                mean, sd = mean_and_sd(records[cell], task)
+            if of := having(records.get(cell, []), task):
+                mean, sd = mean_and_sd(of, task)
                 panel.bar(i, mean, yerr=sd, capsize=4, color="tab:blue", alpha=0.8)
             if task in table.paper.get(cell, {}):
                 panel.hlines(table.paper[cell][task], i - 0.4, i + 0.4, color="tab:orange")
-        panel.set_title(name + (" (orange: the paper's)" if table.paper else ""))
+        panel.set_title(name + (" (line: the paper's)" if table.paper else ""), fontsize="medium")
         panel.set_xticks(range(len(table.cells)), table.cells.values(), rotation=40, ha="right")
     save(drawing, path)
 
@@ -315,12 +338,18 @@ def conflict_report(runs: Sequence[list[dict[str, Any]]], out: Path) -> str:
     lines = ["## Do the tasks' gradients conflict?", ""]
     count = sum(map(len, runs))
     lines += [f"Measured {count} times in {len(runs)} runs, over all of BERT's parameters.", ""]
-    lines += ["| pair | mean cosine | negative | magnitude similarity |", "|---|---|---|---|"]
+    lines += ["| pair | mean cosine | negative | negative, by part | magnitude similarity |"]
+    lines += ["|---|---|---|---|---|"]
     for pair in pairs:
         cosine, magnitude = values("overall", pair), values("overall", pair, "magnitude")
         share = np.mean(cosine[~np.isnan(cosine)] < 0) if not np.isnan(cosine).all() else np.nan
+        by_part = np.concatenate([values(part, pair) for part in parts])
+        part_share = np.mean(by_part[~np.isnan(by_part)] < 0)
         shown = pair.replace("|", r"\|")
-        lines.append(f"| {shown} | {mean(cosine):+.3f} | {share:.0%} | {mean(magnitude):.3f} |")
+        lines.append(
+            f"| {shown} | {mean(cosine):+.3f} | {share:.0%} | {part_share:.0%}"
+            f" | {mean(magnitude):.3f} |"
+        )
     lines += ["", "A pair a\\|a is two batches of one task: the noise floor."]
     lines += ["", "![by layer](conflict-layers.png)", "![over steps](conflict-steps.png)"]
     return "\n".join(lines)
@@ -332,7 +361,12 @@ def plot_conflict(run: Path) -> None:
         lines = (run / "log.jsonl").read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise UserError(f"{run}: not a run folder ({error.strerror})") from None
-    measured = [r for r in map(json.loads, lines) if r["kind"] == "conflict"]
+    except UnicodeDecodeError as error:
+        raise UserError(f"{run / 'log.jsonl'}: not UTF-8 ({error.reason})") from None
+    try:
+        measured = [r for r in map(json.loads, lines) if r["kind"] == "conflict"]
+    except (ValueError, TypeError, KeyError):
+        raise UserError(f"{run / 'log.jsonl'}: has a line that is cut off; remove it") from None
     if not measured:
         raise UserError(f"{run}: nothing was measured; train with --measure_conflict N")
     print(conflict_report([measured], run))
@@ -347,6 +381,8 @@ def plot_map(run: Path, data_dir: Path, limit: int | None = None) -> None:
         texts = [text for example in examples for text in example.texts]
         vectors.append(model.encode(texts))
         names.append(f"{task} ({len(texts)} sentences)")
+    if sum(map(len, vectors)) < 3:
+        raise UserError(f"{run}: has no tasks, or too few sentences; a map needs at least three")
     fitted = PCA(2, random_state=0).fit(np.concatenate(vectors))
     drawing, panels = axes(width=8, height=7)
     for name, of in zip(names, vectors, strict=True):

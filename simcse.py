@@ -36,9 +36,8 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
     if args.mode == "unsupervised" and args.hard_negative_weight:
         parser.error("--hard_negative_weight: there are none with --mode unsupervised")
     args.hard_negative_weight = args.hard_negative_weight or 1.0
-    rows = min(args.batch_size * args.accumulate, args.limit or 2)
-    if rows < 2:
-        parser.error("a contrastive loss needs two rows in a step: raise --batch_size or --limit")
+    if min(args.batch_size, args.limit or 2) < 2:
+        parser.error("a contrastive loss needs two rows in a batch: raise --batch_size or --limit")
     return args
 
 

@@ -27,7 +27,7 @@ from evaluation import (
     summary,
     write_predictions,
 )
-from gradients import Surgery, conflict, pcgrad, total
+from gradients import Surgery, conflict, negative, pcgrad, total
 from optimizer import AdamW, parameter_groups
 from tasks import TASKS, MultitaskBERT, Task, find_tasks
 from tokenizer import BertTokenizer
@@ -39,6 +39,7 @@ PROBE = {
     "patience": 3,
     "eval_every": 0,
     "schedule": "constant",
+    "warmup": 0.0,
     "leave_out": None,
     "surgery": "none",
     "measure_conflict": 0,
@@ -78,6 +79,10 @@ def fit(
     Run.check(args.run_dir)
     tokenizer = BertTokenizer.from_pretrained(args.model)
     sets = load_sets(args, tasks, files, tokenizer)
+    if args.measure_conflict:
+        for data in sets["train"]:
+            if len(data) < 2:
+                raise UserError(f"{data.path}: one row; --measure_conflict needs two batches")
     model = MultitaskBERT(
         BertModel.from_pretrained(args.model, hidden_dropout_prob=args.hidden_dropout_prob),
         tasks,
@@ -100,8 +105,9 @@ def fit(
     started = time.perf_counter()
     if args.option == "lpft":
         run.facts["stage"] = "probe"
-        learn(model, sets, run, Namespace(**{**vars(args), **PROBE}), frozen=True)
-        model.load(run.path / "best")
+        probe = Namespace(**{**vars(args), **PROBE})
+        learn(model, sets, run, probe, frozen=True, keep="probe")
+        model.load(run.path / "probe")
         run.facts["stage"] = "finetune"
         args.head_lr = args.lr  # all of the model at one rate, as Kumar et al. fine-tune
         print("the probe has converged: fine-tuning from its heads")
@@ -137,8 +143,9 @@ def learn(
     run: Run,
     args: Namespace,
     frozen: bool,
+    keep: str = "best",
 ) -> tuple[dict[str, Any], Embed]:
-    """Train the heads, and BERT unless it is frozen. The best state is then in `best/` of the run.
+    """Train the heads, and BERT unless it is frozen. The best state is then in `keep` of the run.
 
     Returns the best evaluation, and what embeds a batch.
     """
@@ -179,6 +186,7 @@ def learn(
         lambda: evaluate(model, sets["dev"], args.batch_size, embedder),
         run,
         args,
+        keep,
     )
     return best, embedder
 
@@ -211,7 +219,8 @@ class Measured:
     def __call__(self, batches: Sequence[Batch]) -> float:
         """Measure where it is time to; then make the gradients."""
         if self.step % self.args.measure_conflict == 0:
-            self.run.log("conflict", self.step, parts=self.measure())
+            parts = self.measure()
+            self.run.log("conflict", self.step, parts=parts, negative=negative(parts))
         self.step += 1
         return self.gradients(batches)
 

@@ -159,8 +159,9 @@ def train(
     evaluate: Callable[[], dict[str, Any]],
     run: Run,
     args: Namespace,
+    keep: str = "best",
 ) -> dict[str, Any]:
-    """Train `model`, keeping the best state in `run.path / "best"`.
+    """Train `model`, keeping the best state in `run.path / keep`.
 
     Args:
         model: has `save_pretrained(folder)` and `device`.
@@ -174,6 +175,7 @@ def train(
         args: `epochs`, `schedule`, `warmup` (fraction of the steps), `clip` (global norm, 0 for
             none), `eval_every` (0 for each epoch only), `patience` (evaluations without a better
             score before stopping, 0 for never).
+        keep: the name of the folder for the best state.
 
     Returns:
         The best evaluation, with its "step" and "epoch".
@@ -181,7 +183,7 @@ def train(
     Raises:
         Diverged: a loss or gradient is not finite; `last/` then holds the state before that step,
             if that was still finite. Or a weight, a prediction or the score is not, at an
-            evaluation. `best/` always holds the best state so far, if any.
+            evaluation. The best state so far, if any, is kept.
     """
     total = sum(plan.steps_in(epoch) for epoch in range(args.epochs))
     warmup = round(args.warmup * total)
@@ -213,7 +215,7 @@ def train(
         better = found["score"] > best["score"]
         if better:
             best, since_best = found, 0
-            model.save_pretrained(run.path / "best")
+            model.save_pretrained(run.path / keep)
         else:
             since_best += 1
         mark = "best so far" if better else f"best was {best['score']:.4f}"
@@ -228,7 +230,7 @@ def train(
             what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {norm}"
             rows = "; ".join(map(str, batches))
             run.log("diverged", step, loss=str(loss), grad_norm=str(norm), rows=rows)
-            kept = f"the best state so far, if any, is in {run.path / 'best'}"
+            kept = f"the best state so far, if any, is in {run.path / keep}"
             if finite():
                 model.save_pretrained(run.path / "last")
                 kept = f"the state before it is in {run.path / 'last'}"

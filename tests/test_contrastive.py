@@ -25,7 +25,7 @@ from contrastive import (
     sentence_keys,
     uniformity,
 )
-from datasets import Sentences, TaskData
+from datasets import Mixture, Sentences, TaskData
 from tasks import TASKS, MultitaskBERT
 from tokenizer import BertTokenizer
 
@@ -117,6 +117,42 @@ def contrast(tiny, tokenizer, **settings):
 
 def gradients(model) -> dict[str, torch.Tensor]:
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("settings", [(0.1, 1.0), (1.0, 3.0)])
+def test_a_steps_loss_is_equation_1_on_its_embeddings(tiny, tokenizer, settings):
+    """With the flags' temperature and weight, and equal sentences left out of the sum."""
+    rows = triples(6)
+    rows[4] = rows[1]
+    data = Sentences("nli", tiny, list(zip(*rows, strict=True)), tokenizer)
+    temperature, weight = settings
+    engine = contrast(tiny, tokenizer, temperature=temperature, hard_negative_weight=weight)
+    engine.model.eval()
+    batch = data.batch(np.arange(6))
+    vectors = [v.detach().double().numpy() for v in engine.embed(batch)]
+    texts = list(zip(*rows, strict=True))
+    excluded = [
+        [
+            c in (texts[0][i], texts[1][i]) or (j < 6 and texts[0][i] == texts[0][j])
+            for j, c in enumerate([*texts[1], *texts[2]])
+        ]
+        for i in range(6)
+    ]
+    expected = double_loop(*vectors, excluded, temperature, weight)
+    assert sum(map(sum, excluded)) > 6
+    assert engine([batch]) == pytest.approx(np.mean(expected), abs=1e-5)
+
+
+def test_no_row_is_alone_in_a_batch(tiny, tokenizer):
+    """A last batch of one joins the one before; every row is there once; steps are counted so."""
+    for count in range(2, 12):
+        data = Sentences("nli", tiny, [["a film"] * count], tokenizer, least=2)
+        batches = data.training_batches(3, seed=1, epoch=0)
+        assert sorted(np.concatenate(batches).tolist()) == list(range(count))
+        assert min(map(len, batches)) >= 2 and max(map(len, batches)) <= 4
+        assert len(batches) == data.batch_count(3)
+        mixture = Mixture([data], 3, 1, 1)
+        assert len(list(mixture.steps(0))) == mixture.steps_in(0) == len(batches)
 
 
 @pytest.mark.parametrize("views", [3, 1])
@@ -289,7 +325,8 @@ def test_training_lowers_the_loss(tiny, data, tmp_path, nli, run_script):
         ("sent0\tsent1\thard_neg\na\tb\tc\n", "line 1: no comma in the header"),
         (COLUMNS + "a,b,c\na,,c\n", "line 3: sent1 is empty; a triple needs its three sentences"),
         (COLUMNS + "a,b\n", "line 2: has not the 3 columns"),
-        (COLUMNS + "a,b,c\n", "one row; a contrastive loss needs at least two"),
+        (COLUMNS + 'x,y,"z\nd,e,f\ng,h,i"\nk,l,m\n', "line 4: a quoted field swallows lines"),
+        (COLUMNS + "a,b,c\n", "fewer than two rows; a contrastive loss needs at least two"),
     ],
 )
 def test_faults_of_the_triples(tiny, data, tmp_path, run_script, content, expected):
@@ -307,8 +344,8 @@ def test_faults_of_the_triples(tiny, data, tmp_path, run_script, content, expect
         (["--temperature", "0"], "--temperature: 0 is out of range; expected a number above 0"),
         (["--hard_negative_weight", "-1"], "--hard_negative_weight"),
         (["--mode", "unsupervised", "--hard_negative_weight", "2"], "there are none with"),
-        (["--batch_size", "1"], "a contrastive loss needs two rows in a step"),
-        (["--limit", "1"], "a contrastive loss needs two rows in a step"),
+        (["--batch_size", "1"], "a contrastive loss needs two rows in a batch"),
+        (["--limit", "1"], "a contrastive loss needs two rows in a batch"),
         (["--mode", "both"], "--mode"),
         (["--nli", "nowhere.csv"], "nowhere.csv: no such file"),
     ],

@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,11 @@ from scipy import stats
 
 import experiments
 import report
+from datasets import read
 from evaluation import compare, holm
+from tasks import TASKS
+
+SAMPLE = Path(__file__).resolve().parent.parent / "data" / "sample"
 
 # ---------------------------------------------------------------------------- statistics
 
@@ -141,37 +146,37 @@ def test_claims_and_tables_name_cells_that_exist_and_are_compared():
 
 
 @pytest.fixture
-def grid(tiny, data, tmp_path, monkeypatch):
-    """Flags of `run` over the tiny data, with triples; scripts run in this process."""
-    shutil.copytree(data, tmp_path / "data")
-    triples = [f"the dog is {w},a {w} dog,the cat is dull" for w in ("fine", "lovely", "great")]
-    text = "sent0,sent1,hard_neg\n" + "".join(f"{line}\n" for line in triples)
-    (tmp_path / "data/nli_for_simcse.csv").write_text(text, encoding="utf-8")
+def grid(tiny, tmp_path, monkeypatch):
+    """Flags of `run` over some of the sample data; scripts run in this process."""
+    shutil.copytree(SAMPLE, tmp_path / "data")
     modules = {f"{name}.py": __import__(name) for name in ("multitask_classifier", "simcse")}
-    started = []
+    started, models = [], {}
 
     def here(line, log):
         started.append(line[line.index("--run_dir") + 1].rsplit("/", 1)[1])
+        models[started[-1]] = line[line.index("--model") + 1]
         modules[line[0]].main(line[1:])
         return 0
 
     monkeypatch.setattr(experiments, "start", here)
     flags = ["--model", tiny, "--data_dir", tmp_path / "data", "--out", tmp_path / "results"]
     flags += ["--runs", tmp_path / "runs", "--seeds", 2, "--probe_seeds", 2]
-    flags += ["--flags=--epochs 1 --batch_size 16 --precision fp32"]
-    return flags, started
+    flags += ["--flags=--epochs 1 --batch_size 16 --precision fp32 --limit 24"]
+    return flags, started, models
 
 
 def test_every_table_runs_and_is_reported(grid, tmp_path, run_script, monkeypatch):
-    flags, started = grid
+    flags, started, models = grid
     flags[flags.index("--seeds") + 1] = 1
     monkeypatch.setitem(report.__dict__, "EMBEDDED_NOTE", "not shown")
     code, _, err = run_script(experiments, "run", "all", *flags)
     assert code == 0, err
     assert len(started) == len(set(started))
     assert {name.rsplit("-seed", 1)[0] for name in started} == set(experiments.CELLS)
-    # Each comes after the encoder that it starts from.
+    # Each comes after the encoder that it starts from, the one of its own seed.
     assert started.index("simcse-seed2") < started.index("probe-simcse-seed2")
+    assert models["probe-simcse-seed2"] == str(tmp_path / "runs/simcse-seed2/best")
+    assert models["probe-seed2"] != models["probe-simcse-seed2"]
     out = tmp_path / "results"
     (out / "records/without-sts-seed1.json").unlink()
     reported = ["--data_dir", tmp_path / "data", "--out", out]
@@ -183,6 +188,18 @@ def test_every_table_runs_and_is_reported(grid, tmp_path, run_script, monkeypatc
     other = json.loads((out / "records/probe-seed2.json").read_text(encoding="utf-8"))
     values = [r["dev"]["sts"]["pearson"] for r in (record, other)]
     assert f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}" in text
+    # The sign of a difference: the first minus the second.
+    means = {
+        cell: np.mean(
+            [
+                json.loads(path.read_text(encoding="utf-8"))["dev"]["sts"]["pearson"]
+                for path in (out / "records").glob(f"{cell}-seed?.json")
+            ]
+        )
+        for cell in ("mean-cosine", "mean-dot")
+    }
+    difference = means["mean-cosine"] - means["mean-dot"]
+    assert f"| Cosine for STS - Mean pooling | sts | {difference:+.3f} |" in text
     assert "| *the paper's* | 0.386 | 0.390 | 0.494 | 0.487 |" in text
     assert "| sts left out | none | - | missing |" in text
     assert "leaving out either helps the other. **Cannot be told.** Runs are missing." in text
@@ -191,14 +208,24 @@ def test_every_table_runs_and_is_reported(grid, tmp_path, run_script, monkeypatc
         assert (out / f"{table}.png").read_bytes().startswith(b"\x89PNG")
         assert (out / f"{table}.tex").read_text(encoding="utf-8").startswith(r"\begin{tabular}")
     # No sentence of the data is in a record.
-    assert not any("dog" in path.read_text(encoding="utf-8") for path in out.rglob("*.json"))
+    examples, _ = read(SAMPLE / "ids-sst-dev.csv", TASKS["sst"], limit=24)
+    for path in out.rglob("*.json"):
+        recorded = path.read_text(encoding="utf-8")
+        assert not any(example.texts[0] in recorded for example in examples)
 
 
 def test_what_is_recorded_is_skipped_and_what_broke_off_starts_anew(grid, tmp_path, run_script):
-    flags, started = grid
+    flags, started, _ = grid
     broken = tmp_path / "runs/probe-concat-seed1"
     broken.mkdir(parents=True)
     (broken / "config.json").write_text("{}", encoding="utf-8")
+    code, out, err = run_script(experiments, "run", "table3", *flags)
+    # Whoever made that folder, it was not this command.
+    assert code == 2 and "probe-concat-seed1: of another command" in err
+    assert (broken / "config.json").exists() and not started
+    args = experiments.parse(["run", "table3", *map(str, flags)])
+    line = experiments.recorded_command(experiments.Job("probe-concat", 1), args)
+    (tmp_path / "runs/probe-concat-seed1.command").write_text(line, encoding="utf-8")
     code, out, err = run_script(experiments, "run", "table3", *flags)
     assert code == 0, err
     assert "8 runs, 0 of them recorded already" in out
@@ -208,13 +235,72 @@ def test_what_is_recorded_is_skipped_and_what_broke_off_starts_anew(grid, tmp_pa
     assert code == 0 and "8 runs, 8 of them recorded already" in out and started == first
     flags[-1] = "--flags=--epochs 2"
     code, _, err = run_script(experiments, "run", "table3", *flags)
-    assert code == 2 and "is of another command" in err
+    assert code == 2 and "of another command; name another --out" in err
+    flags[flags.index("--out") + 1] = tmp_path / "other"
+    code, _, err = run_script(experiments, "run", "table3", *flags)
+    assert code == 2 and "of another command; name another --runs" in err
+    assert started == first
+
+
+def test_what_starts_from_an_encoder_that_failed_is_not_run(
+    grid, tmp_path, run_script, monkeypatch
+):
+    """And the encoder is made again where it is recorded but its folder is gone."""
+    flags, started, _ = grid
+    here = experiments.start
+    monkeypatch.setattr(
+        experiments, "start", lambda line, log: 1 if line[0] == "simcse.py" else here(line, log)
+    )
+    flags[flags.index("--seeds") + 1] = flags[flags.index("--probe_seeds") + 1] = 1
+    code, out, err = run_script(experiments, "run", "table1", *flags)
+    assert code == 2 and "3 of 5 runs failed (simcse-seed1, ...)" in err
+    assert started == ["probe-seed1", "finetune-seed1"]
+    assert "its encoder failed" in out + err
+    monkeypatch.setattr(experiments, "start", here)
+    assert run_script(experiments, "run", "table1", *flags)[0] == 0
+    shutil.rmtree(tmp_path / "runs" / "simcse-seed1")
+    (tmp_path / "results/records/probe-simcse-seed1.json").unlink()
+    shutil.rmtree(tmp_path / "runs" / "probe-simcse-seed1")
+    started.clear()
+    assert run_script(experiments, "run", "table1", *flags)[0] == 0
+    assert started == ["simcse-seed1", "probe-simcse-seed1"]
+
+
+def test_two_runs_do_not_share_their_folders(grid, tmp_path, run_script):
+    flags, started, _ = grid
+    with experiments.alone(tmp_path / "runs"):
+        code, _, err = run_script(experiments, "run", "table3", *flags)
+    assert code == 2 and "another run works there" in err and not started
+
+
+def test_a_cells_own_flags_win_over_those_for_all():
+    args = experiments.parse(["run", "table1", "--flags=--option finetune --seed 9"])
+    line = experiments.command(experiments.Job("probe", 3), args, args.runs, args.data_dir)
+    import multitask_classifier
+
+    parsed = multitask_classifier.parse(line[1:])
+    assert (parsed.option, parsed.seed) == ("pretrain", 3)
+
+
+def test_the_papers_own_figures_bear_out_the_papers_claims():
+    """Each of its differences, taken for certain."""
+    for claim in experiments.CLAIMS:
+        paper = experiments.TABLES[claim.table].paper
+        if claim.table == "table2":  # its baselines stand in Table 1
+            paper = {**experiments.TABLES["table1"].paper, **paper}
+        rows = []
+        for first, second, task, sign in claim.differences:
+            gap = paper[first][task] - paper[second][task]
+            gap = gap if sign else 0.0
+            rows.append(row(task, gap, gap - 1e-4, gap + 1e-4, 1.0 if not sign else 0.0))
+            rows[-1].update(first=first, second=second)
+        assert report.judge(claim, rows)[0] == "stands", claim.text
 
 
 def test_an_interrupted_run_ends_the_command_and_others_failures_do_not(
     grid, tmp_path, run_script, monkeypatch
 ):
-    flags, _ = grid
+    flags, *_ = grid
     codes = iter([2, -signal.SIGTERM])
     calls = []
 
@@ -249,6 +335,27 @@ def test_plots_of_one_run(tiny, data, tmp_path, run_script):
         assert (tmp_path / "run" / name).read_bytes().startswith(b"\x89PNG")
 
 
+def test_maps_and_records_that_cannot_be(tiny, data, tmp_path, run_script):
+    import classifier
+
+    flags = ["--model", tiny, "--data_dir", data, "--run_dir", tmp_path / "run", "--epochs", 1]
+    assert run_script(classifier, *flags)[0] == 0
+    code, _, err = run_script(
+        experiments, "map", tmp_path / "run", "--data_dir", data, "--limit", 1
+    )
+    assert code == 2 and "a map needs at least three" in err
+    code, _, err = run_script(experiments, "conflict", tmp_path / "run")
+    assert code == 2 and "nothing was measured; train with --measure_conflict N" in err
+    with open(tmp_path / "run" / "log.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"kind": "conf')
+    code, _, err = run_script(experiments, "conflict", tmp_path / "run")
+    assert code == 2 and "a line that is cut off" in err
+    (tmp_path / "results/records").mkdir(parents=True)
+    (tmp_path / "results/records/x.json").write_text('{"cell": "probe"}', encoding="utf-8")
+    code, _, err = run_script(experiments, "report", "--out", tmp_path / "results")
+    assert code == 2 and "x.json: not a record" in err
+
+
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
@@ -258,8 +365,11 @@ def test_plots_of_one_run(tiny, data, tmp_path, run_script):
         (["report", "--out", "nowhere"], "no records; make some with experiments.py run"),
         (["conflict", "nowhere"], "nowhere: not a run folder"),
         (["map", "nowhere"], "nowhere: no such run folder"),
+        (["run", "table1", "--out", __file__], "Not a directory"),
+        (["run", "table1", "--out", "{tmp}", "--runs", __file__], "File exists"),
     ],
 )
-def test_bad_usage(run_script, flags, expected):
+def test_bad_usage(run_script, tmp_path, flags, expected):
+    flags = [flag.format(tmp=tmp_path) for flag in flags]
     code, _, err = run_script(experiments, *flags)
     assert code == 2 and expected in err and len(err.strip().splitlines()) == 1

@@ -1,17 +1,20 @@
 """Task gradients: PCGrad by hand and by property, what is measured of conflicts, leaving out."""
 
+from argparse import Namespace
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from test_train import Toy, files_of, job, log_of, result_of
 
 import multitask_classifier
 import supervised
 from bert import BertConfig, BertModel
 from evaluation import embed
-from gradients import Surgery, conflict, dot, layer_group, pcgrad, project, total
+from gradients import Surgery, conflict, dot, layer_group, negative, pcgrad, project, total
 from tasks import TASKS, MultitaskBERT
 from train import summed
 
@@ -43,6 +46,23 @@ def test_agreeing_orthogonal_and_zero_gradients_are_left_alone():
         gradients = vectors(*rows)
         assert flat(pcgrad(gradients)) == np.sum(rows, axis=0).tolist()
         assert flat(total(gradients)) == np.sum(rows, axis=0).tolist()
+
+
+def test_sizes_beyond_float32_do_no_harm():
+    """Squares of such numbers are 0 or infinite in float32."""
+    for size in (1e-23, 1e23):
+        one, other = [torch.tensor([1.0, 0.0])], [torch.tensor([-size, 0.0])]
+        torch.testing.assert_close(pcgrad([one, other])[0], torch.zeros(2))
+    big = torch.nn.Parameter(torch.zeros(2))
+    loss = lambda: (big * 1e20).sum()  # noqa: E731
+    found = conflict({"a": [loss, loss]}, [("pooler.a", big)])
+    assert found["overall"]["a|a"] == pytest.approx({"cosine": 1, "magnitude": 1})
+
+
+def test_the_share_of_negative_cosines_is_over_parts():
+    cosines = {"overall": -1.0, "embeddings": -0.5, "pooler": 0.5, "layer 0 attention": None}
+    parts = {part: {"a|b": {"cosine": c}} for part, c in cosines.items()}
+    assert negative(parts) == {"a|b": 1 / 3}
 
 
 def test_the_order_is_random_and_matters():
@@ -201,6 +221,7 @@ def test_measuring_changes_no_bit_of_the_run(tiny, data, tmp_path, run_script):
     records = [r for r in measured["log"] if r["kind"] == "conflict"]
     assert [r["step"] for r in records] == [0, 4, 8, 12, 16]
     assert records[0]["parts"]["overall"]["sst|sts"]["cosine"] is not None
+    assert records[0]["negative"].keys() == records[0]["parts"]["overall"].keys()
     measured["log"] = [r for r in measured["log"] if r["kind"] != "conflict"]
     assert plain == measured
 
@@ -248,6 +269,38 @@ def test_the_head_of_a_task_left_out_learns(tiny, data, tmp_path, run_script):
     assert model.heads["sst"].dense.bias.abs().max() > 1e-3  # it starts at 0
 
 
+def test_what_is_measured_is_fp32_and_without_dropout(tiny, data, tmp_path, monkeypatch):
+    """A bf16 run in training mode: the losses of the measurement are those of fp32 evaluation."""
+    toy = Toy(tiny, data, tmp_path / "run")
+    toy.model.precision = torch.bfloat16
+    toy.model.train()
+    seen = []
+
+    def losses(batch):
+        found = losses_of(toy)(batch)
+        seen.append((batch, toy.model.training, found.detach()))
+        return found
+
+    args = Namespace(measure_conflict=1, seed=1, batch_size=4)
+    supervised.Measured(lambda batches: 0.0, losses, toy.model, toy.sets, toy.run, args)([])
+    assert toy.model.training and toy.model.precision == torch.bfloat16
+    toy.model.precision = torch.float32
+    toy.model.eval()
+    assert len({str(batch) for batch, _, _ in seen}) == 6
+    for batch, training, found in seen:
+        assert not training
+        torch.testing.assert_close(found, losses_of(toy)(batch).detach(), rtol=0, atol=0)
+
+
+def test_pcgrad_and_sum_train_differently(tiny, data, tmp_path, run_script):
+    for surgery in ("sum", "pcgrad"):
+        flags = job(tiny, data, tmp_path / surgery, "--option", "finetune", "--surgery", surgery)
+        assert run_script(multitask_classifier, *flags, "--lr", "1e-2")[0] == 0
+    ours, theirs = (log_of(tmp_path / name, "train") for name in ("sum", "pcgrad"))
+    assert ours[0]["loss"] == theirs[0]["loss"]
+    assert [r["loss"] for r in ours] != [r["loss"] for r in theirs]
+
+
 @pytest.mark.parametrize("surgery", ["sum", "pcgrad"])
 def test_surgery_trains_on_all_tasks_in_a_step(tiny, data, tmp_path, run_script, surgery):
     flags = job(tiny, data, tmp_path / "run", "--option", "finetune", "--surgery", surgery)
@@ -258,11 +311,24 @@ def test_surgery_trains_on_all_tasks_in_a_step(tiny, data, tmp_path, run_script,
     assert len(records) == 2 * 2  # epochs; STS: 20 rows, 3 batches, 2 steps
 
 
-def test_lpft_probes_first_and_goes_on_from_those_heads(tiny, data, tmp_path, run_script):
+def test_lpft_probes_first_and_goes_on_from_those_heads(
+    tiny, data, tmp_path, run_script, monkeypatch
+):
+    begun = []
+    learn = supervised.learn
+
+    def watched(model, *rest, **named):
+        begun.append({n: p.clone() for n, p in model.heads.state_dict().items()})
+        return learn(model, *rest, **named)
+
+    monkeypatch.setattr(supervised, "learn", watched)
     flags = job(tiny, data, tmp_path / "run", "--option", "lpft", "--epochs", 1)
     code, out, err = run_script(multitask_classifier, *flags)
     assert code == 0, err
     assert "the probe has converged" in out
+    kept = load_file(tmp_path / "run/probe/heads.safetensors")
+    assert all(torch.equal(begun[1][name], kept[name]) for name in kept)
+    assert any(not torch.equal(begun[0][name], kept[name]) for name in kept)
     dev = log_of(tmp_path / "run", "dev")
     probe = [r for r in dev if r["stage"] == "probe"]
     assert len(probe) > 3 and [r["stage"] for r in dev[len(probe) :]] == ["finetune"]

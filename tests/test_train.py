@@ -213,6 +213,20 @@ def test_outputs_that_are_not_finite_at_an_evaluation_end_the_run(
     assert not (tmp_path / "run/result.json").exists()
 
 
+def test_a_dev_loss_that_overflows_ends_the_run(tiny, data, tmp_path, run_script, monkeypatch):
+    """Predictions are finite, their squares are not."""
+    decode = MultitaskBERT.decode
+    monkeypatch.setattr(
+        MultitaskBERT,
+        "decode",
+        lambda self, *given: decode(self, *given) * (1 if self.training else 1e30),
+    )
+    flags = job(tiny, data, tmp_path / "run", "--option", "finetune", "--tasks", "sts")
+    code, _, err = run_script(multitask_classifier, *flags)
+    assert code == 1
+    assert "sts-dev.csv: the mean loss is inf" in err.strip().splitlines()[-1]
+
+
 # ---------------------------------------------------------------------------- the loop
 
 
