@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 # On a CPU the update runs over pieces of this many numbers: parameter, gradient and both moments of
 # a piece stay in the cache from the first operation to the last, so memory is passed over once.
-PIECE = 1 << 16
+PIECE = 1 << 18
 
 
 class AdamW(torch.optim.Optimizer):
@@ -107,12 +107,14 @@ class AdamW(torch.optim.Optimizer):
             wide, g = p.to(m.dtype), g.to(m.dtype)  # no copy unless half precision
             m.lerp_(g, 1 - beta1)
             v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-            update = root(v, group["eps"]).add_(group["eps"])
-            torch.div(m, update, out=update)
+            scale = root(v, group["eps"]).add_(group["eps"])
             # Update and decay in one subtraction, so in one rounding of the parameter: a factor
             # 1 - lr weight_decay of its own would often be 1 in float32, and never decay.
-            update.mul_(step_size * (1 - decay)).add_(wide, alpha=decay)
-            wide.sub_(update)
+            if decay:
+                sum_ = torch.addcdiv(wide, m, scale, value=step_size * (1 - decay) / decay)
+                wide.sub_(sum_, alpha=decay)
+            else:
+                wide.addcdiv_(m, scale, value=-step_size)
             if wide is not p:
                 p.copy_(wide)
 

