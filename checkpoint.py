@@ -52,13 +52,22 @@ class UserError(ValueError):
 def model_folder(name: str | Path, *, weights: bool = True, local_files_only: bool = False) -> Path:
     """The folder that `name` means: a folder on disk, an embedded model, or a hub id.
 
+    A run folder means its best/.
+
     A hub id is fetched through `huggingface_hub`, which keeps a cache and honours `HF_HOME`,
     `HF_ENDPOINT` and `HF_HUB_OFFLINE`. With `weights=False` only the small files are fetched.
 
     Raises UserError when there is no such model, or when it cannot be fetched.
     """
     if os.path.isdir(name):
-        return Path(name)
+        folder = Path(name)
+        if any((folder / file).exists() for file in ("tokenizer.json", "vocab.txt")):
+            return folder
+        if (folder / "best").is_dir():
+            return folder / "best"
+        if (folder / "log.jsonl").exists():
+            raise UserError(f"{folder}: a run that has no best/ yet; it comes with an evaluation")
+        return folder
     if str(name) in EMBEDDED:
         package, folder = EMBEDDED[str(name)]
         spec = util.find_spec(package)  # finds the package without running it

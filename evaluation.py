@@ -83,7 +83,7 @@ def predict(model: MultitaskBERT, data: TaskData, batch_size: int, embedder: Emb
     """The logits of every row, (N, C) float32 on the CPU, in file order."""
     model.eval()
     logits = torch.empty(len(data), data.task.outputs)
-    with progress(len(data), f"predict {data.path.name}") as bar:
+    with progress(len(data), f"predict {data.path.name}", inner=True) as bar:
         for batch in data.in_order(batch_size):
             batch = batch.to(model.device)
             logits[torch.from_numpy(batch.rows)] = model.decode(batch.task, embedder(batch)).cpu()

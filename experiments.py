@@ -354,10 +354,17 @@ def run_alone(args: argparse.Namespace, records: Path) -> None:
     for job in jobs:
         line = recorded_command(job, args)
         if job in recorded and read_json(records / f"{job}.json").get("command") != line:
-            raise UserError(f"{records / f'{job}.json'}: of another command; name another --out")
+            was = read_json(records / f"{job}.json").get("command")
+            raise UserError(
+                f"{records / f'{job}.json'}: of another command ({difference(str(was), line)});"
+                " name another --out"
+            )
         folder, note = args.runs / str(job), args.runs / f"{job}.command"
         if folder.exists() and not (note.exists() and note.read_text(encoding="utf-8") == line):
-            raise UserError(f"{folder}: of another command; name another --runs")
+            was = note.read_text(encoding="utf-8") if note.exists() else "unknown"
+            raise UserError(
+                f"{folder}: of another command ({difference(was, line)}); name another --runs"
+            )
     print(f"{len(jobs)} runs, {len(jobs) - len(waiting)} of them recorded already")
     failed: list[Job] = []
     with progress(len(waiting), "runs") as bar:
@@ -373,8 +380,7 @@ def run_alone(args: argparse.Namespace, records: Path) -> None:
                     code = start(command(job, args, args.runs, args.data_dir), log)
                 if code:
                     failed.append(job)
-                    where = "" if isinstance(code, str) else f"exit code; see {log}"
-                    bar.write(f"{job}: {code} {where}")
+                    bar.write(f"{job}: {code if isinstance(code, str) else ending(code, log)}")
                     bar.update()
                     if code in INTERRUPTED:
                         break  # stopped from outside: so is all of this
@@ -383,8 +389,27 @@ def run_alone(args: argparse.Namespace, records: Path) -> None:
                 path = records / f"{job}.json"
                 record(args.runs / str(job), path, job, recorded_command(job, args))
             bar.update()
+    print(f"records are in {records}; tables: python experiments.py report")
     if failed:
         raise UserError(f"{len(failed)} of {len(waiting)} runs failed ({failed[0]}, ...)")
+
+
+def difference(was: str, now: str) -> str:
+    """The words in which two command lines differ."""
+    old, new = shlex.split(was), shlex.split(now)
+    gone = shlex.join([word for word in old if word not in new]) or "nothing"
+    come = shlex.join([word for word in new if word not in old]) or "nothing"
+    return f"it had {gone} where now there is {come}"
+
+
+def ending(code: int, log: Path) -> str:
+    """How a script ended: its exit code, and the last that it said."""
+    lines = (
+        log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        if log.exists()
+        else []
+    )
+    return f"exit code {code}: {lines[-1].strip() if lines else 'nothing said'} (see {log})"
 
 
 def start(line: Sequence[str], log: Path) -> int:
@@ -443,7 +468,9 @@ def read_predictions(path: Path) -> list[float]:
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line, checked."""
     parser = Parser(__doc__.splitlines()[0])
-    actions = parser.add_subparsers(dest="action", required=True)
+    actions = parser.add_subparsers(
+        dest="action", required=True, metavar="run|report|conflict|map", help="what to do"
+    )
 
     def action(name: str, what: str, data: bool = True, out: bool = True) -> Parser:
         added = actions.add_parser(name, help=what, description=what)

@@ -64,7 +64,8 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
         type=COUNT,
         default=0,
         metavar="N",
-        help="every N steps, log how the tasks' gradients lie to each other; 0: never",
+        help="every N steps, log how the tasks' gradients lie to each other; 0: never. Two batches"
+        " a task are encoded once for each part of BERT, which costs as much as some tens of steps",
     )
     for task, what in TASK_FLAGS.items():
         add_file_flags(parser, f"{task}_", what)
@@ -82,6 +83,8 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
     for flag in ("leave_out", "surgery", "measure_conflict"):
         if args.option == "pretrain" and getattr(args, flag) not in (None, "none", 0):
             parser.error(f"--{flag} is for training BERT: give --option finetune or lpft")
+    if args.surgery != "none" and len(args.tasks) < 2:
+        parser.error(f"--surgery {args.surgery} needs two tasks or more")
     if args.surgery != "none" and args.sampling != "roundrobin":
         parser.error(f"--surgery {args.surgery} needs --sampling roundrobin: all tasks in a step")
     if args.pair_encoding == "joint" and (args.para_decoder or args.sts_decoder):

@@ -370,6 +370,7 @@ def plot_conflict(run: Path) -> None:
     if not measured:
         raise UserError(f"{run}: nothing was measured; train with --measure_conflict N")
     print(conflict_report([measured], run))
+    print(f"\n{run}: conflict-layers.png, conflict-steps.png")
 
 
 def plot_map(run: Path, data_dir: Path, limit: int | None = None) -> None:

@@ -33,6 +33,7 @@ from torch.nn import functional as F
 from bert import POOLINGS, BertModel, load_weights, pool
 from checkpoint import (
     UserError,
+    model_folder,
     read_json,
     read_tensors,
     read_weights,
@@ -487,11 +488,9 @@ class MultitaskBERT(nn.Module):
         Raises:
             UserError: no such folder, a damaged file, or a task that is not in `TASKS`.
         """
-        folder = Path(folder)
-        if not (folder / "heads.json").is_file() and (folder / "best").is_dir():
-            folder = folder / "best"
-        if not folder.is_dir():
+        if not Path(folder).is_dir():
             raise UserError(f"{folder}: no such run folder or model folder")
+        folder = model_folder(folder)
         settings = read_json(folder / "heads.json")
         absent = {"decoders", "pooling", "pair_encoding"} - set(settings)
         if absent:

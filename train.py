@@ -109,10 +109,18 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def progress(total: int, what: str) -> tqdm:
-    """A progress bar on standard error, drawn rarely where that is a file."""
-    interval = 0.2 if sys.stderr.isatty() else 30.0
-    return tqdm(total=total, desc=what, mininterval=interval, maxinterval=max(10.0, interval))
+def progress(total: int, what: str, inner: bool = False) -> tqdm:
+    """A progress bar on standard error, drawn rarely where that is a file; an `inner` one goes."""
+    terminal = sys.stderr.isatty()
+    interval = 0.2 if terminal else 30.0
+    return tqdm(
+        total=total,
+        desc=what,
+        mininterval=interval,
+        maxinterval=max(10.0, interval),
+        leave=not inner,
+        position=None if terminal else 0,  # no moving between lines in a file
+    )
 
 
 # ---------------------------------------------------------------------------- the loop

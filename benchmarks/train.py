@@ -144,7 +144,10 @@ def compare(args: Namespace) -> dict:
                 command += [f"--{flag}", str(getattr(args, flag))]
             done = subprocess.run(command, capture_output=True)
             if done.returncode:
-                sys.exit(done.stderr.decode("utf-8", "replace"))
+                sys.stderr.write(
+                    done.stderr.decode("utf-8", "replace").strip().splitlines()[-1] + "\n"
+                )
+                sys.exit(done.returncode)
             found[mode].append(json.loads(done.stdout.decode().splitlines()[-1]))
             print(f"turn {turn + 1} of {args.turns}, {mode}: {found[mode][-1]}", file=sys.stderr)
     table = {}

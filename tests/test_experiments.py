@@ -221,7 +221,7 @@ def test_what_is_recorded_is_skipped_and_what_broke_off_starts_anew(grid, tmp_pa
     (broken / "config.json").write_text("{}", encoding="utf-8")
     code, out, err = run_script(experiments, "run", "table3", *flags)
     # Whoever made that folder, it was not this command.
-    assert code == 2 and "probe-concat-seed1: of another command" in err
+    assert code == 2 and "probe-concat-seed1: of another command (it had unknown" in err
     assert (broken / "config.json").exists() and not started
     args = experiments.parse(["run", "table3", *map(str, flags)])
     line = experiments.recorded_command(experiments.Job("probe-concat", 1), args)
@@ -235,10 +235,11 @@ def test_what_is_recorded_is_skipped_and_what_broke_off_starts_anew(grid, tmp_pa
     assert code == 0 and "8 runs, 8 of them recorded already" in out and started == first
     flags[-1] = "--flags=--epochs 2"
     code, _, err = run_script(experiments, "run", "table3", *flags)
-    assert code == 2 and "of another command; name another --out" in err
+    assert code == 2 and "name another --out" in err
+    assert "where now there is" in err
     flags[flags.index("--out") + 1] = tmp_path / "other"
     code, _, err = run_script(experiments, "run", "table3", *flags)
-    assert code == 2 and "of another command; name another --runs" in err
+    assert code == 2 and "name another --runs" in err
     assert started == first
 
 
@@ -318,6 +319,13 @@ def test_a_script_starts_as_a_process_with_its_own_log(tmp_path):
     log = tmp_path / "runs" / "job.log"
     assert experiments.start(["simcse.py", "--temperature", "0"], log) == 2
     assert "--temperature: 0 is out of range" in log.read_text(encoding="utf-8")
+    assert experiments.ending(2, log).startswith("exit code 2: simcse.py: error: argument --temp")
+
+
+def test_what_differs_between_commands_is_named():
+    was = "python a.py --epochs 1 --limit 5 --seed 3"
+    found = experiments.difference(was, "python a.py --epochs 2 --seed 3")
+    assert found == "it had 1 --limit 5 where now there is 2"
 
 
 def test_plots_of_one_run(tiny, data, tmp_path, run_script):
@@ -359,6 +367,7 @@ def test_maps_and_records_that_cannot_be(tiny, data, tmp_path, run_script):
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
+        ([], "run|report|conflict|map"),
         (["run", "table9"], "table9: no such table; there are table1, table2"),
         (["run", "table1", "--seeds", "0"], "--seeds"),
         (["run", "table1", "--flags=--seed 'x"], "--flags"),

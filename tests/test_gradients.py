@@ -357,6 +357,7 @@ def test_lpft_probes_first_and_goes_on_from_those_heads(
         (["--measure_conflict", "5"], "--measure_conflict is for training BERT"),
         (["--option", "finetune", "--measure_conflict", "-1"], "--measure_conflict"),
         (["--option", "finetune", "--surgery", "vaccine"], "--surgery"),
+        (["--option", "finetune", "--surgery", "sum", "--tasks", "sst"], "needs two tasks or more"),
         (
             ["--option", "finetune", "--surgery", "sum", "--sampling", "annealed"],
             "--surgery sum needs --sampling roundrobin",

@@ -1,6 +1,7 @@
 """What the training loop and the job around it promise."""
 
 import json
+import shutil
 from argparse import Namespace
 
 import numpy as np
@@ -12,7 +13,7 @@ import classifier
 import multitask_classifier
 import tasks
 from bert import BertModel
-from checkpoint import Run
+from checkpoint import Run, UserError
 from datasets import Mixture, TaskData
 from evaluation import embed
 from optimizer import AdamW, parameter_groups
@@ -329,6 +330,19 @@ def test_predictions_come_from_the_best_checkpoint(tiny, data, tmp_path, run_scr
     path = tmp_path / "run/predictions/sst-dev-output.csv"
     lines = path.read_text(encoding="utf-8").splitlines()[1:]
     assert [int(line.split(" , ")[1]) for line in lines] == predicted.tolist()
+
+
+def test_a_run_folder_is_a_model_once_it_has_a_best_state(tiny, data, tmp_path, run_script):
+    flags = ["--data_dir", data, "--epochs", 1]
+    first = [*flags, "--model", tiny, "--run_dir", tmp_path / "a"]
+    assert run_script(classifier, *first)[0] == 0
+    second = [*flags, "--model", tmp_path / "a", "--run_dir", tmp_path / "b"]
+    assert run_script(classifier, *second)[0] == 0
+    shutil.rmtree(tmp_path / "a" / "best")
+    code, _, err = run_script(classifier, *flags, "--model", tmp_path / "a")
+    assert code == 2 and "a run that has no best/ yet" in err
+    with pytest.raises(UserError, match="a run that has no best/ yet"):
+        MultitaskBERT.from_pretrained(tmp_path / "a")
 
 
 def test_linear_probing_leaves_bert_as_it_was(tiny, data, tmp_path, run_script):
