@@ -36,7 +36,7 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         """As the base class; a word that no text file could record is refused."""
         for word in sys.argv[1:] if args is None else args:
-            if not word.isprintable() and any("\ud800" <= c <= "\udfff" for c in word):
+            if any("\ud800" <= c <= "\udfff" for c in word):
                 self.error(f"{word!r} is not UTF-8; rename it")
         return super().parse_args(args, namespace)
 

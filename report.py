@@ -57,7 +57,7 @@ def load_records(out: Path, cells: Collection[str]) -> Records:
         if absent:
             raise UserError(f"{path}: not a record (no {min(absent)}); move it away")
         if record["cell"] not in cells:
-            raise UserError(f"{path}: its cell {record.get('cell')!r} is in no table; move it away")
+            raise UserError(f"{path}: its cell {record['cell']!r} is in no table; move it away")
         found.setdefault(record["cell"], []).append(record)
     return {cell: sorted(of, key=lambda r: r["seed"]) for cell, of in found.items()}
 
