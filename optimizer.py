@@ -16,14 +16,12 @@ and no decay the two are the same function.
 
 import math
 from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-
-# On a CPU the update runs over pieces of this many numbers: parameter, gradient and both moments of
-# a piece stay in the cache from the first operation to the last, so memory is passed over once.
-PIECE = 1 << 18
 
 
 class AdamW(torch.optim.Optimizer):
@@ -67,8 +65,15 @@ class AdamW(torch.optim.Optimizer):
         super().add_param_group(param_group)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
-        """Update every parameter that has a gradient; the others and their moments stay."""
+    def step(
+        self, closure: Callable[[], Tensor] | None = None, *, scale: float = 1.0
+    ) -> Tensor | None:
+        """Update every parameter that has a gradient; the others and their moments stay.
+
+        Args:
+            closure: computes the loss and its gradients anew; what it returns is returned.
+            scale: a factor on all gradients, such as clipping's, which costs nothing here.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -84,10 +89,10 @@ class AdamW(torch.optim.Optimizer):
                         f"AdamW: parameter {name} has a sparse gradient, whose moments it cannot"
                         " keep: build its embedding with sparse=False"
                     )
-                self._update(parameter, group)
+                self._update(parameter, group, scale)
         return loss
 
-    def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
+    def _update(self, parameter: Tensor, group: dict[str, Any], scale: float) -> None:
         state = self.state[parameter]
         if not state:
             half = parameter.dtype in (torch.float16, torch.bfloat16)
@@ -102,21 +107,9 @@ class AdamW(torch.optim.Optimizer):
         if group["correct_bias"]:
             step_size *= math.sqrt(1 - beta2 ** state["step"]) / (1 - beta1 ** state["step"])
         decay = lr * group["weight_decay"]
-        tensors = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
-        for p, g, m, v in _pieces(tensors):
-            wide, g = p.to(m.dtype), g.to(m.dtype)  # no copy unless half precision
-            m.lerp_(g, 1 - beta1)
-            v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-            scale = root(v, group["eps"]).add_(group["eps"])
-            # Update and decay in one subtraction, so in one rounding of the parameter: a factor
-            # 1 - lr weight_decay of its own would often be 1 in float32, and never decay.
-            if decay:
-                sum_ = torch.addcdiv(wide, m, scale, value=step_size * (1 - decay) / decay)
-                wide.sub_(sum_, alpha=decay)
-            else:
-                wide.addcdiv_(m, scale, value=-step_size)
-            if wide is not p:
-                p.copy_(wide)
+        tensors = (parameter.detach(), parameter.grad, state["exp_avg"], state["exp_avg_sq"])
+        update = fast_update if can_be_fast(tensors) else written_update
+        update(*tensors, scale, beta1, beta2, step_size, group["eps"], decay)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore exactly what `state_dict` saved.
@@ -132,26 +125,80 @@ class AdamW(torch.optim.Optimizer):
                         self.state[parameter][key] = value.to(parameter.device, copy=True)
 
 
-def root(v: Tensor, eps: float) -> Tensor:
-    """sqrt(v), to which eps is about to be added.
-
-    MKL's root takes 15 times as long on zeros, which embeddings of unseen tokens have, so numbers
-    below the smallest normal one are raised to it, where its root is lost beside eps.
-    """
-    kind = torch.finfo(v.dtype)
-    if eps * kind.eps > 4 * math.sqrt(kind.tiny):
-        return v.clamp(min=kind.tiny).sqrt_()
-    return v.sqrt()
+# Update and decay are one subtraction, so one rounding of the parameter: a factor
+# 1 - lr weight_decay of its own would often be 1 in float32, and never decay.
 
 
-def _pieces(tensors: tuple[Tensor, ...]) -> Iterable[tuple[Tensor, ...]]:
-    """The same slices of all `tensors`, small enough for a CPU's cache; on a GPU, the whole."""
-    first = tensors[0]
-    if first.device.type != "cpu" or first.numel() <= PIECE:
-        return [tensors]
-    if not all(t.is_contiguous() for t in tensors):
-        return [tensors]
-    return zip(*(t.view(-1).split(PIECE) for t in tensors), strict=True)
+def written_update(
+    p: Tensor,
+    g: Tensor,
+    m: Tensor,
+    v: Tensor,
+    scale: float,
+    beta1: float,
+    beta2: float,
+    step_size: float,
+    eps: float,
+    decay: float,
+) -> None:
+    """The formulas at the top, a = `step_size` and lr weight_decay = `decay`, tensor by tensor."""
+    wide, g = p.to(m.dtype), g.to(m.dtype) * scale  # p is copied only from half precision
+    m.lerp_(g, 1 - beta1)
+    v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+    change = m / v.sqrt().add_(eps)
+    wide.sub_(change.mul_(step_size * (1 - decay)).add_(wide, alpha=decay))
+    if wide is not p:
+        p.copy_(wide)
+
+
+def fast_update(
+    p: Tensor,
+    g: Tensor,
+    m: Tensor,
+    v: Tensor,
+    scale: float,
+    beta1: float,
+    beta2: float,
+    step_size: float,
+    eps: float,
+    decay: float,
+) -> None:
+    """The same function as `written_update`, in one pass over memory, on all of PyTorch's cores."""
+    import numba
+
+    # In double precision: 1 - 0.999 in single precision has four digits.
+    numbers = scale, beta1, 1 - beta1, beta2, 1 - beta2, step_size * (1 - decay), eps, decay
+    kind = np.float64 if p.dtype == torch.float64 else np.float32
+    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+    compiled_update()(*(t.view(-1).numpy() for t in (p, g, m, v)), *map(kind, numbers))
+    torch.autograd.graph.increment_version([p, m, v])  # as PyTorch's own operations in place do
+
+
+def can_be_fast(tensors: tuple[Tensor, ...]) -> bool:
+    """Whether `fast_update` takes these: on the CPU, single or double precision, contiguous."""
+    return all(
+        t.device.type == "cpu" and t.dtype in (torch.float32, torch.float64) and t.is_contiguous()
+        for t in tensors
+    )
+
+
+@cache
+def compiled_update() -> Callable[..., None]:
+    """`written_update` number by number, as machine code."""
+    import numba  # half a second, of those only who train
+
+    def update(p, g, m, v, scale, beta1, new1, beta2, new2, step_size, eps, decay):
+        for i in numba.prange(p.size):
+            x = g[i] * scale
+            m[i] = beta1 * m[i] + new1 * x
+            v[i] = beta2 * v[i] + new2 * x * x
+            p[i] -= step_size * (m[i] / (np.sqrt(v[i]) + eps)) + decay * p[i]
+
+    options = {"parallel": True, "error_model": "numpy"}
+    try:
+        return numba.njit(**options, cache=True)(update)
+    except RuntimeError:  # nowhere to keep the machine code for next time
+        return numba.njit(**options)(update)
 
 
 def check_hyperparameters(group: dict[str, Any]) -> None:

@@ -232,8 +232,7 @@ def train(
     def take(batches: Sequence[Any]) -> tuple[float, float]:
         """One step: its loss, and the gradient's norm before clipping."""
         loss = gradients([batch.to(model.device) for batch in batches])
-        limit = args.clip or math.inf
-        norm = nn.utils.clip_grad_norm_(parameters, limit).item()
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]).item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {norm}"
             rows = "; ".join(map(str, batches))
@@ -244,8 +243,9 @@ def train(
                 kept = f"the state before it is in {run.path / 'last'}"
             advice = "try a smaller --lr or --precision fp32"
             raise Diverged(f"step {step}: {what} at {rows}: {kept}; {advice}")
+        scale = min(1.0, args.clip / norm) if args.clip and norm else 1.0  # Pascanu et al. 2013
         for optimizer in optimizers.values():
-            optimizer.step()
+            optimizer.step(scale=scale)
             optimizer.zero_grad(set_to_none=True)
         return loss, norm
 

@@ -19,6 +19,7 @@ LAYERS = [
 LAYER = {name: i for i, names in enumerate(LAYERS) for name in names}
 LATE = {
     "torch",
+    "numba",
     "numpy",
     "scipy",
     "sklearn",
