@@ -4,9 +4,10 @@ Every figure is computed from all rows at once; none is a mean of batch means. E
 evaluation mode, without gradients, and in file order.
 """
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from checkpoint import write_text
-from datasets import Batch, TaskData
+from checkpoint import UserError, read_tensors, write_tensors, write_text
+from datasets import Batch, Sentences, TaskData
 from tasks import TASKS, MultitaskBERT
 from train import Diverged, progress
 
@@ -26,20 +27,23 @@ Embed = Callable[[Batch], Tensor]
 class FrozenEmbeddings:
     """Embeddings of a frozen encoder, each row's computed once and then looked up.
 
-    A frozen encoder runs without dropout, so the same row has the same embeddings in every epoch.
+    A frozen encoder runs without dropout, so the same row has the same embeddings in every epoch,
+    and in every run: `save` leaves them in `folder`, for runs to come with this encoder and data.
+    To rounding: a row's batch, and so its padding, may have been another one then.
     """
 
-    def __init__(self, model: MultitaskBERT):
+    def __init__(self, model: MultitaskBERT, folder: Path | None = None):
         self.model = model
-        self.known: dict[int, tuple[Tensor, np.ndarray]] = {}  # a set -> its vectors, which are in
+        self.folder = folder
+        # A set -> its vectors (N, width, D), and which of them are there.
+        self.known: dict[int, tuple[Tensor, np.ndarray]] = {}
+        self.files: dict[int, tuple[Path, int]] = {}  # a set -> its file, and how many that has
 
     def __call__(self, batch: Batch) -> Tensor:
         """Embeddings as `MultitaskBERT.embed` gives them, (width * B, D)."""
         source = batch.source
         if id(source) not in self.known:
-            size = (len(source), source.width, self.model.bert.config.hidden_size)
-            vectors = torch.empty(size, device=self.model.device)
-            self.known[id(source)] = vectors, np.zeros(len(source), dtype=bool)
+            self.known[id(source)] = self._begin(source)
         vectors, done = self.known[id(source)]
         rows = torch.from_numpy(batch.rows).to(self.model.device)
         if not done[batch.rows].all():
@@ -48,6 +52,44 @@ class FrozenEmbeddings:
             vectors[rows] = fresh.unflatten(0, (source.width, len(batch))).transpose(0, 1)
             done[batch.rows] = True
         return vectors[rows].transpose(0, 1).flatten(0, 1)
+
+    def _begin(self, source: Sentences) -> tuple[Tensor, np.ndarray]:
+        """Room for a set's vectors, with those that an earlier run left."""
+        size = (len(source), source.width, self.model.bert.config.hidden_size)
+        if self.folder is not None:
+            path = self.folder / f"{fingerprint(self.model, source)}.safetensors"
+            self.files[id(source)] = path, 0
+            if path.exists():
+                try:
+                    found = read_tensors(path)
+                except UserError:
+                    raise UserError(f"{path}: damaged; delete it, it will be made anew") from None
+                done = found["done"].bool().numpy()
+                self.files[id(source)] = path, int(done.sum())
+                return found["vectors"].to(self.model.device), done
+        return torch.empty(size, device=self.model.device), np.zeros(len(source), dtype=bool)
+
+    def save(self) -> None:
+        """Write what is new into the folder, if there is one."""
+        for key, (path, count) in self.files.items():
+            vectors, done = self.known[key]
+            if done.sum() > count:
+                vectors[torch.from_numpy(~done)] = 0  # equal knowledge makes equal bytes
+                write_tensors(path, {"vectors": vectors, "done": torch.from_numpy(done).byte()})
+
+
+def fingerprint(model: MultitaskBERT, source: Sentences) -> str:
+    """A name for all that decides a set's embeddings: encoder, pooling, precision and tokens."""
+    digest = hashlib.sha256()
+    settings = (asdict(model.bert.config), model.pooling, str(model.precision), source.width)
+    digest.update(repr(settings).encode())
+    for name, tensor in model.bert.state_dict().items():
+        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    for ids in source.ids:
+        digest.update(np.array([len(row) for row in ids]).tobytes())
+        digest.update(np.concatenate(ids).tobytes())
+    digest.update(repr(source.first_lengths).encode())
+    return digest.hexdigest()[:32]
 
 
 def embed(model: MultitaskBERT, batch: Batch) -> Tensor:

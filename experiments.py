@@ -37,7 +37,7 @@ TASKS = ("sst", "para", "sts")
 class Cell:
     """One column of a table: a script with its flags, on top of those that a user gives to all.
 
-    `start` names the cell whose best encoder of the same seed it starts from, instead of --model.
+    `start` names the cell whose best encoder it starts from, of the same seed, instead of --model.
     """
 
     flags: str
@@ -292,17 +292,27 @@ def jobs_of(tables: Sequence[str], seeds: int, probe_seeds: int) -> list[Job]:
             cell = CELLS[name]
             count = probe_seeds if PROBE in cell.flags else seeds
             for seed in range(1, count + 1):
+                job = Job(name, seed)
                 if cell.start:
-                    jobs[Job(cell.start, seed)] = None
-                jobs[Job(name, seed)] = None
+                    jobs[encoder(job, seeds)] = None
+                jobs[job] = None
     return list(jobs)
+
+
+def encoder(job: Job, seeds: int) -> Job | None:
+    """The job whose encoder this one starts from; of more seeds than encoders, in turn."""
+    start = CELLS[job.cell].start
+    return Job(start, (job.seed - 1) % seeds + 1) if start else None
 
 
 def command(job: Job, args: argparse.Namespace, runs: Path, data_dir: Path) -> list[str]:
     """The command line of a job, without the interpreter. The cell's own flags win over --flags."""
     cell = CELLS[job.cell]
-    start = runs / str(Job(cell.start, job.seed)) / "best" if cell.start else args.model
-    line = [cell.script, *args.flags, *shlex.split(cell.flags), "--model", str(start)]
+    start = encoder(job, args.seeds)
+    model = runs / str(start) / "best" if start else args.model
+    line = [cell.script, *args.flags, *shlex.split(cell.flags), "--model", str(model)]
+    if PROBE in cell.flags:  # of one encoder, whatever the seed and the heads
+        line += ["--features", str(runs / "features")]
     line += ["--data_dir", str(data_dir), "--seed", str(job.seed)]
     return [*line, "--run_dir", str(runs / str(job))]
 
@@ -342,14 +352,10 @@ def run_alone(args: argparse.Namespace, records: Path) -> None:
     def finished(job: Job) -> bool:
         return (args.runs / str(job) / "result.json").exists()
 
-    def encoder(job: Job) -> Job | None:
-        start = CELLS[job.cell].start
-        return Job(start, job.seed) if start else None
-
     jobs = jobs_of(args.tables, args.seeds, args.probe_seeds)
     recorded = {job for job in jobs if (records / f"{job}.json").exists()}
     # What others start from must be there, recorded or not.
-    needed = {encoder(job) for job in jobs if job not in recorded}
+    needed = {encoder(job, args.seeds) for job in jobs if job not in recorded}
     waiting = [j for j in jobs if j not in recorded or (j in needed and not finished(j))]
     for job in jobs:
         line = recorded_command(job, args)
@@ -375,7 +381,7 @@ def run_alone(args: argparse.Namespace, records: Path) -> None:
                 # What an earlier try left is no result, and its folder is this command's own.
                 shutil.rmtree(args.runs / str(job), ignore_errors=True)
                 code: int | str = "its encoder failed"
-                if encoder(job) not in failed:
+                if encoder(job, args.seeds) not in failed:
                     write_text(args.runs / f"{job}.command", recorded_command(job, args))
                     code = start(command(job, args, args.runs, args.data_dir), log)
                 if code:

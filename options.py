@@ -129,6 +129,11 @@ def add_supervised_flags(parser: argparse.ArgumentParser) -> None:
         type=RATE,
         help="of the heads when BERT is trained too (default: 1e-2); with lpft, in the probe",
     )
+    add(
+        "--features",
+        type=Path,
+        help="keep a frozen BERT's embeddings in this folder, and use what is there of them",
+    )
 
 
 def add_file_flags(parser: argparse.ArgumentParser, prefix: str, what: str) -> None:

@@ -77,6 +77,8 @@ def fit(
     device, precision = prepare(args.seed, args.device, args.precision)
     outputs = output_paths(args.run_dir, files)
     Run.check(args.run_dir)
+    if args.features:
+        args.features.mkdir(parents=True, exist_ok=True)
     tokenizer = BertTokenizer.from_pretrained(args.model)
     sets = load_sets(args, tasks, files, tokenizer)
     if args.measure_conflict:
@@ -106,7 +108,8 @@ def fit(
     if args.option == "lpft":
         run.facts["stage"] = "probe"
         probe = Namespace(**{**vars(args), **PROBE})
-        learn(model, sets, run, probe, frozen=True, keep="probe")
+        _, embedder = learn(model, sets, run, probe, frozen=True, keep="probe")
+        embedder.save()
         model.load(run.path / "probe")
         run.facts["stage"] = "finetune"
         args.head_lr = args.lr  # all of the model at one rate, as Kumar et al. fine-tune
@@ -122,6 +125,8 @@ def fit(
             write_predictions(outputs[data.task.name, split], data, logits)
             if split == "dev":
                 reports[data.task.name] = report(data, logits)
+    if isinstance(embedder, FrozenEmbeddings):
+        embedder.save()
     result = {
         "dev": reports,
         "overall": overall(reports),
@@ -155,7 +160,7 @@ def learn(
         optimizers["bert"] = AdamW(parameter_groups(model.bert, args.weight_decay), lr=args.lr)
     for name, head in model.heads.items():
         optimizers[name] = AdamW(parameter_groups(head, args.weight_decay), lr=args.head_lr)
-    embedder = FrozenEmbeddings(model) if frozen else partial(embed, model)
+    embedder = FrozenEmbeddings(model, args.features) if frozen else partial(embed, model)
 
     def losses(batch: Batch, stop: bool = False) -> Tensor:
         """The loss of each row; it reaches the batch's own head and, unless stopped there, BERT."""

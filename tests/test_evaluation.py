@@ -1,5 +1,6 @@
 """Leaderboard files to the byte, figures over all rows, order, and the overall score."""
 
+import copy
 import math
 
 import numpy as np
@@ -8,11 +9,13 @@ import torch
 from sklearn.metrics import accuracy_score
 
 from bert import BertModel
+from checkpoint import UserError
 from datasets import TaskData
 from evaluation import (
     FrozenEmbeddings,
     embed,
     evaluate,
+    fingerprint,
     overall,
     predict,
     report,
@@ -123,6 +126,39 @@ def test_frozen_embeddings_are_looked_up_and_equal(model, sets):
         torch.testing.assert_close(frozen(batch), expected, atol=1e-6, rtol=1e-5)
         assert len(calls) == (0 if rows == [9, 5] else 1)
     hook.remove()
+
+
+def test_frozen_embeddings_are_kept_for_other_runs(model, sets, tmp_path):
+    """What one left the next looks up, bit for bit, and adds to; another encoder finds nothing."""
+    data = sets["sts"]
+    first = FrozenEmbeddings(model, tmp_path)
+    left = first(data.batch(np.array([5, 2, 9])))
+    first.save()
+    calls = []
+    hook = model.bert.register_forward_hook(lambda *_: calls.append(1))
+    second = FrozenEmbeddings(model, tmp_path)
+    assert torch.equal(second(data.batch(np.array([5, 2, 9]))), left)
+    assert not calls
+    second(data.batch(np.array([1])))
+    second.save()
+    third = FrozenEmbeddings(model, tmp_path)
+    third(data.batch(np.array([1, 9])))
+    assert len(calls) == 1
+    (file,) = tmp_path.iterdir()
+    before = file.read_bytes()
+    third.save()
+    assert file.read_bytes() == before
+    hook.remove()
+
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.bert.layers[0].output.bias[0] += 1
+    names = {fingerprint(model, data), fingerprint(other, data), fingerprint(model, sets["para"])}
+    other.pooling = "cls"
+    assert len(names | {fingerprint(other, data)}) == 4
+    file.write_bytes(before[:100])
+    with pytest.raises(UserError, match="damaged; delete it"):
+        FrozenEmbeddings(model, tmp_path)(data.batch(np.array([1])))
 
 
 def test_a_report_of_predictions_is_in_file_order(model, sets):

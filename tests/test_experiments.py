@@ -173,9 +173,11 @@ def test_every_table_runs_and_is_reported(grid, tmp_path, run_script, monkeypatc
     assert code == 0, err
     assert len(started) == len(set(started))
     assert {name.rsplit("-seed", 1)[0] for name in started} == set(experiments.CELLS)
-    # Each comes after the encoder that it starts from, the one of its own seed.
-    assert started.index("simcse-seed2") < started.index("probe-simcse-seed2")
-    assert models["probe-simcse-seed2"] == str(tmp_path / "runs/simcse-seed2/best")
+    # Each comes after the encoder that it starts from; here both probes share the only one.
+    assert started.index("simcse-seed1") < started.index("probe-simcse-seed1")
+    assert models["probe-simcse-seed2"] == str(tmp_path / "runs/simcse-seed1/best")
+    # All probes of an encoder share its embeddings of the nine sets.
+    assert len(list((tmp_path / "runs/features").iterdir())) == 3 * 9
     assert models["probe-seed2"] != models["probe-simcse-seed2"]
     out = tmp_path / "results"
     (out / "records/without-sts-seed1.json").unlink()
@@ -241,6 +243,17 @@ def test_what_is_recorded_is_skipped_and_what_broke_off_starts_anew(grid, tmp_pa
     code, _, err = run_script(experiments, "run", "table3", *flags)
     assert code == 2 and "name another --runs" in err
     assert started == first
+
+
+def test_more_probes_than_encoders_take_them_in_turn():
+    """Five probes of three encoders: 1, 2, 3, 1, 2; each encoder is made once, and before."""
+    jobs = experiments.jobs_of(["table1"], 3, 5)
+    probes = [job for job in jobs if job.cell == "probe-simcse"]
+    starts = [experiments.encoder(job, 3) for job in probes]
+    assert [job.seed for job in starts] == [1, 2, 3, 1, 2]
+    assert {job.seed for job in jobs if job.cell == "simcse"} == {1, 2, 3}
+    assert all(jobs.index(s) < jobs.index(p) for s, p in zip(starts, probes, strict=True))
+    assert experiments.encoder(experiments.Job("probe", 4), 3) is None
 
 
 def test_what_starts_from_an_encoder_that_failed_is_not_run(
