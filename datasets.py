@@ -10,6 +10,7 @@ tokenizer does both where the model is uncased, and a cased model is meant to se
 import csv
 import math
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -440,12 +441,16 @@ class Mixture:
         drawn = rng.permutation(np.repeat(np.arange(len(shares)), shares))
         return [[i] for i in drawn.tolist()]
 
-    def steps(self, epoch: int) -> Iterator[list[Batch]]:
-        """The epoch's steps."""
+    def steps(self, epoch: int, first: int = 0) -> Iterator[list[Batch]]:
+        """The epoch's steps from the `first` on; those before it cost nothing."""
         earlier = [self.shares(e) for e in range(epoch)]
-        position = [sum(share[i] for share in earlier) for i in range(len(self.sets))]
+        order = self.order(epoch)
+        passed_over = Counter(i for step in order[:first] for i in step)
+        position = [
+            sum(share[i] for share in earlier) + passed_over[i] for i in range(len(self.sets))
+        ]
         rows: dict[int, tuple[int, list[np.ndarray]]] = {}  # set -> (pass, its batches)
-        for step in self.order(epoch):
+        for step in order[first:]:
             batches: list[Batch] = []
             for i in step:
                 number, place = divmod(position[i], self.passes[i])
@@ -453,7 +458,7 @@ class Mixture:
                 if i not in rows or rows[i][0] != number:
                     passed = self.sets[i].training_batches(self.batch_size, self.seed, number)
                     rows[i] = number, passed
-                first = place * self.accumulate
-                chosen = rows[i][1][first : first + self.accumulate]
+                start = place * self.accumulate
+                chosen = rows[i][1][start : start + self.accumulate]
                 batches += [self.sets[i].batch(r) for r in chosen]
             yield batches

@@ -7,7 +7,7 @@ evaluation mode, without gradients, and in file order.
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+import bert
 from checkpoint import UserError, read_tensors, write_tensors, write_text
 from datasets import Batch, Sentences, TaskData
 from tasks import TASKS, MultitaskBERT
@@ -28,68 +29,79 @@ class FrozenEmbeddings:
     """Embeddings of a frozen encoder, each row's computed once and then looked up.
 
     A frozen encoder runs without dropout, so the same row has the same embeddings in every epoch,
-    and in every run: `save` leaves them in `folder`, for runs to come with this encoder and data.
-    To rounding: a row's batch, and so its padding, may have been another one then.
+    and in every run: `save` leaves them in `folder`, for others with this encoder and this data.
+    (To rounding: a row's padding, and with it the last bit, depends on its batch.)
     """
 
-    def __init__(self, model: MultitaskBERT, folder: Path | None = None):
+    def __init__(self, model: MultitaskBERT, folder: Path):
         self.model = model
         self.folder = folder
-        # A set -> its vectors (N, width, D), and which of them are there.
-        self.known: dict[int, tuple[Tensor, np.ndarray]] = {}
-        self.files: dict[int, tuple[Path, int]] = {}  # a set -> its file, and how many that has
+        self.known: dict[int, Known] = {}  # by the set's identity
+        # All that decides what the encoder makes of tokens; it has no dropout.
+        config = replace(model.bert.config, hidden_dropout_prob=0, attention_probs_dropout_prob=0)
+        settings = (config, model.pooling, model.precision, torch.__version__)
+        self.encoder = hashlib.sha256(repr(settings).encode() + Path(bert.__file__).read_bytes())
+        for name, tensor in model.bert.state_dict().items():
+            self.encoder.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
 
     def __call__(self, batch: Batch) -> Tensor:
         """Embeddings as `MultitaskBERT.embed` gives them, (width * B, D)."""
         source = batch.source
         if id(source) not in self.known:
-            self.known[id(source)] = self._begin(source)
-        vectors, done = self.known[id(source)]
-        rows = torch.from_numpy(batch.rows).to(self.model.device)
-        if not done[batch.rows].all():
+            self.known[id(source)] = self.load(source)
+        known = self.known[id(source)]
+        new = batch.rows[~known.done[batch.rows]]
+        if len(new):
             with torch.no_grad():
-                fresh = embed(self.model, batch)
-            vectors[rows] = fresh.unflatten(0, (source.width, len(batch))).transpose(0, 1)
-            done[batch.rows] = True
-        return vectors[rows].transpose(0, 1).flatten(0, 1)
+                fresh = embed(self.model, source.batch(new).to(self.model.device))
+            known.vectors[new] = fresh.unflatten(0, (source.width, len(new))).transpose(0, 1)
+            known.done[new] = True
+        return known.vectors[batch.rows].transpose(0, 1).flatten(0, 1)
 
-    def _begin(self, source: Sentences) -> tuple[Tensor, np.ndarray]:
-        """Room for a set's vectors, with those that an earlier run left."""
+    def load(self, source: Sentences) -> "Known":
+        """Room for a set's vectors, with what is in the folder filled in."""
         size = (len(source), source.width, self.model.bert.config.hidden_size)
-        if self.folder is not None:
-            path = self.folder / f"{fingerprint(self.model, source)}.safetensors"
-            self.files[id(source)] = path, 0
-            if path.exists():
-                try:
-                    found = read_tensors(path)
-                except UserError:
-                    raise UserError(f"{path}: damaged; delete it, it will be made anew") from None
-                done = found["done"].bool().numpy()
-                self.files[id(source)] = path, int(done.sum())
-                return found["vectors"].to(self.model.device), done
-        return torch.empty(size, device=self.model.device), np.zeros(len(source), dtype=bool)
+        vectors = torch.empty(size, device=self.model.device)
+        known = Known(self.name(source), vectors, np.zeros(len(source), dtype=bool))
+        for part in sorted(self.folder.glob(f"{known.name}-*.safetensors")):
+            try:
+                found = read_tensors(part)
+                rows = found["rows"].numpy()
+                vectors[rows] = found["vectors"].to(vectors.device)
+            except (UserError, KeyError, IndexError, RuntimeError):
+                raise UserError(f"{part}: damaged; delete it, it will be made again") from None
+            known.done[rows] = True
+        known.saved = known.done.copy()
+        return known
+
+    def name(self, source: Sentences) -> str:
+        """A name for all that decides a set's embeddings: encoder, pooling, precision, tokens."""
+        digest = self.encoder.copy()
+        digest.update(repr((source.width, source.pad_token_id, source.first_lengths)).encode())
+        for ids in source.ids:
+            digest.update(np.array([len(row) for row in ids]).tobytes())
+            digest.update(np.concatenate(ids).tobytes())
+        return digest.hexdigest()[:32]
 
     def save(self) -> None:
-        """Write what is new into the folder, if there is one."""
-        for key, (path, count) in self.files.items():
-            vectors, done = self.known[key]
-            if done.sum() > count:
-                vectors[torch.from_numpy(~done)] = 0  # equal knowledge makes equal bytes
-                write_tensors(path, {"vectors": vectors, "done": torch.from_numpy(done).byte()})
+        """Add to the folder what it does not have."""
+        for known in self.known.values():
+            rows = np.flatnonzero(known.done & ~known.saved)
+            if len(rows):
+                part = self.folder / f"{known.name}-{known.saved.sum():09d}.safetensors"
+                new = {"rows": torch.from_numpy(rows), "vectors": known.vectors[rows]}
+                write_tensors(part, new)
+                known.saved = known.done.copy()
 
 
-def fingerprint(model: MultitaskBERT, source: Sentences) -> str:
-    """A name for all that decides a set's embeddings: encoder, pooling, precision and tokens."""
-    digest = hashlib.sha256()
-    settings = (asdict(model.bert.config), model.pooling, str(model.precision), source.width)
-    digest.update(repr(settings).encode())
-    for name, tensor in model.bert.state_dict().items():
-        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-    for ids in source.ids:
-        digest.update(np.array([len(row) for row in ids]).tobytes())
-        digest.update(np.concatenate(ids).tobytes())
-    digest.update(repr(source.first_lengths).encode())
-    return digest.hexdigest()[:32]
+@dataclass
+class Known:
+    """A set's embeddings (N, width, D), which of them are there, and which are on disk."""
+
+    name: str
+    vectors: Tensor
+    done: np.ndarray
+    saved: np.ndarray | None = None
 
 
 def embed(model: MultitaskBERT, batch: Batch) -> Tensor:

@@ -6,7 +6,7 @@
     python experiments.py map RUN --data_dir DATA
 
 A cell is a command line; a table names cells. `run` starts the scripts, one run folder a cell and
-seed, skips what has been recorded and starts anew what broke off. Each finished run becomes a file
+seed, skips what has been recorded and resumes what broke off. Each finished run becomes a file
 in results/records/ (command, commit, figures, predictions; no sentence and no label of the data),
 and `report` reads nothing but those and the gold labels.
 """
@@ -15,7 +15,6 @@ import argparse
 import fcntl
 import json
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from options import POSITIVE, Parser, script
 HOME = Path(__file__).resolve().parent
 INTERRUPTED = (130, -signal.SIGINT, -signal.SIGTERM)
 TASKS = ("sst", "para", "sts")
+ENCODERS = 3  # pre-trained ones, each with a seed of its own; they take the longest
 
 # ---------------------------------------------------------------------------- the tables as data
 
@@ -37,7 +37,7 @@ TASKS = ("sst", "para", "sts")
 class Cell:
     """One column of a table: a script with its flags, on top of those that a user gives to all.
 
-    `start` names the cell whose best encoder it starts from, of the same seed, instead of --model.
+    `start` names the cell whose best encoder (`encoder`) it starts from, instead of --model.
     """
 
     flags: str
@@ -294,25 +294,23 @@ def jobs_of(tables: Sequence[str], seeds: int, probe_seeds: int) -> list[Job]:
             for seed in range(1, count + 1):
                 job = Job(name, seed)
                 if cell.start:
-                    jobs[encoder(job, seeds)] = None
+                    jobs[encoder(job)] = None
                 jobs[job] = None
     return list(jobs)
 
 
-def encoder(job: Job, seeds: int) -> Job | None:
-    """The job whose encoder this one starts from; of more seeds than encoders, in turn."""
+def encoder(job: Job) -> Job | None:
+    """The job whose encoder this one starts from; more seeds than encoders share them in turn."""
     start = CELLS[job.cell].start
-    return Job(start, (job.seed - 1) % seeds + 1) if start else None
+    return Job(start, (job.seed - 1) % ENCODERS + 1) if start else None
 
 
 def command(job: Job, args: argparse.Namespace, runs: Path, data_dir: Path) -> list[str]:
     """The command line of a job, without the interpreter. The cell's own flags win over --flags."""
     cell = CELLS[job.cell]
-    start = encoder(job, args.seeds)
+    start = encoder(job)
     model = runs / str(start) / "best" if start else args.model
     line = [cell.script, *args.flags, *shlex.split(cell.flags), "--model", str(model)]
-    if PROBE in cell.flags:  # of one encoder, whatever the seed and the heads
-        line += ["--features", str(runs / "features")]
     line += ["--data_dir", str(data_dir), "--seed", str(job.seed)]
     return [*line, "--run_dir", str(runs / str(job))]
 
@@ -355,7 +353,7 @@ def run_alone(args: argparse.Namespace, records: Path) -> None:
     jobs = jobs_of(args.tables, args.seeds, args.probe_seeds)
     recorded = {job for job in jobs if (records / f"{job}.json").exists()}
     # What others start from must be there, recorded or not.
-    needed = {encoder(job, args.seeds) for job in jobs if job not in recorded}
+    needed = {encoder(job) for job in jobs if job not in recorded}
     waiting = [j for j in jobs if j not in recorded or (j in needed and not finished(j))]
     for job in jobs:
         line = recorded_command(job, args)
@@ -378,12 +376,13 @@ def run_alone(args: argparse.Namespace, records: Path) -> None:
             bar.set_postfix_str(str(job))
             log = args.runs / f"{job}.log"
             if not finished(job):
-                # What an earlier try left is no result, and its folder is this command's own.
-                shutil.rmtree(args.runs / str(job), ignore_errors=True)
                 code: int | str = "its encoder failed"
-                if encoder(job, args.seeds) not in failed:
+                if encoder(job) not in failed:
                     write_text(args.runs / f"{job}.command", recorded_command(job, args))
-                    code = start(command(job, args, args.runs, args.data_dir), log)
+                    line = [*command(job, args, args.runs, args.data_dir), "--resume"]
+                    if PROBE in CELLS[job.cell].flags:  # shared by seeds and heads
+                        line += ["--features", str(args.runs / "features")]
+                    code = start(line, log)
                 if code:
                     failed.append(job)
                     bar.write(f"{job}: {code if isinstance(code, str) else ending(code, log)}")

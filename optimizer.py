@@ -15,13 +15,16 @@ and no decay the two are the same function.
 """
 
 import math
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+PIECE = 1 << 18  # numbers that a thread updates at a time
 
 
 class AdamW(torch.optim.Optimizer):
@@ -78,6 +81,7 @@ class AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        fast: list[tuple[tuple[Tensor, ...], tuple[float, ...]]] = []
         for group in self.param_groups:
             for index, parameter in enumerate(group["params"]):
                 if parameter.grad is None:
@@ -89,10 +93,18 @@ class AdamW(torch.optim.Optimizer):
                         f"AdamW: parameter {name} has a sparse gradient, whose moments it cannot"
                         " keep: build its embedding with sparse=False"
                     )
-                self._update(parameter, group, scale)
+                tensors, numbers = self._prepare(parameter, group, scale)
+                if can_be_fast(tensors):
+                    fast.append((tensors, numbers))
+                else:
+                    written_update(*tensors, *numbers)
+        fast_updates(fast)
         return loss
 
-    def _update(self, parameter: Tensor, group: dict[str, Any], scale: float) -> None:
+    def _prepare(
+        self, parameter: Tensor, group: dict[str, Any], scale: float
+    ) -> tuple[tuple[Tensor, ...], tuple[float, ...]]:
+        """What an update of `parameter` reads and writes, and with which numbers."""
         state = self.state[parameter]
         if not state:
             half = parameter.dtype in (torch.float16, torch.bfloat16)
@@ -108,8 +120,7 @@ class AdamW(torch.optim.Optimizer):
             step_size *= math.sqrt(1 - beta2 ** state["step"]) / (1 - beta1 ** state["step"])
         decay = lr * group["weight_decay"]
         tensors = (parameter.detach(), parameter.grad, state["exp_avg"], state["exp_avg_sq"])
-        update = fast_update if can_be_fast(tensors) else written_update
-        update(*tensors, scale, beta1, beta2, step_size, group["eps"], decay)
+        return tensors, (scale, beta1, beta2, step_size, group["eps"], decay)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore exactly what `state_dict` saved.
@@ -151,54 +162,71 @@ def written_update(
         p.copy_(wide)
 
 
-def fast_update(
-    p: Tensor,
-    g: Tensor,
-    m: Tensor,
-    v: Tensor,
-    scale: float,
-    beta1: float,
-    beta2: float,
-    step_size: float,
-    eps: float,
-    decay: float,
-) -> None:
-    """The same function as `written_update`, in one pass over memory, on all of PyTorch's cores."""
-    import numba
-
-    # In double precision: 1 - 0.999 in single precision has four digits.
-    numbers = scale, beta1, 1 - beta1, beta2, 1 - beta2, step_size * (1 - decay), eps, decay
-    kind = np.float64 if p.dtype == torch.float64 else np.float32
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
-    compiled_update()(*(t.view(-1).numpy() for t in (p, g, m, v)), *map(kind, numbers))
-    torch.autograd.graph.increment_version([p, m, v])  # as PyTorch's own operations in place do
-
-
 def can_be_fast(tensors: tuple[Tensor, ...]) -> bool:
-    """Whether `fast_update` takes these: on the CPU, single or double precision, contiguous."""
+    """Whether `fast_updates` takes these: plain single or double precision, in the CPU's memory."""
     return all(
-        t.device.type == "cpu" and t.dtype in (torch.float32, torch.float64) and t.is_contiguous()
+        t.device.type == "cpu"
+        and t.dtype in (torch.float32, torch.float64)
+        and t.is_contiguous()
+        and not t.is_neg()
         for t in tensors
     )
 
 
+def fast_updates(updates: Sequence[tuple[tuple[Tensor, ...], tuple[float, ...]]]) -> None:
+    """`written_update` of each (tensors, numbers), in one pass over memory, on PyTorch's cores."""
+    if not updates:
+        return
+    pieces = []
+    for tensors, (scale, beta1, beta2, step_size, eps, decay) in updates:
+        arrays = [tensor.view(-1).numpy() for tensor in tensors]
+        # Taken in double precision: 1 - 0.999 in single precision has four digits.
+        numbers = scale, beta1, 1 - beta1, beta2, 1 - beta2, step_size * (1 - decay), eps, decay
+        numbers = [arrays[0].dtype.type(number) for number in numbers]
+        update = compiled_update(arrays[0].dtype.name)
+        for start in range(0, arrays[0].size, PIECE):
+            slices = [array[start : start + PIECE] for array in arrays]
+            pieces.append((update, *slices, *numbers))
+
+    def work() -> None:
+        while pieces:
+            try:
+                update, *piece = pieces.pop()
+            except IndexError:  # another thread has taken the last
+                return
+            update(*piece)
+
+    whole = sum(piece[1].size for piece in pieces)
+    count = min(torch.get_num_threads(), 1 + whole // PIECE)
+    threads = [threading.Thread(target=work) for _ in range(count - 1)]
+    for thread in threads:
+        thread.start()
+    work()
+    for thread in threads:
+        thread.join()
+    written = [tensor for (p, _, m, v), _ in updates for tensor in (p, m, v)]
+    torch.autograd.graph.increment_version(written)  # as PyTorch's own operations in place do
+
+
 @cache
-def compiled_update() -> Callable[..., None]:
-    """`written_update` number by number, as machine code."""
+def compiled_update(dtype: str) -> Callable[..., None]:
+    """`written_update` number by number, as machine code that leaves the interpreter free."""
     import numba  # half a second, of those only who train
 
     def update(p, g, m, v, scale, beta1, new1, beta2, new2, step_size, eps, decay):
-        for i in numba.prange(p.size):
+        for i in range(p.size):
             x = g[i] * scale
             m[i] = beta1 * m[i] + new1 * x
             v[i] = beta2 * v[i] + new2 * x * x
             p[i] -= step_size * (m[i] / (np.sqrt(v[i]) + eps)) + decay * p[i]
 
-    options = {"parallel": True, "error_model": "numpy"}
+    number = getattr(numba, dtype)
+    signature = numba.void(*[number[::1]] * 4, *[number] * 8)
+    options = {"nogil": True, "error_model": "numpy"}
     try:
-        return numba.njit(**options, cache=True)(update)
-    except RuntimeError:  # nowhere to keep the machine code for next time
-        return numba.njit(**options)(update)
+        return numba.njit(signature, **options, cache=True)(update)
+    except Exception:  # the machine code of last time is damaged, or there is no place to keep it
+        return numba.njit(signature, **options)(update)
 
 
 def check_hyperparameters(group: dict[str, Any]) -> None:

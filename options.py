@@ -7,6 +7,7 @@ import argparse
 import io
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -67,6 +68,13 @@ def number(
     return parse
 
 
+def period(text: str) -> str:
+    """A flag's type: a number of steps, or of minutes with an m."""
+    if not re.fullmatch(r"[0-9]{1,9}m?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither steps (500) nor minutes (10m)")
+    return text
+
+
 POSITIVE = number(int, 1, 10**6)
 COUNT = number(int, 0, 10**9)
 RATE = number(float, 0, 1e6, above=True)
@@ -107,6 +115,14 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--limit", type=number(int, 1), help="rows read of each file, to try things")
     add("--eval_every", type=COUNT, default=0, help="also evaluate every so many steps")
+    add(
+        "--save_every",
+        type=period,
+        default="10m",
+        help="save the state to resume from every so many steps, or minutes (10m), besides each"
+        " evaluation; 0: only there",
+    )
+    add("--resume", action="store_true", help="go on with the run in --run_dir, or the latest such")
     add("--patience", type=COUNT, default=0, help="evaluations without a better score; 0: no limit")
 
 
@@ -162,8 +178,17 @@ def complete(args: argparse.Namespace, parser: argparse.ArgumentParser, name: st
         parser.error(f"--use_gpu contradicts --device {args.device}; give one of them")
     if args.use_gpu:
         args.device = "cuda"
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    args.run_dir = args.run_dir or Path("runs") / f"{name}-{stamp}"
+    if args.run_dir is None:
+        args.run_dir = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        if args.resume:
+            args.run_dir = latest(name) or args.run_dir
+
+
+def latest(name: str) -> Path | None:
+    """The newest unfinished run of that name with a time in the default place, or the newest."""
+    runs = sorted(path.parent for path in Path("runs").glob(f"{name}-*-*/config.json"))
+    unfinished = [run for run in runs if not (run / "result.json").exists()]
+    return max(unfinished or runs, default=None)
 
 
 def complete_supervised(
@@ -173,6 +198,8 @@ def complete_supervised(
     complete(args, parser, f"{name}-{args.option}")
     if args.option == "pretrain" and args.lr and args.head_lr:
         parser.error("--lr and --head_lr are the same with --option pretrain; give one of them")
+    if args.option == "finetune" and args.features:
+        parser.error("--features is for a frozen BERT: give --option pretrain or lpft")
     if args.option == "pretrain":
         args.head_lr = args.head_lr or args.lr or DEFAULT_HEAD_LR
     else:
@@ -188,11 +215,8 @@ def script(main: Callable[[Sequence[str] | None], None]) -> NoReturn:
             stream.reconfigure(errors="backslashreplace")
     try:
         main(None)
-    except KeyboardInterrupt:
-        print(
-            "interrupted: after a first evaluation, the best state is in best/ of the run folder",
-            file=sys.stderr,
-        )
+    except KeyboardInterrupt as stop:
+        print(str(stop) or "interrupted: --resume goes on from the last state", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # who reads our standard output has left: `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -206,6 +230,7 @@ def script(main: Callable[[Sequence[str] | None], None]) -> NoReturn:
 
         if not isinstance(error, UserError):
             raise
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        label = "error: " if error.exit_code else ""
+        print(f"{Path(sys.argv[0]).name}: {label}{error}", file=sys.stderr)
         sys.exit(error.exit_code)
     sys.exit(0)

@@ -1,7 +1,7 @@
 """The job of `classifier.py` and `multitask_classifier.py`: files in, a trained model out."""
 
 import os
-import time
+import shutil
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bert import BertModel
-from checkpoint import Run, UserError
+from checkpoint import Run, UserError, digest
 from datasets import Batch, Mixture, TaskData
 from evaluation import (
     Embed,
@@ -74,11 +74,11 @@ def fit(
         UserError: anything the user can mend; before training starts nothing has been written.
     """
     tasks = find_tasks(list(files))
-    device, precision = prepare(args.seed, args.device, args.precision)
-    outputs = output_paths(args.run_dir, files)
-    Run.check(args.run_dir)
-    if args.features:
-        args.features.mkdir(parents=True, exist_ok=True)
+    recorded = Run.check(args.run_dir, vars(args), args.resume)
+    device, precision = prepare(args.seed, args.device, args.precision, recorded)
+    outputs = output_paths(args.run_dir, files, recorded is not None)
+    if args.features and not writable(args.features):
+        raise UserError(f"--features {args.features}: not a folder that can be written to")
     tokenizer = BertTokenizer.from_pretrained(args.model)
     sets = load_sets(args, tasks, files, tokenizer)
     if args.measure_conflict:
@@ -95,27 +95,28 @@ def fit(
     )
     model.precision = precision
     model.to(device)
-    run = Run.create(
+    run = Run.begin(
         args.run_dir,
         vars(args),
+        args.resume,
+        data={str(data.path): digest(data.path) for of in sets.values() for data in of},
         device=str(device),
         precision=str(precision).removeprefix("torch."),
         decoders=model.decoders,
         rows={split: {s.task.name: len(s) for s in of} for split, of in sets.items()},
     )
     print(f"run folder: {run.path}")
-    started = time.perf_counter()
     if args.option == "lpft":
-        run.facts["stage"] = "probe"
-        probe = Namespace(**{**vars(args), **PROBE})
-        _, embedder = learn(model, sets, run, probe, frozen=True, keep="probe")
-        embedder.save()
+        if run.state is None or run.state[1]["stage"] == "probe":
+            run.facts["stage"] = "probe"
+            probe = Namespace(**{**vars(args), **PROBE})
+            learn(model, sets, run, probe, frozen=True, keep="probe")
         model.load(run.path / "probe")
         run.facts["stage"] = "finetune"
         args.head_lr = args.lr  # all of the model at one rate, as Kumar et al. fine-tune
         print("the probe has converged: fine-tuning from its heads")
     best, embedder = learn(model, sets, run, args, frozen=args.option == "pretrain")
-    seconds = time.perf_counter() - started
+    seconds = run.seconds()
 
     model.load(run.path / "best")
     reports = {}
@@ -125,8 +126,6 @@ def fit(
             write_predictions(outputs[data.task.name, split], data, logits)
             if split == "dev":
                 reports[data.task.name] = report(data, logits)
-    if isinstance(embedder, FrozenEmbeddings):
-        embedder.save()
     result = {
         "dev": reports,
         "overall": overall(reports),
@@ -137,6 +136,9 @@ def fit(
         "predictions": {f"{task}_{split}": str(path) for (task, split), path in outputs.items()},
     }
     run.finish(result)
+    if args.features and isinstance(embedder, FrozenEmbeddings):
+        embedder.save()
+    shutil.rmtree(run.path / "features", ignore_errors=True)  # nothing is left to go on with
     print(f"dev, best epoch {best['epoch'] + 1}: {summary(reports)}")
     print(f"{run.path}: best/, predictions/, result.json; trained for {seconds:.0f} s")
     return result
@@ -160,7 +162,8 @@ def learn(
         optimizers["bert"] = AdamW(parameter_groups(model.bert, args.weight_decay), lr=args.lr)
     for name, head in model.heads.items():
         optimizers[name] = AdamW(parameter_groups(head, args.weight_decay), lr=args.head_lr)
-    embedder = FrozenEmbeddings(model, args.features) if frozen else partial(embed, model)
+    kept = args.features or run.path / "features"
+    embedder = FrozenEmbeddings(model, kept) if frozen else partial(embed, model)
 
     def losses(batch: Batch, stop: bool = False) -> Tensor:
         """The loss of each row; it reaches the batch's own head and, unless stopped there, BERT."""
@@ -192,6 +195,7 @@ def learn(
         run,
         args,
         keep,
+        embedder.save if frozen else lambda: None,
     )
     return best, embedder
 
@@ -219,14 +223,12 @@ class Measured:
         self.sets = sets
         self.run = run
         self.args = args
-        self.step = 0
 
     def __call__(self, batches: Sequence[Batch]) -> float:
         """Measure where it is time to; then make the gradients."""
-        if self.step % self.args.measure_conflict == 0:
+        if self.run.step % self.args.measure_conflict == 0:
             parts = self.measure()
-            self.run.log("conflict", self.step, parts=parts, negative=negative(parts))
-        self.step += 1
+            self.run.log("conflict", self.run.step, parts=parts, negative=negative(parts))
         return self.gradients(batches)
 
     def measure(self) -> dict[str, Any]:
@@ -247,13 +249,15 @@ class Measured:
 
     def draw(self, data: TaskData) -> list[Batch]:
         """Two batches of a task without a row in common."""
-        rng = np.random.default_rng([self.args.seed, self.step, *data.name.encode()])
+        rng = np.random.default_rng([self.args.seed, self.run.step, *data.name.encode()])
         rows = rng.permutation(len(data))[: 2 * self.args.batch_size]
         return [data.batch(half).to(self.model.device) for half in np.array_split(rows, 2)]
 
 
-def output_paths(run_dir: Path, files: dict[str, Files]) -> dict[tuple[str, str], Path]:
-    """(task, split) -> its prediction file.
+def output_paths(
+    run_dir: Path, files: dict[str, Files], resumed: bool = False
+) -> dict[tuple[str, str], Path]:
+    """(task, split) -> its prediction file; a run that goes on may have written it before.
 
     Raises:
         UserError: a file that the user named exists, is named twice, or cannot be made.
@@ -266,19 +270,26 @@ def output_paths(run_dir: Path, files: dict[str, Files]) -> dict[tuple[str, str]
             if named is None:
                 continue
             try:
-                if named.exists():
+                if named.exists() and not resumed:
                     raise UserError(f"{named}: exists, and is not overwritten; name another file")
-                folder = next(parent for parent in named.absolute().parents if parent.exists())
+                possible = writable(named.parent)
             except OSError as error:
                 raise UserError(f"{named}: cannot be used ({error.strerror})") from None
-            if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-                raise UserError(f"{named}: {folder} is not a folder that can be written to")
+            if not possible:
+                raise UserError(f"{named}: {named.parent} is not a folder that can be written to")
             path = named.resolve()
             for other, what in taken.items():
                 if path == other or other in path.parents or path in other.parents:
                     raise UserError(f"{named}: clashes with {what}; give each output its own place")
             taken[path] = f"another output, {named}"
     return paths
+
+
+def writable(folder: Path) -> bool:
+    """Whether files can be made in a folder, which may still have to be made itself."""
+    path = folder.absolute()
+    there = next(each for each in (path, *path.parents) if each.exists())
+    return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
 
 
 def load_sets(

@@ -7,10 +7,14 @@ import math
 import os
 import random
 import resource
+import signal
 import sys
+import threading
 import time
 from argparse import Namespace
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from typing import Any, Protocol
 
 import numpy as np
@@ -28,16 +32,26 @@ class Diverged(UserError):
     exit_code = 1
 
 
+class Stopped(KeyboardInterrupt):
+    """Training was asked to stop, and has. Its message says how to go on."""
+
+
 # ---------------------------------------------------------------------------- the machine
 
 
-def prepare(seed: int, device: str, precision: str) -> tuple[torch.device, torch.dtype]:
+PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}
+
+
+def prepare(
+    seed: int, device: str, precision: str, recorded: dict[str, Any] | None = None
+) -> tuple[torch.device, torch.dtype]:
     """Seed every generator, ask for deterministic kernels, choose the device and the precision.
 
     Args:
         seed: of Python, numpy and PyTorch.
         device: auto (a GPU where there is one), cpu, cuda or mps.
         precision: auto (bf16 where the hardware multiplies matrices faster in it), fp32 or bf16.
+        recorded: the `config.json` of a run to go on with, whose choices stand.
 
     Returns:
         The device, and torch.float32 or torch.bfloat16.
@@ -45,6 +59,8 @@ def prepare(seed: int, device: str, precision: str) -> tuple[torch.device, torch
     Raises:
         UserError: a device that this machine does not have.
     """
+    if recorded is not None:
+        device, precision = recorded["device"], recorded["precision"]
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only so
     # Determinism needs no NaN fill of new memory, which would cost time.
     torch.utils.deterministic.fill_uninitialized_memory = False
@@ -69,7 +85,7 @@ def prepare(seed: int, device: str, precision: str) -> tuple[torch.device, torch
     if precision == "auto":
         fast = {"cpu": cpu_gains_by_bf16, "cuda": gpu_gains_by_bf16, "mps": lambda: False}
         precision = "bf16" if fast[device]() else "fp32"
-    return torch.device(device), {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    return torch.device(device), getattr(torch, PRECISIONS.get(precision, precision))
 
 
 def gpu_gains_by_bf16() -> bool:
@@ -109,12 +125,13 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def progress(total: int, what: str, inner: bool = False) -> tqdm:
+def progress(total: int, what: str, done: int = 0, inner: bool = False) -> tqdm:
     """A progress bar on standard error, drawn rarely where that is a file; an `inner` one goes."""
     terminal = sys.stderr.isatty()
     interval = 0.2 if terminal else 30.0
     return tqdm(
         total=total,
+        initial=done,
         desc=what,
         mininterval=interval,
         maxinterval=max(10.0, interval),
@@ -132,8 +149,8 @@ class Plan(Protocol):
     def steps_in(self, epoch: int) -> int:
         """The number of steps in an epoch."""
 
-    def steps(self, epoch: int) -> Iterator[Sequence[Any]]:
-        """The epoch's steps, each a list of batches."""
+    def steps(self, epoch: int, first: int = 0) -> Iterator[Sequence[Any]]:
+        """The epoch's steps from the `first` on, each a list of batches."""
 
 
 def summed(loss_fn: Callable[[Any], Tensor]) -> Callable[[Sequence[Any]], float]:
@@ -159,6 +176,102 @@ def summed(loss_fn: Callable[[Any], Tensor]) -> Callable[[Sequence[Any]], float]
     return gradients
 
 
+class StopSignals:
+    """While it is open, a first Ctrl-C or SIGTERM asks to stop, and a second stops at once.
+
+    Where stopping at once loses nothing, `at_once` is set, and already the first does.
+    """
+
+    NUMBERS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.at_once = False
+
+    def __enter__(self) -> "StopSignals":
+        if threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.signal(number, self.handle) for number in self.NUMBERS}
+        else:  # signals are the main thread's
+            self.before = {}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+    def handle(self, *_: object) -> None:
+        """A signal has come."""
+        if self.asked or self.at_once:
+            raise KeyboardInterrupt
+        self.asked = True
+        os.write(2, b"\nstopping after this step; once more stops at once\n")
+
+
+class Period:
+    """How often: "500" is every 500 steps, "10m" every 10 minutes, "0" never."""
+
+    def __init__(self, text: str):
+        self.steps = 0 if text.endswith("m") else int(text)
+        self.seconds = 60 * int(text[:-1]) if text.endswith("m") else 0
+
+    def start(self, step: int) -> None:
+        """It is from this step on that the next period counts."""
+        self.step, self.time = step, time.perf_counter()
+
+    def over(self, step: int) -> bool:
+        """Whether it is time again."""
+        if self.steps:
+            return step - self.step >= self.steps
+        return bool(self.seconds) and time.perf_counter() - self.time >= self.seconds
+
+
+def random_states(device: torch.device) -> list[Tensor]:
+    """The states of the generators that dropout may draw from: the CPU's, and the device's own."""
+    own = [] if device.type == "cpu" else [torch.get_device_module(device).get_rng_state()]
+    return [torch.get_rng_state(), *own]
+
+
+def set_random_states(device: torch.device, states: Sequence[Tensor]) -> None:
+    """Put back what `random_states` gave."""
+    torch.set_rng_state(states[0])
+    for state in states[1:]:
+        torch.get_device_module(device).set_rng_state(state)
+
+
+def state_tensors(
+    model: nn.Module, optimizers: dict[str, AdamW], states: Sequence[Tensor]
+) -> dict[str, Tensor]:
+    """All that training has moved, by name: trained weights, moments, generators' states."""
+    tensors = {f"model.{n}": p for n, p in model.named_parameters() if p.requires_grad}
+    for name, optimizer in optimizers.items():
+        for index, moments in optimizer.state_dict()["state"].items():
+            for key, value in moments.items():
+                tensors[f"optimizer.{name}.{index}.{key}"] = torch.as_tensor(value)
+    tensors.update({f"random.{i}": state for i, state in enumerate(states)})
+    return tensors
+
+
+def restore(model: nn.Module, optimizers: dict[str, AdamW], tensors: dict[str, Tensor]) -> None:
+    """Put back what `state_tensors` gave, but for the generators; UserError if it does not fit."""
+    own = {f"model.{n}": p for n, p in model.named_parameters() if p.requires_grad}
+    given = {name for name in tensors if name.startswith("model.")}
+    if set(own) != given or any(p.shape != tensors[name].shape for name, p in own.items()):
+        raise UserError("--resume: last/state.safetensors is of another model; start again")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(tensors[name])
+    for name, optimizer in optimizers.items():
+        moments: dict[int, dict[str, Any]] = {}
+        for key, tensor in tensors.items():
+            kind, _, rest = key.partition(".")
+            if kind == "optimizer" and rest.rsplit(".", 2)[0] == name:
+                _, index, what = rest.rsplit(".", 2)
+                value = tensor.item() if what == "step" else tensor
+                moments.setdefault(int(index), {})[what] = value
+        whole = {"state": moments, "param_groups": optimizer.state_dict()["param_groups"]}
+        optimizer.load_state_dict(whole)
+
+
 def train(
     model: nn.Module,
     gradients: Callable[[Sequence[Any]], float],
@@ -168,8 +281,9 @@ def train(
     run: Run,
     args: Namespace,
     keep: str = "best",
+    before_saving: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Train `model`, keeping the best state in `run.path / keep`.
+    """Train `model`, keeping the best state in `run.path / keep`, or go on where `run.state` is.
 
     Args:
         model: has `save_pretrained(folder)` and `device`.
@@ -179,38 +293,65 @@ def train(
         optimizers: by name; a step moves only those whose parameters have a gradient.
         evaluate: called after each epoch (and every `args.eval_every` steps), with the model in
             evaluation mode; its "score" decides what is best, larger being better.
-        run: where the log and the best state go.
+        run: where the log, the best state and the last one go.
         args: `epochs`, `schedule`, `warmup` (fraction of the steps), `clip` (global norm, 0 for
             none), `eval_every` (0 for each epoch only), `patience` (evaluations without a better
-            score before stopping, 0 for never).
+            score before stopping, 0 for never), `save_every` (the `Period` between saved states;
+            one is saved before each evaluation too).
         keep: the name of the folder for the best state.
+        before_saving: called before each state is saved, to keep what the caller has to.
 
     Returns:
         The best evaluation, with its "step" and "epoch".
 
     Raises:
-        Diverged: a loss or gradient is not finite; `last/` then holds the state before that step,
-            if that was still finite. Or a weight, a prediction or the score is not, at an
-            evaluation. The best state so far, if any, is kept.
+        Diverged: a loss or gradient is not finite; the state before that step is saved, if that was
+            still finite. Or a weight, a prediction or the score is not, at an evaluation. The best
+            state so far, if any, is kept.
+        Stopped: by Ctrl-C or SIGTERM; the state is saved.
     """
-    total = sum(plan.steps_in(epoch) for epoch in range(args.epochs))
+    ends = list(accumulate(plan.steps_in(epoch) for epoch in range(args.epochs)))
+    total = ends[-1]
     warmup = round(args.warmup * total)
     parameters = [p for o in optimizers.values() for g in o.param_groups for p in g["params"]]
     for group in (g for o in optimizers.values() for g in o.param_groups):
         group["initial_lr"] = group["lr"]
-    best: dict[str, Any] = {"score": -math.inf}
-    since_best = 0
-    rows = 0
-    step = 0
-    started = time.perf_counter()
+    step = rows = since_best = 0
+    best: dict[str, Any] | None = None
+    due = False  # an evaluation
+
+    if run.state is not None:
+        tensors, facts = run.state
+        restore(model, optimizers, tensors)
+        step, rows, due = facts["step"], facts["rows"], facts["due"]
+        best, since_best = facts["best"], facts["since_best"]
+        random_tensors = [tensors[name] for name in sorted(tensors) if name.startswith("random.")]
+        set_random_states(model.device, random_tensors)
+        run.state = tensors = None
+        if facts["finished"]:
+            return best
 
     def finite() -> bool:
         """Whether every weight still is."""
         return all(bool(p.isfinite().all()) for p in parameters)
 
-    def check(epoch: int) -> None:
-        """Evaluate, log, and save the model where it is the best so far."""
-        nonlocal best, since_best
+    def save(states: Sequence[Tensor] | None = None, finished: bool = False) -> None:
+        """Keep the state before step `step`, with these generators' states or the present ones."""
+        before_saving()
+        tensors = state_tensors(model, optimizers, states or random_states(model.device))
+        facts = {"step": step, "rows": rows, "due": due, "finished": finished}
+        run.save_state(tensors, {**facts, "best": best, "since_best": since_best})
+        period.start(step)
+
+    def check() -> bool:
+        """Evaluate, log, and save the model where it is the best so far; whether to go on."""
+        nonlocal best, since_best, due
+        due = True
+        save()
+        stop.at_once = True
+        if stop.asked:
+            raise KeyboardInterrupt
+        epoch = bisect_left(ends, step)
         model.eval()
         if not finite():
             raise Diverged(f"step {step}: weights are not finite; try a smaller --lr")
@@ -218,9 +359,8 @@ def train(
         if not math.isfinite(found["score"]):
             raise Diverged(f"step {step}: the dev score is {found['score']}; try a smaller --lr")
         model.train()
-        seconds = time.perf_counter() - started
-        run.log("dev", seconds=round(seconds, 3), rows=rows, **found)
-        better = found["score"] > best["score"]
+        run.log("dev", step, rows=rows, **{k: v for k, v in found.items() if k != "step"})
+        better = best is None or found["score"] > best["score"]
         if better:
             best, since_best = found, 0
             model.save_pretrained(run.path / keep)
@@ -228,56 +368,78 @@ def train(
             since_best += 1
         mark = "best so far" if better else f"best was {best['score']:.4f}"
         bar.write(f"epoch {epoch + 1}, step {step}: {found['summary']} ({mark})", file=sys.stdout)
+        due = stop.at_once = False
+        return not args.patience or since_best < args.patience
 
     def take(batches: Sequence[Any]) -> tuple[float, float]:
         """One step: its loss, and the gradient's norm before clipping."""
+        states = random_states(model.device)
         loss = gradients([batch.to(model.device) for batch in batches])
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]).item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {norm}"
-            rows = "; ".join(map(str, batches))
-            run.log("diverged", step, loss=str(loss), grad_norm=str(norm), rows=rows)
+            names = "; ".join(map(str, batches))
+            run.log("diverged", step, loss=str(loss), grad_norm=str(norm), rows=names)
             kept = f"the best state so far, if any, is in {run.path / keep}"
             if finite():
-                model.save_pretrained(run.path / "last")
-                kept = f"the state before it is in {run.path / 'last'}"
+                save(states)
+                kept += f", the one before this step in {run.path / 'last'}"
             advice = "try a smaller --lr or --precision fp32"
-            raise Diverged(f"step {step}: {what} at {rows}: {kept}; {advice}")
+            raise Diverged(f"step {step}: {what} at {names}: {kept}; {advice}")
         scale = min(1.0, args.clip / norm) if args.clip and norm else 1.0  # Pascanu et al. 2013
         for optimizer in optimizers.values():
             optimizer.step(scale=scale)
             optimizer.zero_grad(set_to_none=True)
         return loss, norm
 
-    with progress(total, "train") as bar:
-        for epoch in range(args.epochs):
-            model.train()
-            for batches in plan.steps(epoch):
-                factor = schedule(args.schedule, step, total, warmup)
-                for optimizer in optimizers.values():
-                    for group in optimizer.param_groups:
-                        group["lr"] = group["initial_lr"] * factor
-                rates = {name: o.param_groups[0]["lr"] for name, o in optimizers.items()}
-                loss, norm = take(batches)
-                run.log(
-                    "train",
-                    step,
-                    epoch=epoch,
-                    loss=loss,
-                    grad_norm=norm,
-                    lr=rates,
-                    of="+".join(dict.fromkeys(batch.task for batch in batches)),
-                )
-                step += 1
-                rows += sum(len(batch) for batch in batches)
-                bar.set_postfix(loss=f"{loss:.3f}", lr=f"{max(rates.values()):.1e}", refresh=False)
-                bar.update()
-                if args.eval_every and step % args.eval_every == 0:
-                    check(epoch)
-                    if args.patience and since_best >= args.patience:
-                        return best
-            if not (args.eval_every and step % args.eval_every == 0):
-                check(epoch)
-                if args.patience and since_best >= args.patience:
-                    return best
+    def remaining() -> Iterator[tuple[int, Sequence[Any]]]:
+        """The epoch and the batches of each step that is left."""
+        for epoch, end in enumerate(ends):
+            if step < end:
+                first = step - (end - plan.steps_in(epoch))
+                yield from ((epoch, batches) for batches in plan.steps(epoch, first))
+
+    def go() -> None:
+        """Every step that is left."""
+        nonlocal step, rows
+        if due and not check():
+            return
+        for epoch, batches in remaining():
+            factor = schedule(args.schedule, step, total, warmup)
+            for optimizer in optimizers.values():
+                for group in optimizer.param_groups:
+                    group["lr"] = group["initial_lr"] * factor
+            rates = {name: o.param_groups[0]["lr"] for name, o in optimizers.items()}
+            run.step = step
+            loss, norm = take(batches)
+            run.log(
+                "train",
+                step,
+                epoch=epoch,
+                loss=loss,
+                grad_norm=norm,
+                lr=rates,
+                of="+".join(dict.fromkeys(batch.task for batch in batches)),
+            )
+            step += 1
+            rows += sum(len(batch) for batch in batches)
+            bar.set_postfix(loss=f"{loss:.3f}", lr=f"{max(rates.values()):.1e}", refresh=False)
+            bar.update()
+            if step in ends or (args.eval_every and step % args.eval_every == 0):
+                if not check():
+                    return
+            elif period.over(step) or stop.asked:
+                save()
+            if stop.asked:
+                raise KeyboardInterrupt
+
+    model.train()
+    period = Period(args.save_every)
+    period.start(step)
+    with StopSignals() as stop, progress(total, "train", step) as bar:
+        try:
+            go()
+            save(finished=True)
+        except KeyboardInterrupt:
+            raise Stopped(f"stopped at step {step}; to go on: {run.command()}") from None
     return best

@@ -98,11 +98,14 @@ def ours(args: Namespace, precision: str) -> tuple[int, Callable[[], None]]:
         "bert": AdamW(parameter_groups(model.bert, 0.01), lr=LR),
         "sst": AdamW(parameter_groups(model.heads, 0.01), lr=LR),
     }
-    recipe = Namespace(epochs=1, schedule="constant", warmup=0, clip=1, eval_every=0, patience=0)
+    recipe = Namespace(
+        epochs=1, schedule="constant", warmup=0, clip=1, eval_every=0, patience=0, save_every="0"
+    )
     embedder = partial(embed, model)
 
     folder = tempfile.TemporaryDirectory()  # goes when the process ends
-    run = Run.create(Path(folder.name) / "run", {})
+    run = Run.begin(Path(folder.name) / "run", {})
+    run.save_state = lambda tensors, facts: None
 
     def epoch(_: object = folder) -> None:
         train(

@@ -677,7 +677,7 @@ def test_run_records_itself(tmp_path, monkeypatch):
     """config.json first, a line a log call and at once, result.json last."""
     monkeypatch.setattr(sys, "argv", ["classifier.py", "--lr", "1e-5", "--note", "two words"])
     folder = tmp_path / "runs" / "one"
-    run = Run.create(folder, {"lr": 1e-5, "note": "día"}, parameters=12)
+    run = Run.begin(folder, {"lr": 1e-5, "note": "día"}, parameters=12)
     config = read_json(folder / "config.json")
     assert config["arguments"] == {"lr": 1e-5, "note": "día"}
     assert config["parameters"] == 12
@@ -709,14 +709,14 @@ def test_used_run_folder_is_refused_and_untouched(tmp_path):
     a_file.write_text("mine", encoding="utf-8")
     for path in (used, a_file):
         with pytest.raises(UserError) as caught:
-            Run.create(path, {})
+            Run.begin(path, {})
         one_line(caught, path, "--run_dir", "in use")
     assert names(used) == [".hidden"]
     empty = tmp_path / "empty"
     empty.mkdir()
-    Run.create(empty, {}).close()
+    Run.begin(empty, {}).close()
     with pytest.raises(UserError):
-        Run.create(empty, {})
+        Run.begin(empty, {})
 
 
 def test_run_folder_that_cannot_be_made_is_refused(tmp_path):
@@ -724,5 +724,5 @@ def test_run_folder_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").write_text("", encoding="utf-8")
     path = tmp_path / "file" / "run"
     with pytest.raises(UserError) as caught:
-        Run.create(path, {})
+        Run.begin(path, {})
     one_line(caught, path, "--run_dir")

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,12 +11,11 @@ from sklearn.metrics import accuracy_score
 
 from bert import BertModel
 from checkpoint import UserError
-from datasets import TaskData
+from datasets import Sentences, TaskData
 from evaluation import (
     FrozenEmbeddings,
     embed,
     evaluate,
-    fingerprint,
     overall,
     predict,
     report,
@@ -113,9 +113,9 @@ def test_overall_is_the_courses_score():
     assert math.isclose(overall({"sts": {"pearson": -1.0}}), 0.0)
 
 
-def test_frozen_embeddings_are_looked_up_and_equal(model, sets):
+def test_frozen_embeddings_are_looked_up_and_equal(model, sets, tmp_path):
     data = sets["sts"]
-    frozen = FrozenEmbeddings(model)
+    frozen = FrozenEmbeddings(model, tmp_path)
     calls = []
     hook = model.bert.register_forward_hook(lambda *_: calls.append(1))
     for rows in ([5, 2, 9], [9, 5], [2, 11]):
@@ -128,7 +128,7 @@ def test_frozen_embeddings_are_looked_up_and_equal(model, sets):
     hook.remove()
 
 
-def test_frozen_embeddings_are_kept_for_other_runs(model, sets, tmp_path):
+def test_frozen_embeddings_are_kept_for_other_runs(model, sets, tiny, tmp_path):
     """What one left the next looks up, bit for bit, and adds to; another encoder finds nothing."""
     data = sets["sts"]
     first = FrozenEmbeddings(model, tmp_path)
@@ -144,19 +144,38 @@ def test_frozen_embeddings_are_kept_for_other_runs(model, sets, tmp_path):
     third = FrozenEmbeddings(model, tmp_path)
     third(data.batch(np.array([1, 9])))
     assert len(calls) == 1
-    (file,) = tmp_path.iterdir()
-    before = file.read_bytes()
+    files = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    assert len(files) == 2
     third.save()
-    assert file.read_bytes() == before
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == files
     hook.remove()
 
+    def name(model, data):
+        return FrozenEmbeddings(model, tmp_path).name(data)
+
     other = copy.deepcopy(model)
+    tokenizer = BertTokenizer.from_pretrained(tiny)
+    pairs = [["a cat", "the"], ["a", "cat the"]]
+    of_texts = [
+        Sentences("x", Path("x"), columns, tokenizer, joint)
+        for columns, joint in (
+            (pairs, False),
+            (pairs, True),
+            (pairs[:1], False),
+            (pairs[1:], False),
+        )
+    ]
+    names = {name(model, data), name(model, sets["para"]), *(name(model, s) for s in of_texts)}
     with torch.no_grad():
         other.bert.layers[0].output.bias[0] += 1
-    names = {fingerprint(model, data), fingerprint(other, data), fingerprint(model, sets["para"])}
+    names.add(name(other, data))
     other.pooling = "cls"
-    assert len(names | {fingerprint(other, data)}) == 4
-    file.write_bytes(before[:100])
+    names.add(name(other, data))
+    other.precision = torch.bfloat16
+    names.add(name(other, data))
+    assert len(names) == 9
+    first = min(files)
+    first.write_bytes(files[first][:100])
     with pytest.raises(UserError, match="damaged; delete it"):
         FrozenEmbeddings(model, tmp_path)(data.batch(np.array([1])))
 

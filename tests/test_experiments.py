@@ -13,6 +13,7 @@ from scipy import stats
 
 import experiments
 import report
+from checkpoint import Run
 from datasets import read
 from evaluation import compare, holm
 from tasks import TASKS
@@ -173,11 +174,12 @@ def test_every_table_runs_and_is_reported(grid, tmp_path, run_script, monkeypatc
     assert code == 0, err
     assert len(started) == len(set(started))
     assert {name.rsplit("-seed", 1)[0] for name in started} == set(experiments.CELLS)
-    # Each comes after the encoder that it starts from; here both probes share the only one.
-    assert started.index("simcse-seed1") < started.index("probe-simcse-seed1")
-    assert models["probe-simcse-seed2"] == str(tmp_path / "runs/simcse-seed1/best")
+    # Each comes after the encoder that it starts from.
+    assert started.index("simcse-seed2") < started.index("probe-simcse-seed2")
+    assert models["probe-simcse-seed2"] == str(tmp_path / "runs/simcse-seed2/best")
     # All probes of an encoder share its embeddings of the nine sets.
-    assert len(list((tmp_path / "runs/features").iterdir())) == 3 * 9
+    names = {path.name.split("-")[0] for path in (tmp_path / "runs/features").iterdir()}
+    assert len(names) == 5 * 9
     assert models["probe-seed2"] != models["probe-simcse-seed2"]
     out = tmp_path / "results"
     (out / "records/without-sts-seed1.json").unlink()
@@ -216,7 +218,9 @@ def test_every_table_runs_and_is_reported(grid, tmp_path, run_script, monkeypatc
         assert not any(example.texts[0] in recorded for example in examples)
 
 
-def test_what_is_recorded_is_skipped_and_what_broke_off_starts_anew(grid, tmp_path, run_script):
+def test_what_is_recorded_is_skipped_and_what_broke_off_is_resumed(
+    grid, tmp_path, run_script, monkeypatch
+):
     flags, started, _ = grid
     broken = tmp_path / "runs/probe-concat-seed1"
     broken.mkdir(parents=True)
@@ -228,10 +232,22 @@ def test_what_is_recorded_is_skipped_and_what_broke_off_starts_anew(grid, tmp_pa
     args = experiments.parse(["run", "table3", *map(str, flags)])
     line = experiments.recorded_command(experiments.Job("probe-concat", 1), args)
     (tmp_path / "runs/probe-concat-seed1.command").write_text(line, encoding="utf-8")
+    shutil.rmtree(broken)
+
+    def log(self, kind, *rest, **figures):
+        if kind == "dev":
+            raise KeyboardInterrupt
+        real(self, kind, *rest, **figures)
+
+    real = Run.log
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "log", log)
+        assert run_script(experiments, "run", "table3", *flags)[0] == 130
+    assert started == ["probe-concat-seed1"]
     code, out, err = run_script(experiments, "run", "table3", *flags)
     assert code == 0, err
     assert "8 runs, 0 of them recorded already" in out
-    assert (broken / "result.json").exists()
+    assert (broken / "result.json").exists() and (broken / "resumed.jsonl").exists()
     first = list(started)
     code, out, _ = run_script(experiments, "run", "table3", *flags)
     assert code == 0 and "8 runs, 8 of them recorded already" in out and started == first
@@ -249,11 +265,12 @@ def test_more_probes_than_encoders_take_them_in_turn():
     """Five probes of three encoders: 1, 2, 3, 1, 2; each encoder is made once, and before."""
     jobs = experiments.jobs_of(["table1"], 3, 5)
     probes = [job for job in jobs if job.cell == "probe-simcse"]
-    starts = [experiments.encoder(job, 3) for job in probes]
+    starts = [experiments.encoder(job) for job in probes]
     assert [job.seed for job in starts] == [1, 2, 3, 1, 2]
     assert {job.seed for job in jobs if job.cell == "simcse"} == {1, 2, 3}
     assert all(jobs.index(s) < jobs.index(p) for s, p in zip(starts, probes, strict=True))
-    assert experiments.encoder(experiments.Job("probe", 4), 3) is None
+    assert experiments.encoder(experiments.Job("probe", 4)) is None
+    assert set(experiments.jobs_of(["table1"], 1, 2)) < set(jobs)  # more seeds only add
 
 
 def test_what_starts_from_an_encoder_that_failed_is_not_run(

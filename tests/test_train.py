@@ -13,7 +13,7 @@ import classifier
 import multitask_classifier
 import tasks
 from bert import BertModel
-from checkpoint import Run, UserError
+from checkpoint import Run, UserError, read_state
 from datasets import Mixture, TaskData
 from evaluation import embed
 from optimizer import AdamW, parameter_groups
@@ -54,9 +54,11 @@ class Toy:
         }
         if not frozen:
             self.optimizers["bert"] = AdamW(parameter_groups(self.model.bert, 0.01), lr=1e-3)
-        self.run = Run.create(run_dir, {})
+        self.run = Run.begin(run_dir, {})
         defaults = {"epochs": 1, "schedule": "linear", "warmup": 0.1, "clip": 1.0}
-        self.args = Namespace(**{**defaults, "eval_every": 0, "patience": 0, **settings})
+        self.args = Namespace(
+            **{**defaults, "eval_every": 0, "patience": 0, "save_every": "0", **settings}
+        )
 
     def loss(self, batch):
         logits = self.model.decode(batch.task, embed(self.model, batch))
@@ -84,8 +86,8 @@ class OneTask:
     def steps_in(self, epoch):
         return 1
 
-    def steps(self, epoch):
-        yield self.batches
+    def steps(self, epoch, first=0):
+        yield from [self.batches][first:]
 
 
 # ---------------------------------------------------------------------------- one step
@@ -148,6 +150,17 @@ def test_gradients_are_clipped_and_the_log_has_the_norm_before(tiny, data, tmp_p
     assert log_of(tmp_path / "run", "train")[0]["grad_norm"] > 0.1
 
 
+def test_without_clipping_the_whole_gradient_counts(tiny, data, tmp_path, monkeypatch):
+    """And a gradient of 0 is no reason to divide by it."""
+    scales = []
+    monkeypatch.setattr(AdamW, "step", lambda self, *, scale: scales.append(scale))
+    toy = Toy(tiny, data, tmp_path / "a", clip=0.0)
+    toy.train(OneTask([toy.sets[0].batch(np.arange(8))]))
+    toy = Toy(tiny, data, tmp_path / "b", clip=1.0)
+    toy.train(OneTask([toy.sets[0].batch(np.arange(8))]), lambda batch: 0 * toy.loss(batch))
+    assert scales and set(scales) == {1.0}
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_a_loss_that_is_not_finite_stops_with_the_state_before_it(tiny, data, tmp_path, bad, where):
@@ -172,9 +185,10 @@ def test_a_loss_that_is_not_finite_stops_with_the_state_before_it(tiny, data, tm
     assert message.startswith("step 4: " + ("loss is" if where == "loss" else "gradient norm is"))
     assert "task para, rows with ids quora-train.csv-" in message  # sst para sts sst para
     assert "\n" not in message
-    kept = MultitaskBERT.from_pretrained(tmp_path / "run" / "last")
-    for name, value in kept.state_dict().items():
-        assert torch.equal(value, good[name]), name
+    tensors, facts = read_state(tmp_path / "run/last/state.safetensors")
+    assert facts["step"] == 4
+    for name, value in good.items():
+        assert torch.equal(tensors[f"model.{name}"], value), name
     assert error.value.exit_code == 1
 
 
@@ -264,18 +278,22 @@ def test_learning_rates_follow_the_schedule_each_from_its_own_peak(tiny, data, t
 # ---------------------------------------------------------------------------- whole runs
 
 
-def files_of(run_dir) -> dict[str, bytes]:
-    """All that a run writes, without what tells the time."""
+def files_of(run_dir) -> dict:
+    """All that a run leaves, without what tells the time or where it lies."""
     found = {
         str(path.relative_to(run_dir)): path.read_bytes()
         for path in run_dir.rglob("*")
-        if path.is_file() and "tensorboard" not in str(path)
+        if path.is_file() and "tensorboard" not in path.parts
     }
-    for name in ("config.json", "result.json"):
-        del found[name]
-    records = map(json.loads, found.pop("log.jsonl").decode().splitlines())
-    found["log"] = [{k: v for k, v in r.items() if k != "seconds"} for r in records]
-    return found
+    for name in ("config.json", "resumed.jsonl"):
+        found.pop(name, None)
+    result = json.loads(found.pop("result.json"))
+    for name in ("training_seconds", "peak_memory_bytes", "predictions"):
+        result.pop(name, None)
+    tensors, facts = read_state(run_dir / "last/state.safetensors")
+    facts.pop("seconds")
+    tensors = {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
+    return {**found, "result.json": result, "last/state.safetensors": (tensors, facts)}
 
 
 @pytest.mark.parametrize("option", ["pretrain", "finetune"])

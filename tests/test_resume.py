@@ -1,0 +1,398 @@
+"""A run that is interrupted anywhere and resumed leaves what one never interrupted leaves, in bits.
+
+Deaths are of three kinds: an exception out of nowhere at a chosen write, in this process; `kill -9`
+at random moments, and signals, in processes of their own. Those are forked from one that has
+imported everything and computed nothing, which saves seconds for each.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from test_train import files_of
+
+import checkpoint
+import classifier
+import multitask_classifier
+import simcse
+from checkpoint import Run, read_state, whole_folder
+from train import Period
+
+ROOT = Path(__file__).resolve().parent.parent
+SAMPLE = ROOT / "data" / "sample"
+SCRIPTS = {"classifier": classifier, "multitask_classifier": multitask_classifier, "simcse": simcse}
+
+
+class Death(BaseException):
+    """Not an Exception: nothing on the way may mistake it for an error that it knows."""
+
+
+def flags(tiny, data, run_dir, *more) -> list[str]:
+    """A quick run."""
+    given = ["--model", tiny, "--data_dir", data, "--run_dir", run_dir, "--epochs", 2]
+    return list(map(str, [*given, "--batch_size", 8, "--lr", "1e-3", "--save_every", 2, *more]))
+
+
+# ------------------------------------------------------------------ deaths at chosen moments
+
+JOBS = {
+    "probe": ("multitask_classifier", "--option", "pretrain"),
+    "finetune": ("multitask_classifier", "--option", "finetune", "--precision", "fp32"),
+    "bf16": ("multitask_classifier", "--option", "finetune", "--precision", "bf16"),
+    "accumulate": ("multitask_classifier", "--option", "finetune", "--accumulate", "2"),
+    "proportional": ("multitask_classifier", "--option", "finetune", "--sampling", "proportional"),
+    "annealed": ("multitask_classifier", "--option", "pretrain", "--sampling", "annealed"),
+    "lpft": ("multitask_classifier", "--option", "lpft", "--pair_encoding", "joint"),
+    "pcgrad": ("multitask_classifier", "--option", "finetune", "--surgery", "pcgrad"),
+    "conflict": ("multitask_classifier", "--option", "finetune", "--measure_conflict", "3"),
+    "patience": ("classifier", "--option", "finetune", "--eval_every", "2", "--patience", "1"),
+    "classifier": ("classifier", "--task", "cfimdb", "--option", "pretrain", "--accumulate", "2"),
+    "contrast": ("simcse", "--limit", "24", "--accumulate", "2"),
+}
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_a_death_at_any_write_costs_nothing(job, tiny, data, tmp_path, run_script, monkeypatch):
+    """Every few lines of the log, at every file that is to be replaced and every folder."""
+    name, *more = JOBS[job]
+    if name == "simcse":
+        data = SAMPLE
+    script = SCRIPTS[name]
+    code, _, err = run_script(script, *flags(tiny, data, tmp_path / "whole", *more))
+    assert code == 0, err
+    whole = files_of(tmp_path / "whole")
+
+    left = 0
+
+    def dying(function):
+        def wrapped(*args, **kwargs):
+            nonlocal left
+            left -= 1
+            if left == 0:
+                raise Death
+            return function(*args, **kwargs)
+
+        return wrapped
+
+    monkeypatch.setattr(Run, "log", dying(Run.log))
+    monkeypatch.setattr(os, "replace", dying(os.replace))
+    again = flags(tiny, data, tmp_path / "broken", *more, "--resume")
+    for death in range(1, 200):
+        left = 5 + 3 * death
+        try:
+            code, _, err = run_script(script, *again)
+        except Death:
+            continue
+        assert code == 0, err
+        break
+    assert death > 3
+    assert files_of(tmp_path / "broken") == whole
+    assert len((tmp_path / "broken/resumed.jsonl").read_text().splitlines()) >= death - 1
+    assert not list((tmp_path / "broken").rglob(".*"))
+
+
+@pytest.mark.parametrize("renames", [0, 1])
+def test_a_folder_half_replaced_is_made_whole(tmp_path, monkeypatch, renames):
+    """A process that dies before or between its two renames: the old folder is there again."""
+    folder = tmp_path / "best"
+    with whole_folder(folder) as draft:
+        (draft / "file").write_text("old")
+    real, done = os.replace, []
+
+    def replace(source, target):
+        if len(done) == renames:
+            raise Death
+        done.append(real(source, target))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace)
+        patch.setattr(checkpoint.shutil, "rmtree", lambda *_, **__: None)  # it died: no cleaning up
+        with pytest.raises(Death), whole_folder(folder) as draft:
+            (draft / "file").write_text("new")
+    assert folder.exists() != bool(renames)
+    checkpoint.restore_folder(folder)
+    assert (folder / "file").read_text() == "old"
+
+
+# ------------------------------------------------------------------ processes
+
+FORKER = """
+import json, os, sys
+sys.path.insert(0, sys.argv[1])
+import torch
+torch.set_num_threads(1)
+import numba, torch.utils.tensorboard
+import classifier, contrastive, multitask_classifier, simcse, supervised
+from options import script
+for line in sys.stdin:
+    name, *flags = json.loads(line)
+    pid = os.fork()
+    if pid == 0:
+        out = os.open(os.environ["OUT"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(out, 1), os.dup2(out, 2)
+        sys.stdin = open(os.devnull)
+        sys.argv = [name + ".py", *flags]
+        script(globals()[name].main)
+    print(pid, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+class Forker:
+    """Starts a script in a process of its own; `wait` gives its exit code and what it said."""
+
+    def __init__(self, folder: Path):
+        self.out = folder / "out"
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", FORKER, str(ROOT)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OUT": str(self.out), "OMP_NUM_THREADS": "1"},
+        )
+
+    def start(self, script: str, flags: list[str]) -> int:
+        self.process.stdin.write(json.dumps([script, *flags]) + "\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+    def wait(self) -> tuple[int, str]:
+        code = int(self.process.stdout.readline())
+        return code, self.out.read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def forker(tmp_path_factory):
+    found = Forker(tmp_path_factory.mktemp("forker"))
+    yield found
+    found.process.stdin.close()
+    found.process.wait()
+
+
+KILLS = 20
+
+
+def test_kill_9_at_random_moments(forker, tiny, data, tmp_path):
+    """In loading, steps, evaluations, saving, predictions; what was killed is resumed."""
+    more = ("--option", "finetune", "--eval_every", "4")
+    script = "multitask_classifier"
+    started = time.perf_counter()
+    forker.start(script, flags(tiny, data, tmp_path / "whole", *more))
+    code, said = forker.wait()
+    seconds = time.perf_counter() - started
+    assert code == 0, said
+    whole = files_of(tmp_path / "whole")
+
+    rng = random.Random(1)
+    killed = finished = 0
+    while killed < KILLS or not finished:
+        run_dir = tmp_path / f"run{finished}"
+        pid = forker.start(script, flags(tiny, data, run_dir, *more, "--resume"))
+        if killed < KILLS:
+            time.sleep(rng.random() * seconds)
+            with suppress(ProcessLookupError):  # it was quicker
+                os.kill(pid, signal.SIGKILL)
+        code, said = forker.wait()
+        if code == -signal.SIGKILL:
+            killed += 1
+            continue
+        assert code == 0, said
+        assert files_of(run_dir) == whole
+        finished += 1
+
+
+def wait_for(condition, what: str) -> None:
+    """Until it holds."""
+    for _ in range(3000):
+        if condition():
+            return
+        time.sleep(0.01)
+    raise AssertionError(what)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_first_signal_finishes_the_step_and_says_how_to_go_on(
+    forker, tiny, data, tmp_path, number
+):
+    more = ("--option", "finetune", "--epochs", "30", "--save_every", "0")
+    pid = forker.start("classifier", flags(tiny, data, tmp_path / "run", *more))
+    log = tmp_path / "run/log.jsonl"
+    wait_for(lambda: log.exists() and log.read_text().count("\n") > 8, "no steps")
+    os.kill(pid, number)
+    code, said = forker.wait()
+    last = said.strip().splitlines()[-1]
+    assert code == 130, said
+    assert "Traceback" not in said
+    state = read_state(tmp_path / "run/last/state.safetensors")[1]
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert state["step"] == 1 + max(line["step"] for line in lines if line["kind"] == "train")
+    assert f"stopped at step {state['step']}; to go on: " in last
+    assert last.endswith("--resume") and str(tmp_path / "run") in last
+
+
+def test_a_second_signal_stops_at_once(forker, tiny, data, tmp_path):
+    """Even in a step that takes long; what had been saved stays."""
+    more = ("--option", "finetune", "--batch_size", "40", "--accumulate", "1000000")
+    pid = forker.start("classifier", flags(tiny, data, tmp_path / "run", *more, "--epochs", "900"))
+    wait_for(lambda: (tmp_path / "run/best").exists(), "no evaluation")
+    for _ in range(50):  # the first is heard in a step, or in an evaluation and stops it
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGINT)
+    code, said = forker.wait()
+    assert code == 130, said
+    assert (tmp_path / "run/last/state.safetensors").exists()
+
+
+# ------------------------------------------------------------------ what --resume refuses
+
+
+@pytest.fixture
+def stopped(tiny, data, tmp_path, run_script, monkeypatch):
+    """The flags of a run that died in its second epoch."""
+    given = flags(tiny, data, tmp_path / "run", "--option", "finetune")
+
+    def log(self, kind, step, **figures):
+        if step == 12:
+            raise Death
+        real(self, kind, step, **figures)
+
+    real = Run.log
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "log", log)
+        with pytest.raises(Death):
+            run_script(multitask_classifier, *given)
+    return given
+
+
+def contents(folder: Path) -> dict:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_other_arguments_are_refused_by_name(stopped, tmp_path, run_script):
+    before = contents(tmp_path / "run")
+    code, _, err = run_script(
+        multitask_classifier, *stopped, "--resume", "--seed", 4, "--pooling", "mean"
+    )
+    assert code == 2
+    line = err.strip().splitlines()[-1]
+    assert "--pooling was pooler and is mean, --seed was 11711 and is 4" in line
+    assert contents(tmp_path / "run") == before
+    code, _, err = run_script(multitask_classifier, *stopped)
+    assert code == 2 and "already in use" in err and "--resume" in err
+    assert contents(tmp_path / "run") == before
+
+
+def test_a_finished_run_is_left_alone(stopped, tmp_path, run_script):
+    assert run_script(multitask_classifier, *stopped, "--resume")[0] == 0
+    before = contents(tmp_path / "run")
+    code, _, err = run_script(multitask_classifier, *stopped, "--resume")
+    assert code == 0
+    assert "has finished (result.json); nothing is changed" in err and "error" not in err
+    assert contents(tmp_path / "run") == before
+
+
+def test_changed_data_is_refused(stopped, tmp_path, data, run_script, monkeypatch):
+    real = checkpoint.digest
+    monkeypatch.setattr(
+        "supervised.digest", lambda path: "0" if path.name == "sts-dev.csv" else real(path)
+    )
+    code, _, err = run_script(multitask_classifier, *stopped, "--resume")
+    assert code == 2
+    assert "sts-dev.csv has changed since the run began" in err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "pickle", "foreign", "another model"])
+def test_a_damaged_state_is_refused_in_a_line(stopped, tmp_path, run_script, damage):
+    """And nothing in it is run."""
+    path = tmp_path / "run/last/state.safetensors"
+    tensors, facts = read_state(path)
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:5000])
+    elif damage == "pickle":
+        torch.save({"model": Trap(tmp_path / "ran")}, path)
+    elif damage == "foreign":
+        checkpoint.write_tensors(path, tensors)
+    else:
+        tensors["model.bert.pooler.bias"] = torch.zeros(3)
+        checkpoint.write_state(path, tensors, facts)
+    code, _, err = run_script(multitask_classifier, *stopped, "--resume")
+    assert code == 2
+    line = err.strip().splitlines()[-1]
+    assert "state.safetensors" in line and "Traceback" not in err
+    assert not (tmp_path / "ran").exists()
+
+
+class Trap:
+    """Unpickled, it would make a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+def test_nothing_to_resume_is_a_run_from_the_start(tiny, data, tmp_path, run_script):
+    given = flags(tiny, data, tmp_path / "run", "--option", "pretrain", "--resume")
+    assert run_script(classifier, *given)[0] == 0
+    assert (tmp_path / "run/result.json").exists()
+
+
+def test_without_run_dir_the_latest_run_is_resumed(tiny, data, tmp_path, monkeypatch, run_script):
+    """Of that script and option, the newest that has not finished."""
+    monkeypatch.chdir(tmp_path)
+    given = flags(tiny, data, tmp_path / "unused", "--option", "pretrain")
+    del given[given.index("--run_dir") : given.index("--run_dir") + 2]
+    assert run_script(classifier, *given)[0] == 0
+    (first,) = Path("runs").iterdir()
+    first = first.rename("runs/classifier-pretrain-20200101-000000")
+    config = json.loads((first / "config.json").read_text())
+    config["arguments"]["run_dir"] = str(first)
+    checkpoint.write_json(first / "config.json", config)
+    (first / "result.json").unlink()
+    code, _, err = run_script(classifier, *given, "--resume")
+    assert code == 0, err
+    assert (first / "result.json").exists()
+    assert len(list(Path("runs").iterdir())) == 1
+
+
+def test_two_processes_do_not_share_a_run(stopped, tmp_path, run_script):
+    busy = Run(tmp_path / "run")
+    code, _, err = run_script(multitask_classifier, *stopped, "--resume")
+    busy.close()
+    assert code == 2
+    assert "another process is at work there" in err
+
+
+# ------------------------------------------------------------------ periods
+
+
+def test_periods_of_steps_and_minutes(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    steps, minutes, never = Period("5"), Period("2m"), Period("0")
+    for each in (steps, minutes, never):
+        each.start(7)
+    assert [steps.over(11), steps.over(12)] == [False, True]
+    now = 219.0
+    assert not minutes.over(500)
+    now = 220.0
+    assert minutes.over(8)
+    assert not never.over(10**6)
+
+
+@pytest.mark.parametrize("text", ["", "m", "-1", "1.5m", "10s", "x"])
+def test_a_bad_period_is_refused(text, tiny, data, tmp_path, run_script):
+    code, _, err = run_script(
+        classifier, *flags(tiny, data, tmp_path / "run"), f"--save_every={text}"
+    )
+    assert code == 2
+    assert "--save_every" in err
