@@ -7,6 +7,7 @@ the same sentence twice.
 import math
 from argparse import Namespace
 from collections.abc import Sequence
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -236,7 +237,6 @@ def fit(args: Namespace) -> dict[str, Any]:
     )
     model.precision = precision
     model.to(device)
-    optimizers = {"bert": AdamW(parameter_groups(model.bert, args.weight_decay), lr=args.lr)}
     mixture = Mixture(
         [sentences], args.batch_size, args.seed, args.epochs, accumulate=args.accumulate
     )
@@ -249,6 +249,15 @@ def fit(args: Namespace) -> dict[str, Any]:
         precision=str(precision).removeprefix("torch."),
         rows={"train": {"nli": len(sentences)}, "dev": {"sts": len(dev)}},
     )
+    with closing(run):
+        return carry_out(args, model, mixture, dev, run)
+
+
+def carry_out(
+    args: Namespace, model: MultitaskBERT, mixture: Mixture, dev: TaskData, run: Run
+) -> dict[str, Any]:
+    """All that a run does once its folder is there: train, and report on the best."""
+    optimizers = {"bert": AdamW(parameter_groups(model.bert, args.weight_decay), lr=args.lr)}
     print(f"run folder: {run.path}")
     model.eval()
     before = figures(model, dev, args.batch_size)
@@ -272,7 +281,7 @@ def fit(args: Namespace) -> dict[str, Any]:
         "best_epoch": best["epoch"] + 1,
         "best_step": best["step"],
         "training_seconds": round(seconds, 1),
-        "peak_memory_bytes": peak_memory(device),
+        "peak_memory_bytes": peak_memory(model.device),
     }
     run.finish(result)
     print(f"dev, best epoch {best['epoch'] + 1}: {best['summary']}")

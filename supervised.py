@@ -4,6 +4,7 @@ import os
 import shutil
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -105,6 +106,18 @@ def fit(
         decoders=model.decoders,
         rows={split: {s.task.name: len(s) for s in of} for split, of in sets.items()},
     )
+    with closing(run):
+        return carry_out(args, model, sets, outputs, run)
+
+
+def carry_out(
+    args: Namespace,
+    model: MultitaskBERT,
+    sets: dict[str, list[TaskData]],
+    outputs: dict[tuple[str, str], Path],
+    run: Run,
+) -> dict[str, Any]:
+    """All that a run does once its folder is there: train, predict with the best, report."""
     print(f"run folder: {run.path}")
     if args.option == "lpft":
         if run.state is None or run.state[1]["stage"] == "probe":
@@ -132,7 +145,7 @@ def fit(
         "best_epoch": best["epoch"] + 1,
         "best_step": best["step"],
         "training_seconds": round(seconds, 1),
-        "peak_memory_bytes": peak_memory(device),
+        "peak_memory_bytes": peak_memory(model.device),
         "predictions": {f"{task}_{split}": str(path) for (task, split), path in outputs.items()},
     }
     run.finish(result)
