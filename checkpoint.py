@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata, util
 from pathlib import Path
 from typing import Any
@@ -465,6 +465,8 @@ class Run:
 
     def log(self, kind: str, step: int, **figures: Any) -> None:
         """Append kind, step, `facts` and figures as one line, at once on disk."""
+        if not (self.path / "config.json").exists():
+            raise UserError(f"{self.path}: the run's folder has gone, or been emptied")
         line = json.dumps(
             {"kind": kind, "step": step, **self.facts, **figures},
             ensure_ascii=False,
@@ -494,7 +496,8 @@ class Run:
         """Close the log files."""
         self._log.close()
         if self._board is not None:
-            self._board.close()
+            with suppress(OSError):  # what it could not write was said when it was tried
+                self._board.close()
 
 
 def plain(arguments: dict[str, Any]) -> dict[str, Any]:

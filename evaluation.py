@@ -20,7 +20,7 @@ import bert
 from checkpoint import UserError, read_tensors, write_tensors, write_text
 from datasets import Batch, Sentences, TaskData
 from tasks import TASKS, MultitaskBERT
-from train import Diverged, progress
+from train import Diverged, memory_for, progress
 
 Embed = Callable[[Batch], Tensor]
 
@@ -115,7 +115,8 @@ def embeddings(model: MultitaskBERT, data: TaskData, batch_size: int) -> Tensor:
     model.eval()
     vectors = torch.empty(len(data), data.width, model.bert.config.hidden_size)
     for batch in data.in_order(batch_size):
-        found = embed(model, batch.to(model.device)).cpu()
+        with memory_for(batch):
+            found = embed(model, batch.to(model.device)).cpu()
         vectors[torch.from_numpy(batch.rows)] = found.unflatten(0, (data.width, -1)).transpose(0, 1)
     check_finite(vectors, data)
     return vectors
@@ -140,7 +141,9 @@ def predict(model: MultitaskBERT, data: TaskData, batch_size: int, embedder: Emb
     with progress(len(data), f"predict {data.path.name}", inner=True) as bar:
         for batch in data.in_order(batch_size):
             batch = batch.to(model.device)
-            logits[torch.from_numpy(batch.rows)] = model.decode(batch.task, embedder(batch)).cpu()
+            with memory_for(batch):
+                found = model.decode(batch.task, embedder(batch)).cpu()
+            logits[torch.from_numpy(batch.rows)] = found
             bar.update(len(batch))
     check_finite(logits, data)
     return logits

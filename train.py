@@ -14,6 +14,7 @@ import time
 from argparse import Namespace
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any, Protocol
 
@@ -168,12 +169,34 @@ def summed(loss_fn: Callable[[Any], Tensor]) -> Callable[[Sequence[Any]], float]
         count = sum(len(batch) for batch in batches)
         loss = 0.0
         for batch in batches:
-            part = loss_fn(batch).sum() / count
-            part.backward()
-            loss += part.item()
+            with memory_for(batch):
+                part = loss_fn(batch).sum() / count
+                part.backward()
+                loss += part.item()
         return loss
 
     return gradients
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether Python, or PyTorch on a GPU or a CPU, says so that there is too little memory."""
+    known = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, known) or "can't allocate memory" in str(error)
+
+
+@contextmanager
+def memory_for(batch: Any) -> Iterator[None]:
+    """UserError naming the batch's size where memory does not suffice for it."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        rows, width = batch.input_ids.shape
+        raise UserError(
+            f"out of memory on {batch.input_ids.device} with {rows} sentences of {width} tokens in"
+            " a batch: try a smaller --batch_size, and --accumulate for as many rows a step"
+        ) from None
 
 
 class StopSignals:

@@ -8,6 +8,8 @@ imported everything and computed nothing, which saves seconds for each.
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,8 +25,9 @@ import checkpoint
 import classifier
 import multitask_classifier
 import simcse
+from bert import BertModel
 from checkpoint import Run, read_state, whole_folder
-from train import Period
+from train import Period, memory_for
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "data" / "sample"
@@ -125,7 +128,7 @@ def test_a_folder_half_replaced_is_made_whole(tmp_path, monkeypatch, renames):
 # ------------------------------------------------------------------ processes
 
 FORKER = """
-import json, os, sys
+import json, os, resource, sys
 sys.path.insert(0, sys.argv[1])
 import torch
 torch.set_num_threads(1)
@@ -139,6 +142,9 @@ for line in sys.stdin:
         out = os.open(os.environ["OUT"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(out, 1), os.dup2(out, 2)
         sys.stdin = open(os.devnull)
+        if name.startswith("limited "):  # no file may grow beyond so many bytes
+            _, size, name = name.split()
+            resource.setrlimit(resource.RLIMIT_FSIZE, (int(size), int(size)))
         sys.argv = [name + ".py", *flags]
         script(globals()[name].main)
     print(pid, flush=True)
@@ -370,6 +376,81 @@ def test_two_processes_do_not_share_a_run(stopped, tmp_path, run_script):
     busy.close()
     assert code == 2
     assert "another process is at work there" in err
+
+
+# ------------------------------------------------------------------ disk and memory
+
+
+def test_a_full_disk_ends_the_run_in_a_line_and_its_state_stays(
+    forker, stopped, tmp_path, run_script, tiny, data
+):
+    """The limit on the size of a file stands for the disk; with room again the run goes on."""
+    path = tmp_path / "run/last/state.safetensors"
+    before = path.read_bytes()
+    pid = forker.start(f"limited {len(before) // 2} multitask_classifier", [*stopped, "--resume"])
+    code, said = forker.wait()
+    assert pid and code == 2, said
+    line = said.strip().splitlines()[-1]
+    assert "error: " in line and str(path) in line and "Traceback" not in said
+    assert path.read_bytes() == before
+    assert not list((tmp_path / "run").rglob("*.tmp"))
+    assert run_script(multitask_classifier, *stopped, "--resume")[0] == 0
+    whole = flags(tiny, data, tmp_path / "whole", "--option", "finetune")
+    assert run_script(multitask_classifier, *whole)[0] == 0
+    assert files_of(tmp_path / "run") == files_of(tmp_path / "whole")
+
+
+def test_a_log_that_cannot_grow_ends_the_run_in_a_line(forker, tiny, data, tmp_path):
+    pid = forker.start("limited 3000 classifier", flags(tiny, data, tmp_path / "run"))
+    code, said = forker.wait()
+    assert pid and code == 2, said
+    assert "Traceback" not in said and "File too large" in said.strip().splitlines()[-1]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # tensorboard's
+def test_a_folder_that_vanishes_ends_the_run_in_a_line(
+    tiny, data, tmp_path, run_script, monkeypatch
+):
+    def log(self, kind, step, **figures):
+        if step == 3:
+            shutil.rmtree(self.path)
+        real(self, kind, step, **figures)
+
+    real = Run.log
+    monkeypatch.setattr(Run, "log", log)
+    code, _, err = run_script(classifier, *flags(tiny, data, tmp_path / "run"))
+    assert code == 2
+    assert "the run's folder has gone" in err.strip().splitlines()[-1]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("where", ["train", "evaluate"])
+@pytest.mark.parametrize("kind", ["cpu", "gpu", "python"])
+def test_too_little_memory_is_told_with_the_batch(
+    tiny, data, tmp_path, run_script, monkeypatch, where, kind
+):
+    """The CPU's error is PyTorch's own; a GPU's is of its class."""
+
+    def forward(self, input_ids, *rest):
+        if self.training == (where == "train"):
+            if kind == "cpu":
+                torch.empty(2**50)
+            raise torch.OutOfMemoryError("CUDA out of memory.") if kind == "gpu" else MemoryError
+        return real(self, input_ids, *rest)
+
+    real = BertModel.forward
+    monkeypatch.setattr(BertModel, "forward", forward)
+    given = flags(tiny, data, tmp_path / "run", "--option", "finetune")
+    code, _, err = run_script(classifier, *given)
+    line = err.strip().splitlines()[-1]
+    assert code == 2, err
+    assert re.search(r"out of memory on cpu with \d sentences of \d+ tokens", line)
+    assert "--batch_size" in line
+
+
+def test_another_runtime_error_is_not_taken_for_too_little_memory():
+    with pytest.raises(RuntimeError, match="shapes"), memory_for(None):
+        torch.ones(2, 3) @ torch.ones(2, 3)
 
 
 # ------------------------------------------------------------------ periods
