@@ -124,6 +124,7 @@ def fetch_all(urls: dict[str, str], folder: Path, force: bool, limits: Limits) -
                     failed.append(f"{error}: {again}go on with --data_dir data/sample")
         finally:
             fetcher.stop.set()
+            pool.shutdown(cancel_futures=True)
     return failed + kept
 
 

@@ -48,7 +48,7 @@ FILES = {
 DATE = "Mon, 01 Jan 2024 00:00:00 GMT"
 QUICK = {
     "tries": 4,
-    "wait": 0.01,
+    "wait": 0.002,
     "max_wait": 2,
     "timeout": 3,
     "min_speed": 2000,
@@ -393,10 +393,10 @@ def test_parts_stay_when_all_tries_fail(server, tmp_path):
     ],
 )
 def test_a_file_that_changes_between_tries_is_not_spliced(server, tmp_path, name, second):
-    """The first try saw other bytes, under another ETag."""
+    """The first try saw other words in it, under another ETag."""
 
     def old(handler, body):
-        serve(handler, b"o" * len(body), sent=900, etag='"old"')
+        serve(handler, body.replace(b" ", b"_"), sent=900, etag='"old"')
 
     server.plays[name] = [old, play(**second)]
     assert run(server, tmp_path)[0] == 0
@@ -420,6 +420,13 @@ def test_a_part_that_is_whole_already_is_only_asked_about(server, tmp_path):
     assert run(server, tmp_path)[0] == 0
     assert contents(tmp_path) == FILES
     assert len(server.asked) == len(FILES)
+
+
+def test_a_part_that_is_too_long_is_dropped(server, tmp_path):
+    (tmp_path / f"{NLI}.part").write_bytes(FILES[NLI] + b"more")
+    (tmp_path / f"{NLI}.part.etag").write_bytes(b'"1"')
+    assert run(server, tmp_path)[0] == 0
+    assert contents(tmp_path) == FILES
 
 
 def test_a_server_without_range_starts_again(server, tmp_path):
@@ -500,7 +507,7 @@ def test_what_asking_again_cannot_mend_is_asked_once(server, tmp_path, status):
     assert len(asked(server, "a.csv")) == 1
 
 
-@pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
+@pytest.mark.parametrize("status", [408, 429, 500, 503])
 def test_what_may_pass_is_asked_again(server, tmp_path, status):
     server.plays["a.csv"] = [play(answer, status=status)] * 3
     assert run(server, tmp_path)[0] == 0
@@ -515,9 +522,9 @@ def test_waits_double(server, tmp_path, monkeypatch):
     jitter = []
     monkeypatch.setattr(fetch.random, "uniform", lambda *bounds: jitter.append(bounds) or 1.0)
     server.plays["a.csv"] = [play(answer, status=503)] * 3
-    assert run(server, tmp_path, wait=0.08)[0] == 0
+    assert run(server, tmp_path, wait=0.04)[0] == 0
     waits = [b - a for a, b in itertools.pairwise(moments(server, "a.csv"))]
-    assert all(wait >= least for wait, least in zip(waits, (0.08, 0.16, 0.32), strict=True))
+    assert all(wait >= least for wait, least in zip(waits, (0.04, 0.08, 0.16), strict=True))
     assert jitter == [(0.5, 1.5)] * 3
 
 
@@ -743,7 +750,8 @@ def test_an_out_that_cannot_be_a_folder(server, tmp_path):
 def obey_modes() -> None:
     """Take from root the right to write where the file's mode forbids it (Linux)."""
     PR_CAPBSET_DROP, CAP_DAC_OVERRIDE = 24, 1
-    ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, 0, 0, 0)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, 0, 0, 0)
 
 
 def test_a_read_only_folder(server, tmp_path):
@@ -814,13 +822,28 @@ def test_ctrl_c_stops_promptly_and_keeps_parts(server, tmp_path, slow):
     assert contents(tmp_path) == FILES
 
 
-def test_who_reads_may_leave(server, tmp_path):
+def test_after_ctrl_c_nothing_new_is_begun(server, tmp_path):
+    server.plays[NLI] = [silent]
+    process = start(server, tmp_path, limits={"timeout": 60, "parallel": 1})
+    wait_for(lambda: server.asked)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=10)
+    assert process.returncode == 130
+    assert [path for path, *_ in server.asked] == [f"/files/{NLI}"]
+
+
+@pytest.mark.parametrize("what", ["fetched", "here already"])
+def test_who_reads_may_leave(server, tmp_path, what):
+    if what == "here already":
+        assert run(server, tmp_path)[0] == 0
     ours, theirs = os.pipe()
     os.close(ours)
-    process = start(server, tmp_path, stdout=theirs)
+    usual = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    process = start(server, tmp_path, stdout=theirs, env=usual)
     os.close(theirs)
     assert (process.communicate(timeout=10)[1], process.returncode) == ("", 141)
     assert run(server, tmp_path)[0] == 0
+    assert contents(tmp_path) == FILES
 
 
 def test_no_network_names_the_sample_in_one_line(server, tmp_path):
