@@ -362,6 +362,7 @@ class Run:
         self._log = open(path / "log.jsonl", "ab", buffering=0)  # noqa: SIM115
         self._board = None
         self._began = time.perf_counter()
+        self.saving = 0.0  # seconds that states took to save, of those of the run
         if fcntl is not None:
             try:
                 fcntl.flock(self._log, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -448,8 +449,10 @@ class Run:
 
     def save_state(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         """Keep all that it takes to go on from here, in place of what was kept before."""
-        own = {"stage": self.facts.get("stage"), "log": self._log.tell(), "seconds": self.seconds()}
+        began = self.seconds()
+        own = {"stage": self.facts.get("stage"), "log": self._log.tell(), "seconds": began}
         write_state(self.path / "last/state.safetensors", tensors, {**facts, **own})
+        self.saving += self.seconds() - began
 
     def seconds(self) -> float:
         """How long the run has taken, without the time between an interruption and going on."""

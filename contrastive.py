@@ -281,6 +281,7 @@ def carry_out(
         "best_epoch": best["epoch"] + 1,
         "best_step": best["step"],
         "training_seconds": round(seconds, 1),
+        "saving_seconds": round(run.saving, 2),  # of them, for the states to resume from
         "peak_memory_bytes": peak_memory(model.device),
     }
     run.finish(result)

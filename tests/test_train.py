@@ -288,7 +288,7 @@ def files_of(run_dir) -> dict:
     for name in ("config.json", "resumed.jsonl"):
         found.pop(name, None)
     result = json.loads(found.pop("result.json"))
-    for name in ("training_seconds", "peak_memory_bytes", "predictions"):
+    for name in ("training_seconds", "saving_seconds", "peak_memory_bytes", "predictions"):
         result.pop(name, None)
     tensors, facts = read_state(run_dir / "last/state.safetensors")
     facts.pop("seconds")
