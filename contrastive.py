@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from bert import BertModel
 from checkpoint import Run, UserError
 from datasets import Batch, Mixture, Sentences, TaskData, read_triples
-from evaluation import embeddings
 from optimizer import AdamW, parameter_groups
+from scoring import embeddings
 from tasks import TASKS, MultitaskBERT
 from tokenizer import BertTokenizer
 from train import peak_memory, prepare, train

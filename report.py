@@ -15,7 +15,7 @@ from sklearn.decomposition import PCA
 
 from checkpoint import UserError, read_json, whole_file, write_text
 from datasets import read
-from evaluation import compare, headline, holm
+from scoring import compare, headline, holm
 from tasks import TASKS, MultitaskBERT
 
 TASK_NAMES = {"sst": "Sentiment, accuracy", "para": "Paraphrase, accuracy", "sts": "STS, Pearson"}

@@ -16,7 +16,9 @@ from torch import Tensor
 from bert import BertModel
 from checkpoint import Run, UserError
 from datasets import Batch, Mixture, TaskData
-from evaluation import (
+from gradients import Surgery, conflict, negative, pcgrad, total
+from optimizer import AdamW, parameter_groups
+from scoring import (
     Embed,
     FrozenEmbeddings,
     embed,
@@ -27,8 +29,6 @@ from evaluation import (
     summary,
     write_predictions,
 )
-from gradients import Surgery, conflict, negative, pcgrad, total
-from optimizer import AdamW, parameter_groups
 from tasks import TASKS, MultitaskBERT, Task, find_tasks
 from tokenizer import BertTokenizer
 from train import peak_memory, prepare, summed, train

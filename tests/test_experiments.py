@@ -14,7 +14,7 @@ from scipy import stats
 import experiments
 import report
 from datasets import read
-from evaluation import compare, holm
+from scoring import compare, holm
 from tasks import TASKS
 
 SAMPLE = Path(__file__).resolve().parent.parent / "data" / "sample"

@@ -11,7 +11,7 @@ LAYERS = [
     {"bert", "tokenizer", "train"},
     {"tasks"},
     {"datasets"},
-    {"evaluation"},
+    {"scoring"},
     {"supervised", "contrastive", "report", "options"},
     {"classifier", "multitask_classifier", "simcse"},
     {"experiments"},

@@ -15,8 +15,8 @@ import tasks
 from bert import BertModel
 from checkpoint import Run, UserError
 from datasets import Mixture, TaskData
-from evaluation import embed
 from optimizer import AdamW, parameter_groups
+from scoring import embed
 from tasks import TASKS, MultitaskBERT
 from tokenizer import BertTokenizer
 from train import Diverged, prepare, summed, train
