@@ -224,6 +224,18 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 # ---------------------------------------------------------------------------- writing
 
 
+def check_new_file(path: Path) -> None:
+    """UserError where a user's `path` exists, or cannot become a file."""
+    try:
+        if path.exists():
+            raise UserError(f"{path}: exists, and is not overwritten; name another file")
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be used ({error.strerror})") from None
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"{path}: {folder} is not a folder that can be written to")
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Yields a path to write to; it becomes `path` once the block is done, or leaves no trace."""

@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bert import BertModel
-from checkpoint import Run, UserError
+from checkpoint import Run, UserError, write_text
 from datasets import Batch, Mixture, Sentences, TaskData, read_triples
+from exchange import model_card
 from optimizer import AdamW, parameter_groups
 from scoring import embeddings
 from tasks import TASKS, MultitaskBERT
@@ -260,6 +261,10 @@ def fit(args: Namespace) -> dict[str, Any]:
         device=str(device),
         precision=str(precision).removeprefix("torch."),
         rows={"train": {"nli": len(sentences)}, "dev": {"sts": len(dev)}},
+        files={
+            "train": {"nli": str(sentences.path.absolute())},
+            "dev": {"sts": str(dev.path.absolute())},
+        },
     )
     print(f"run folder: {run.path}")
     model.eval()
@@ -286,6 +291,7 @@ def fit(args: Namespace) -> dict[str, Any]:
         "training_seconds": round(seconds, 1),
         "peak_memory_bytes": peak_memory(device),
     }
+    write_text(run.path / "best" / "README.md", model_card(run.path, result))
     run.finish(result)
     print(f"dev, best epoch {best['epoch'] + 1}: {best['summary']}")
     print(f"{run.path}: best/, result.json; trained for {seconds:.0f} s")

@@ -1,6 +1,5 @@
 """The job of `classifier.py` and `multitask_classifier.py`: files in, a trained model out."""
 
-import os
 import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
@@ -14,8 +13,9 @@ import torch
 from torch import Tensor
 
 from bert import BertModel
-from checkpoint import Run, UserError
+from checkpoint import Run, UserError, check_new_file, write_text
 from datasets import Batch, Mixture, TaskData
+from exchange import model_card
 from gradients import Surgery, conflict, negative, pcgrad, total
 from optimizer import AdamW, parameter_groups
 from scoring import (
@@ -101,7 +101,8 @@ def fit(
         device=str(device),
         precision=str(precision).removeprefix("torch."),
         decoders=model.decoders,
-        rows={split: {s.task.name: len(s) for s in of} for split, of in sets.items()},
+        rows={split: {s.name: len(s) for s in of} for split, of in sets.items()},
+        files={split: {s.name: str(s.path.absolute()) for s in of} for split, of in sets.items()},
     )
     print(f"run folder: {run.path}")
     started = time.perf_counter()
@@ -136,6 +137,7 @@ def fit(
         "peak_memory_bytes": peak_memory(device),
         "predictions": {f"{task}_{split}": str(path) for (task, split), path in outputs.items()},
     }
+    write_text(run.path / "best" / "README.md", model_card(run.path, result))
     run.finish(result)
     print(f"dev, best epoch {best['epoch'] + 1}: {summary(reports)}")
     print(f"{run.path}: best/, predictions/, result.json; trained for {seconds:.0f} s")
@@ -265,14 +267,7 @@ def output_paths(run_dir: Path, files: dict[str, Files]) -> dict[tuple[str, str]
             paths[task, split] = named or run_dir / "predictions" / f"{task}-{split}-output.csv"
             if named is None:
                 continue
-            try:
-                if named.exists():
-                    raise UserError(f"{named}: exists, and is not overwritten; name another file")
-                folder = next(parent for parent in named.absolute().parents if parent.exists())
-            except OSError as error:
-                raise UserError(f"{named}: cannot be used ({error.strerror})") from None
-            if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-                raise UserError(f"{named}: {folder} is not a folder that can be written to")
+            check_new_file(named)
             path = named.resolve()
             for other, what in taken.items():
                 if path == other or other in path.parents or path in other.parents:
