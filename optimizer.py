@@ -169,8 +169,9 @@ def fast_update(
     # In double precision: 1 - 0.999 in single precision has four digits.
     numbers = scale, beta1, 1 - beta1, beta2, 1 - beta2, step_size * (1 - decay), eps, decay
     kind = np.float64 if p.dtype == torch.float64 else np.float32
+    update = compiled_update()
     numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
-    compiled_update()(*(t.view(-1).numpy() for t in (p, g, m, v)), *map(kind, numbers))
+    update(*(t.view(-1).numpy() for t in (p, g, m, v)), *map(kind, numbers))
     torch.autograd.graph.increment_version([p, m, v])  # as PyTorch's own operations in place do
 
 
@@ -194,6 +195,9 @@ def compiled_update() -> Callable[..., None]:
             v[i] = beta2 * v[i] + new2 * x * x
             p[i] -= step_size * (m[i] / (np.sqrt(v[i]) + eps)) + decay * p[i]
 
+    threads = torch.get_num_threads()
+    numba.get_num_threads()  # starts numba's, and sets PyTorch's to as many where both use OpenMP
+    torch.set_num_threads(threads)
     options = {"parallel": True, "error_model": "numpy"}
     try:
         return numba.njit(**options, cache=True)(update)

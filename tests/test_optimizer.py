@@ -10,6 +10,10 @@ two steps of bfloat16 at the largest size that the number ever had.
 import copy
 import io
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numba
 import numpy as np
@@ -29,6 +33,7 @@ from optimizer import (
     written_update,
 )
 
+ROOT = Path(__file__).resolve().parent.parent
 STEPS = 1000
 DEFAULTS = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": 0.0}
 
@@ -654,3 +659,22 @@ def test_tiny_gradients_without_eps_are_torchs(size):
             optimizer.step()
         found.append(parameter.detach())
     torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-3)
+
+
+def test_the_first_step_leaves_the_number_of_threads_alone():
+    """The bits of PyTorch's sums depend on it, and numba's threads are started by a step."""
+    code = """
+import torch
+from optimizer import AdamW
+
+parameter = torch.nn.Parameter(torch.ones(3))
+parameter.grad = torch.ones(3)
+before = torch.get_num_threads()
+AdamW([parameter], lr=0.1).step()
+print(before, torch.get_num_threads())
+"""
+    threads = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "2"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **threads}, capture_output=True
+    )
+    assert done.stdout.split() == [b"1", b"1"], done.stderr
