@@ -17,8 +17,8 @@ from scipy import stats
 from torch import Tensor
 
 from checkpoint import UserError, read_tensors, write_tensors, write_text
-from datasets import Batch, Sentences, TaskData
-from tasks import TASKS, MultitaskBERT
+from datasets import Batch, Example, Sentences, TaskData
+from tasks import TASKS, MultitaskBERT, Task
 from train import Diverged, progress
 
 Embed = Callable[[Batch], Tensor]
@@ -254,6 +254,14 @@ def _pearson(x: np.ndarray, y: np.ndarray, axis: int) -> np.ndarray:
     return np.divide((x * y).sum(axis=axis), scale, out=np.zeros_like(scale), where=scale > 0)
 
 
+LEVEL = 0.05  # of a p-value that counts as a difference
+
+
+def p_value(p: float) -> str:
+    """A p-value for people."""
+    return f"{p:.4f}" if p >= 1e-4 else "< 0.0001"
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """P-values corrected for their number (Holm 1979): each times how many are not smaller."""
     order = np.argsort(p_values)
@@ -275,3 +283,56 @@ def write_predictions(path: Path, data: TaskData, logits: Tensor) -> None:
     for example, prediction in zip(data.examples, predictions, strict=True):
         lines.append(f"{example.id} , {prediction} \n")
     write_text(path, "".join(lines))
+
+
+def read_predictions(
+    path: Path, task: Task, examples: Sequence[Example], source: Path
+) -> np.ndarray:
+    """The predictions of a leaderboard file, (N,) float64, if it is one for these rows.
+
+    Args:
+        path: what `write_predictions` wrote.
+        task: the rows' task.
+        examples: the rows, in order.
+        source: the file that they are from.
+
+    Raises:
+        UserError: another header, number of rows, id or order, or a prediction in another format.
+    """
+    try:
+        lines = path.read_bytes().decode("utf-8").split("\n")
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}); has the run finished?"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 ({error.reason}); predict anew") from None
+    header, *rows = lines
+    if header != f"id \t {task.header} ":
+        raise UserError(f"{path}, line 1: the header is {header[:60]!r}, not that of {task.name}")
+    if len(rows) != len(examples) + 1 or rows[-1]:  # every line has an end
+        raise UserError(
+            f"{path}: {len(rows) - 1} rows, but {source} has {len(examples)}: predict all of it"
+        )
+    predictions = np.empty(len(examples))
+    for i, (example, row) in enumerate(zip(examples, rows[:-1], strict=True)):
+        start, where = f"{example.id} , ", f"{path}, line {i + 2}"
+        if not row.startswith(start):
+            raise UserError(f"{where}: {row[:60]!r}, where {source} has the id {example.id!r}")
+        predictions[i] = _prediction(row.removeprefix(start), task, where)
+    return predictions
+
+
+def _prediction(text: str, task: Task, where: str) -> float:
+    """The number in a leaderboard line, if it is written as `write_predictions` does."""
+    try:
+        value = int(text) if task.dtype == torch.int64 else float(text)
+    except ValueError:
+        value = math.nan
+    classes = range(int(task.low), int(task.high) + 1)
+    valid = value in classes if task.whole else math.isfinite(value)
+    if not valid or text != f"{value} ":
+        raise UserError(
+            f"{where}: {text[:40]!r} is no prediction of {task.name} as they are written"
+        )
+    return value

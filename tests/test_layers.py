@@ -14,7 +14,8 @@ LAYERS = [
     {"datasets"},
     {"scoring"},
     {"supervised", "contrastive", "report", "options"},
-    {"classifier", "multitask_classifier", "simcse"},
+    {"saved"},
+    {"classifier", "evaluation", "multitask_classifier", "simcse"},
     {"experiments"},
 ]
 LAYER = {name: i for i, names in enumerate(LAYERS) for name in names}
