@@ -215,13 +215,14 @@ def write_onnx(path: Path, encoder: nn.Module, outputs: Sequence[str], longest: 
         raise UserError(f"--export onnx: the package {missing[0]} is missing: run ./setup.sh --dev")
     inputs = ("input_ids", "attention_mask", "token_type_ids")
     sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", max=longest)}
-    example = torch.zeros(2, 3, dtype=torch.int64)  # any sizes but 0 and 1, which would be fixed
+    # Any sizes but 0 and 1, which would be fixed; one tensor thrice would become one input.
+    example = tuple(torch.zeros(2, 3, dtype=torch.int64) for _ in inputs)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with whole_file(path) as draft, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter about itself
         torch.onnx.export(
             encoder,
-            (example,) * len(inputs),
+            example,
             draft,
             input_names=inputs,
             output_names=outputs,

@@ -307,5 +307,6 @@ def export(record: Record, out: Path | None) -> None:
     path = out or record.folder / "best" / "onnx" / "model.onnx"
     check_new_file(path)
     model = MultitaskBERT.from_pretrained(record.folder)
-    write_onnx(path, Encoder(model), Encoder.OUTPUTS, model.bert.config.max_position_embeddings)
+    limit = model.bert.config.max_position_embeddings
+    write_onnx(path, Encoder(model).eval(), Encoder.OUTPUTS, limit)
     print(path)
