@@ -99,7 +99,7 @@ class Record:
         """Where the run left its predictions."""
         flags = (f"{task.name}_{split}_out", f"{split}_out")
         named = next((self.arguments[f] for f in flags if self.arguments.get(f)), None)
-        return Path(named or self.folder / "predictions" / f"{task.name}-{split}-output.csv")
+        return Path(str(named or self.folder / "predictions" / f"{task.name}-{split}-output.csv"))
 
 
 def read_record(folder: Path) -> Record:
@@ -111,11 +111,12 @@ def read_record(folder: Path) -> Record:
     try:
         arguments = config["arguments"]
         threads = config["hardware"]["threads"]
-        counts = [arguments["batch_size"], arguments["limit"] or 1, threads]
+        limit = 1 if arguments["limit"] is None else arguments["limit"]
+        counts = [arguments["batch_size"], limit, threads]
         if not all(type(count) is int and count > 0 for count in counts):
             raise ValueError(f"one of {counts} is no count")
         if config["device"] not in ("cpu", "cuda", "mps"):
-            raise ValueError(f"no device {config['device']}")
+            raise ValueError(f"no device {config['device']!r}")
         precision = PRECISIONS[config["precision"]]
         files = {
             split: {task: str(file) for task, file in of.items()}
@@ -165,7 +166,7 @@ def evaluate_again(record: Record, data_dir: Path | None, device: str | None) ->
     if model.heads:
         embedder: Embed = partial(embed, model)
         if record.arguments.get("features") and record.arguments["option"] == "pretrain":
-            embedder = FrozenEmbeddings(model, Path(record.arguments["features"]))
+            embedder = FrozenEmbeddings(model, Path(str(record.arguments["features"])))
         found = evaluate(model, sets, batch_size, embedder)
         result = {"dev": found["tasks"], "overall": found["score"]}
     else:
@@ -264,6 +265,7 @@ def submit(record: Record, out: Path, data_dir: Path | None) -> None:
     """Pack the run's prediction files for the leaderboard, if they are as it wants them."""
     check_new_file(out)
     files: dict[str, Path] = {}
+    notes: list[str] = []
     for task in find_tasks(LEADERBOARD):
         for split in ("dev", "test"):
             path = record.predictions(task, split)
@@ -271,12 +273,13 @@ def submit(record: Record, out: Path, data_dir: Path | None) -> None:
             examples, _ = read(source, task, labelled=split == "dev")
             read_predictions(path, task, examples, source)
             files[f"predictions/{task.name}-{split}-output.csv"] = path
-            note(f"{path}: {len(examples):,} predictions, in the order of {source}")
+            notes.append(f"{path}: {len(examples):,} predictions, in the order of {source}")
     with whole_file(out) as draft, zipfile.ZipFile(draft, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, path in files.items():
             entry = zipfile.ZipInfo(name)  # without the time: equal files make equal archives
             entry.external_attr = 0o644 << 16
             archive.writestr(entry, path.read_bytes(), zipfile.ZIP_DEFLATED)
+    note(*notes)
     print(out)
 
 

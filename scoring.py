@@ -300,14 +300,13 @@ def read_predictions(
         UserError: another header, number of rows, id or order, or a prediction in another format.
     """
     try:
-        lines = path.read_bytes().decode("utf-8").split("\n")
+        header, *rows = path.read_bytes().decode("utf-8").split("\n")
     except OSError as error:
         raise UserError(
-            f"{path}: cannot be read ({error.strerror}); has the run finished?"
+            f"{path}: no predictions ({error.strerror}); a run with heads leaves them as it ends"
         ) from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 ({error.reason}); predict anew") from None
-    header, *rows = lines
     if header != f"id \t {task.header} ":
         raise UserError(f"{path}, line 1: the header is {header[:60]!r}, not that of {task.name}")
     if len(rows) != len(examples) + 1 or rows[-1]:  # every line has an end
