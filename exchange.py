@@ -27,8 +27,8 @@ from checkpoint import (
 
 # ---------------------------------------------------------------------------- sentence-transformers
 
-# Its modules, in order -> their folders. The older of its two ways of writing them, which every
-# version reads.
+# Its modules, in order -> their folders. Their names and settings are written as its older versions
+# did, which its newer ones read too.
 MODULES = {"Transformer": "", "Pooling": "1_Pooling", "Dense": "2_Dense"}
 TANH = "torch.nn.modules.activation.Tanh"
 

@@ -120,7 +120,7 @@ def read_record(folder: Path) -> Record:
         precision = PRECISIONS[config["precision"]]
         files = {
             split: {task: str(file) for task, file in of.items()}
-            for split, of in config["files"].items()
+            for split, of in config.get("files", {}).items()
         }
         return Record(folder, arguments, files, precision, config["device"], threads)
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -64,7 +64,7 @@ def prepare(seed: int, device: str, precision: str) -> tuple[torch.device, torch
     if not available[device]:
         raise UserError(
             f"--device {device} (--use_gpu means cuda): PyTorch {torch.__version__} finds no such"
-            " device here; run without it, or install a PyTorch built for your GPU"
+            " device here; give --device cpu, or install a PyTorch built for your GPU"
         )
     if precision == "auto":
         fast = {"cpu": cpu_gains_by_bf16, "cuda": gpu_gains_by_bf16, "mps": lambda: False}

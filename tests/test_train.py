@@ -265,13 +265,13 @@ def test_learning_rates_follow_the_schedule_each_from_its_own_peak(tiny, data, t
 
 
 def files_of(run_dir) -> dict[str, bytes]:
-    """All that a run writes, without what tells the time."""
+    """All that a run writes, without what tells the time or the command."""
     found = {
         str(path.relative_to(run_dir)): path.read_bytes()
         for path in run_dir.rglob("*")
         if path.is_file() and "tensorboard" not in str(path)
     }
-    for name in ("config.json", "result.json"):
+    for name in ("config.json", "result.json", "best/README.md"):
         del found[name]
     records = map(json.loads, found.pop("log.jsonl").decode().splitlines())
     found["log"] = [{k: v for k, v in r.items() if k != "seconds"} for r in records]
