@@ -26,6 +26,7 @@ from checkpoint import (
     write_json,
     write_tensors,
 )
+from exchange import read_pooler
 
 ACTIVATIONS = {
     "gelu": F.gelu,  # x * Phi(x), Hendrycks & Gimpel 2016, exact
@@ -306,6 +307,7 @@ class BertModel(nn.Module):
             model = cls(config)
         tensors, source = read_weights(folder)
         found = match_weights(model, tensors, source)  # before memory is taken for them
+        found |= read_pooler(folder, config.hidden_size)
         fill_weights(model.to_empty(device="cpu"), found, source)
         return model.eval()
 
@@ -336,8 +338,9 @@ NAMES = {
     "layers.{}.output_norm": "encoder.layer.{}.output.LayerNorm",
     "pooler": "pooler.dense",
 }
-# What published checkpoints carry beside the encoder: pre-training heads, a constant buffer.
-LEFT_OVER = re.compile(r"cls\..*|embeddings\.position_ids")
+# What checkpoints carry beside the encoder: the heads that transformers gives a BERT for
+# pre-training, classification and question answering, and a constant buffer.
+LEFT_OVER = re.compile(r"(cls|classifier|qa_outputs)\..*|embeddings\.position_ids")
 
 
 def hub_name(name: str) -> str:

@@ -236,6 +236,25 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 # ---------------------------------------------------------------------------- writing
 
 
+def check_new_file(path: Path) -> None:
+    """UserError where a user's `path` exists, or cannot become a file."""
+    try:
+        if path.exists():
+            raise UserError(f"{path}: exists, and is not overwritten; name another file")
+        possible = writable(path.parent)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be used ({error.strerror})") from None
+    if not possible:
+        raise UserError(f"{path}: {path.parent} is not a folder that can be written to")
+
+
+def writable(folder: Path) -> bool:
+    """Whether files can be made in a folder, which may still have to be made itself."""
+    path = folder.absolute()
+    there = next(each for each in (path, *path.parents) if each.exists())
+    return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Yields a path to write to; it becomes `path` once the block is done, or leaves no trace."""

@@ -16,10 +16,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bert import BertModel
-from checkpoint import Run, UserError, digest
+from checkpoint import Run, UserError, digest, write_text
 from datasets import Batch, Mixture, Sentences, TaskData, read_triples
-from evaluation import embeddings
+from exchange import model_card
 from optimizer import AdamW, parameter_groups
+from scoring import embeddings
 from tasks import TASKS, MultitaskBERT
 from tokenizer import BertTokenizer
 from train import peak_memory, prepare, random_states, set_random_states, train
@@ -248,6 +249,10 @@ def fit(args: Namespace) -> dict[str, Any]:
         device=str(device),
         precision=str(precision).removeprefix("torch."),
         rows={"train": {"nli": len(sentences)}, "dev": {"sts": len(dev)}},
+        files={
+            "train": {"nli": str(sentences.path.absolute())},
+            "dev": {"sts": str(dev.path.absolute())},
+        },
     )
     with closing(run):
         return carry_out(args, model, mixture, dev, run)
@@ -284,6 +289,7 @@ def carry_out(
         "saving_seconds": round(run.saving, 2),  # of them, for the states to resume from
         "peak_memory_bytes": peak_memory(model.device),
     }
+    write_text(run.path / "best" / "README.md", model_card(run.path, result))
     run.finish(result)
     print(f"dev, best epoch {best['epoch'] + 1}: {best['summary']}")
     print(f"{run.path}: best/, result.json; trained for {seconds:.0f} s")

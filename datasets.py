@@ -87,14 +87,15 @@ def read_rows(
 
 
 def read(
-    path: Path, task: Task, labelled: bool = True, limit: int | None = None
+    path: Path, task: Task, labelled: bool | None = True, limit: int | None = None
 ) -> tuple[list[Example], int]:
     """Read a tab-separated file of the course.
 
     Args:
         path: the file.
         task: says which columns hold the id, the sentences and the label.
-        labelled: whether rows carry labels; a row whose label is empty is then left out.
+        labelled: whether rows carry labels, None where the header decides; a row whose label is
+            empty is then left out.
         limit: read this many rows and stop.
 
     Returns:
@@ -107,6 +108,8 @@ def read(
     unlabelled = 0
     wanted, column = ["id", *task.texts], task.label if labelled else None
     for where, row in read_rows(path, wanted, "\t", column):
+        if labelled is None:
+            labelled = task.label in row
         label = None
         if labelled:
             label = _label(row[task.label] or "", task, where)
@@ -324,7 +327,7 @@ class TaskData(Sentences):
         task: Task,
         tokenizer: BertTokenizer,
         pair_encoding: str = "separate",
-        labelled: bool = True,
+        labelled: bool | None = True,
         limit: int | None = None,
     ):
         self.task = task
@@ -332,7 +335,7 @@ class TaskData(Sentences):
         columns = list(zip(*(example.texts for example in self.examples), strict=True))
         joint = len(columns) == 2 and pair_encoding == "joint"
         super().__init__(task.name, path, columns, tokenizer, joint)
-        if labelled:
+        if self.examples[0].label is not None:
             self.labels = torch.tensor([e.label for e in self.examples], dtype=task.dtype)
 
     def notes(self) -> list[str]:

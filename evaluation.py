@@ -1,292 +1,82 @@
-"""Predictions of a model, the figures they earn, and the leaderboard's files.
+"""Ask a saved run: evaluate it again, predict, pack for the leaderboard, compare, export.
 
-Every figure is computed from all rows at once; none is a mean of batch means. Everything is done in
-evaluation mode, without gradients, and in file order.
+    python evaluation.py runs/NAME                                      # the figures of result.json
+    python evaluation.py runs/NAME --data FILE.csv --task sst --out PREDICTIONS.csv
+    python evaluation.py runs/NAME --text "A fine film."                # --text twice for a pair
+    python evaluation.py runs/NAME --submit FILE.zip
+    python evaluation.py runs/NAME --compare runs/OTHER
+    python evaluation.py runs/NAME --export onnx
+
+Batch size, precision, pooling and pair encoding are the run's own, and so are its dev files.
 """
 
-import hashlib
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from scipy import stats
-from torch import Tensor
+from options import Parser, script
 
-import bert
-from checkpoint import UserError, read_tensors, write_tensors, write_text
-from datasets import Batch, Sentences, TaskData
-from tasks import TASKS, MultitaskBERT
-from train import Diverged, memory_for, progress
-
-Embed = Callable[[Batch], Tensor]
-
-
-class FrozenEmbeddings:
-    """Embeddings of a frozen encoder, each row's computed once and then looked up.
-
-    A frozen encoder runs without dropout, so the same row has the same embeddings in every epoch,
-    and in every run: `save` leaves them in `folder`, for others with this encoder and this data.
-    (To rounding: a row's padding, and with it the last bit, depends on its batch.)
-    """
-
-    def __init__(self, model: MultitaskBERT, folder: Path):
-        self.model = model
-        self.folder = folder
-        self.known: dict[int, Known] = {}  # by the set's identity
-        # All that decides what the encoder makes of tokens; it has no dropout.
-        config = replace(model.bert.config, hidden_dropout_prob=0, attention_probs_dropout_prob=0)
-        settings = (config, model.pooling, model.precision, torch.__version__)
-        self.encoder = hashlib.sha256(repr(settings).encode() + Path(bert.__file__).read_bytes())
-        for name, tensor in model.bert.state_dict().items():
-            self.encoder.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-
-    def __call__(self, batch: Batch) -> Tensor:
-        """Embeddings as `MultitaskBERT.embed` gives them, (width * B, D)."""
-        source = batch.source
-        if id(source) not in self.known:
-            self.known[id(source)] = self.load(source)
-        known = self.known[id(source)]
-        new = batch.rows[~known.done[batch.rows]]
-        if len(new):
-            with torch.no_grad():
-                fresh = embed(self.model, source.batch(new).to(self.model.device))
-            known.vectors[new] = fresh.unflatten(0, (source.width, len(new))).transpose(0, 1)
-            known.done[new] = True
-        return known.vectors[batch.rows].transpose(0, 1).flatten(0, 1)
-
-    def load(self, source: Sentences) -> "Known":
-        """Room for a set's vectors, with what is in the folder filled in."""
-        size = (len(source), source.width, self.model.bert.config.hidden_size)
-        vectors = torch.empty(size, device=self.model.device)
-        known = Known(self.name(source), vectors, np.zeros(len(source), dtype=bool))
-        for part in sorted(self.folder.glob(f"{known.name}-*.safetensors")):
-            try:
-                found = read_tensors(part)
-                rows = found["rows"].numpy()
-                vectors[rows] = found["vectors"].to(vectors.device)
-            except (UserError, KeyError, IndexError, RuntimeError):
-                raise UserError(f"{part}: damaged; delete it, it will be made again") from None
-            known.done[rows] = True
-        known.saved = known.done.copy()
-        return known
-
-    def name(self, source: Sentences) -> str:
-        """A name for all that decides a set's embeddings: encoder, pooling, precision, tokens."""
-        digest = self.encoder.copy()
-        digest.update(repr((source.width, source.pad_token_id, source.first_lengths)).encode())
-        for ids in source.ids:
-            digest.update(np.array([len(row) for row in ids]).tobytes())
-            digest.update(np.concatenate(ids).tobytes())
-        return digest.hexdigest()[:32]
-
-    def save(self) -> None:
-        """Add to the folder what it does not have."""
-        for known in self.known.values():
-            rows = np.flatnonzero(known.done & ~known.saved)
-            if len(rows):
-                part = self.folder / f"{known.name}-{known.saved.sum():09d}.safetensors"
-                new = {"rows": torch.from_numpy(rows), "vectors": known.vectors[rows]}
-                write_tensors(part, new)
-                known.saved = known.done.copy()
+# What is asked -> the flags that go with it. Without any of these, the run is evaluated again.
+ACTIONS = {
+    "evaluate": {"data_dir", "device"},
+    "data": {"task", "out", "device"},
+    "text": {"device"},
+    "submit": {"data_dir"},
+    "compare": {"data_dir"},
+    "export": {"out"},
+}
 
 
-@dataclass
-class Known:
-    """A set's embeddings (N, width, D), which of them are there, and which are on disk."""
+def __getattr__(name: str) -> Any:
+    """`from evaluation import predict`, and all else of `scoring`; --help stays quick."""
+    if name.startswith("__"):  # Python asks every module for some
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import scoring
 
-    name: str
-    vectors: Tensor
-    done: np.ndarray
-    saved: np.ndarray | None = None
-
-
-def embed(model: MultitaskBERT, batch: Batch) -> Tensor:
-    """The embeddings of a batch's sentences, (width * B, D)."""
-    return model.embed(batch.input_ids, batch.attention_mask, batch.token_type_ids)
+    return getattr(scoring, name)
 
 
-@torch.no_grad()
-def embeddings(model: MultitaskBERT, data: TaskData, batch_size: int) -> Tensor:
-    """The embeddings of every row, (N, width, D) float32 on the CPU, in file order."""
-    model.eval()
-    vectors = torch.empty(len(data), data.width, model.bert.config.hidden_size)
-    for batch in data.in_order(batch_size):
-        with memory_for(batch):
-            found = embed(model, batch.to(model.device)).cpu()
-        vectors[torch.from_numpy(batch.rows)] = found.unflatten(0, (data.width, -1)).transpose(0, 1)
-    check_finite(vectors, data)
-    return vectors
-
-
-def check_finite(outputs: Tensor, data: TaskData) -> None:
-    """Diverged where a row's outputs (N, ...) are not finite, naming the row."""
-    bad = ~outputs.flatten(1).isfinite().all(dim=1)
-    if bad.any():
-        rows = data.names(bad.nonzero().flatten()[:1].numpy())
-        raise Diverged(
-            f"{data.path}: the outputs for {int(bad.sum())} rows are not finite ({rows}, ...):"
-            " try a smaller --lr or --precision fp32"
-        )
-
-
-@torch.no_grad()
-def predict(model: MultitaskBERT, data: TaskData, batch_size: int, embedder: Embed) -> Tensor:
-    """The logits of every row, (N, C) float32 on the CPU, in file order."""
-    model.eval()
-    logits = torch.empty(len(data), data.task.outputs)
-    with progress(len(data), f"predict {data.path.name}", inner=True) as bar:
-        for batch in data.in_order(batch_size):
-            batch = batch.to(model.device)
-            with memory_for(batch):
-                found = model.decode(batch.task, embedder(batch)).cpu()
-            logits[torch.from_numpy(batch.rows)] = found
-            bar.update(len(batch))
-    check_finite(logits, data)
-    return logits
-
-
-def report(data: TaskData, logits: Tensor) -> dict[str, Any]:
-    """The task's figures (headline first), the mean loss, and the number of rows."""
-    task = data.task
-    predicted = task.decode(logits).numpy()
-    figures = task.report(predicted, data.labels.numpy())
-    loss = task.loss(logits, data.labels).double().sum().item() / len(data)
-    if not math.isfinite(loss):
-        raise Diverged(f"{data.path}: the mean loss is {loss}; try a smaller --lr or --head_lr")
-    return {**figures, "loss": loss, "rows": len(data)}
-
-
-def headline(figures: dict[str, Any]) -> float:
-    """The first figure of a report: accuracy or Pearson's r."""
-    return next(iter(figures.values()))
-
-
-def overall(reports: dict[str, dict[str, Any]]) -> float:
-    """The course's overall score: the mean over tasks of accuracy, or of (Pearson + 1) / 2."""
-    scores = [TASKS[name].course_score(headline(figures)) for name, figures in reports.items()]
-    return sum(scores) / len(scores)
-
-
-def summary(reports: dict[str, dict[str, Any]]) -> str:
-    """One line for people: each task's headline, and the overall score."""
-    parts = []
-    for name, figures in reports.items():
-        key, value = next(iter(figures.items()))
-        parts.append(f"{name} {key} {value:.3f}")
-    return ", ".join([*parts, f"overall {overall(reports):.3f}"])
-
-
-def evaluate(
-    model: MultitaskBERT,
-    sets: list[TaskData],
-    batch_size: int,
-    embedder: Embed,
-) -> dict[str, Any]:
-    """Figures of each set by task, with the overall score as "score" and a line as "summary"."""
-    reports = {
-        data.task.name: report(data, predict(model, data, batch_size, embedder)) for data in sets
-    }
-    return {"score": overall(reports), "summary": summary(reports), "tasks": reports}
-
-
-# ---------------------------------------------------------------------------- comparing models
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """The difference of two models' headline figures (the first minus the second), on one task.
-
-    `low` and `high` bound its 95% interval; `p` is the chance of one as large where both are equal.
-    """
-
-    difference: float
-    low: float
-    high: float
-    p: float
-
-
-def compare(
-    gold: np.ndarray,
-    first: np.ndarray,
-    second: np.ndarray,
-    correlation: bool,
-    resamples: int = 9999,
-) -> Comparison:
-    """Compare two models, each trained with one or several seeds, on the same rows.
-
-    Args:
-        gold: labels, (N,).
-        first, second: predictions in the labels' units, (seeds, N).
-        correlation: whether the figure is Pearson's r, else accuracy; averaged over seeds.
-        resamples: of the bootstrap and of the permutation test.
-
-    The interval is a percentile bootstrap over rows. The test is, for accuracy, a permutation test
-    over rows (each row's two shares of right answers change sides at random; for one seed,
-    McNemar's); for a correlation, the bootstrap itself. What seeds do beside is not in either.
-    """
-    rng = np.random.default_rng(0)
-    if correlation:
-        # A resample of r costs far more than one of a mean.
-        resamples = min(resamples, 1999)
-
-        def difference(gold: np.ndarray, *predicted: np.ndarray, axis: int = -1) -> np.ndarray:
-            r = [_pearson(gold, row, axis) for row in predicted]
-            return np.mean(r[: len(first)], axis=0) - np.mean(r[len(first) :], axis=0)
-
-        samples = (gold, *first, *second)
-    else:
-
-        def difference(a: np.ndarray, b: np.ndarray, axis: int = -1) -> np.ndarray:
-            return a.mean(axis=axis) - b.mean(axis=axis)
-
-        samples = tuple((model == gold).mean(axis=0) for model in (first, second))
-    found = float(difference(*samples))
-    options = {"n_resamples": resamples, "batch": 64, "rng": rng, "vectorized": True}
-    if np.array_equal(first, second):
-        return Comparison(0.0, 0.0, 0.0, 1.0)
-    boot = stats.bootstrap(
-        samples, difference, paired=True, method="percentile", confidence_level=0.95, **options
+def parse(argv: Sequence[str] | None = None) -> Namespace:
+    """The command line, checked; `action` is the key of `ACTIONS`."""
+    parser = Parser(__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, help="a run folder")
+    add = parser.add_mutually_exclusive_group().add_argument
+    add("--data", type=Path, metavar="FILE", help="predict a csv file in the course's format")
+    add("--text", action="append", help="predict a sentence, or a pair: --text A --text B")
+    add("--submit", type=Path, metavar="ZIP", help="check the predictions, and pack them")
+    add("--compare", type=Path, metavar="OTHER", help="another run folder, to compare with on dev")
+    add("--export", choices=["onnx"], help="write the encoder for other software")
+    add = parser.add_argument
+    add("--task", help="whose columns --data has")
+    add(
+        "--out",
+        type=Path,
+        help="a new file: for --data its predictions, as the leaderboard has them; for --export the"
+        " model (default: best/onnx/model.onnx in the run folder)",
     )
-    if correlation:
-        below = (1 + np.sum(boot.bootstrap_distribution <= 0)) / (1 + resamples)
-        above = (1 + np.sum(boot.bootstrap_distribution >= 0)) / (1 + resamples)
-        p = min(1.0, 2 * min(below, above))
-    else:
-        test = stats.permutation_test(samples, difference, permutation_type="samples", **options)
-        p = test.pvalue
-    low, high = boot.confidence_interval
-    return Comparison(found, float(low), float(high), float(p))
+    add("--data_dir", type=Path, help="folder of the csv files (default: those that the run read)")
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], help="(default: the run's)")
+    args = parser.parse_args(argv)
+    asked = [action for action in ACTIONS if getattr(args, action, None) is not None]
+    args.action = asked[0] if asked else "evaluate"
+    for flag in set.union(*ACTIONS.values()) - ACTIONS[args.action]:
+        if getattr(args, flag) is not None:
+            parser.error(f"--{flag} does nothing {f'with --{asked[0]}' if asked else 'by itself'}")
+    if args.data and not (args.task and args.out):
+        parser.error("--data FILE needs --task NAME and --out FILE")
+    if args.text and len(args.text) > 2:
+        parser.error("--text: one sentence, or the two of a pair")
+    return args
 
 
-def _pearson(x: np.ndarray, y: np.ndarray, axis: int) -> np.ndarray:
-    """Pearson's r along an axis of many resamples at once; 0 where one is constant."""
-    x, y = (v - v.mean(axis=axis, keepdims=True) for v in (x, y))
-    scale = np.sqrt((x * x).sum(axis=axis) * (y * y).sum(axis=axis))
-    return np.divide((x * y).sum(axis=axis), scale, out=np.zeros_like(scale), where=scale > 0)
+def main(argv: Sequence[str] | None = None) -> None:
+    """Answer what the command line asks."""
+    args = parse(argv)
+    import saved
+
+    saved.answer(args)
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """P-values corrected for their number (Holm 1979): each times how many are not smaller."""
-    order = np.argsort(p_values)
-    corrected = np.empty(len(p_values))
-    highest = 0.0
-    for rank, i in enumerate(order):
-        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[i]))
-        corrected[i] = highest
-    return corrected.tolist()
-
-
-def write_predictions(path: Path, data: TaskData, logits: Tensor) -> None:
-    """Write a leaderboard file: its header, then `{id} , {prediction} ` a line, in file order.
-
-    Sentiment is an integer, paraphrase the rounded probability, similarity the raw value.
-    """
-    predictions = data.task.decode(logits).tolist()
-    lines = [f"id \t {data.task.header} \n"]
-    for example, prediction in zip(data.examples, predictions, strict=True):
-        lines.append(f"{example.id} , {prediction} \n")
-    write_text(path, "".join(lines))
+if __name__ == "__main__":
+    script(main)

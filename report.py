@@ -15,7 +15,7 @@ from sklearn.decomposition import PCA
 
 from checkpoint import UserError, read_json, whole_file, write_text
 from datasets import read
-from evaluation import compare, headline, holm
+from scoring import LEVEL, compare, headline, holm, p_value
 from tasks import TASKS, MultitaskBERT
 
 TASK_NAMES = {"sst": "Sentiment, accuracy", "para": "Paraphrase, accuracy", "sts": "STS, Pearson"}
@@ -162,7 +162,6 @@ def latex(table: Table, records: Records) -> str:
     return "\n".join([*lines, r"\hline", r"\end{tabular}", ""])
 
 
-LEVEL = 0.05  # of a corrected p-value
 MARGIN = 0.02  # accuracy or r; a difference surely smaller is none
 
 
@@ -208,11 +207,6 @@ def _vote(row: dict[str, Any], sign: int) -> int:
     if not significant:
         return 0
     return 1 if row["difference"] * sign > 0 else -1
-
-
-def p_value(p: float) -> str:
-    """A p-value for people."""
-    return f"{p:.4f}" if p >= 1e-4 else "< 0.0001"
 
 
 def report(

@@ -1,6 +1,5 @@
 """The job of `classifier.py` and `multitask_classifier.py`: files in, a trained model out."""
 
-import os
 import shutil
 from argparse import Namespace
 from collections.abc import Callable, Sequence
@@ -15,9 +14,12 @@ import torch
 from torch import Tensor
 
 from bert import BertModel
-from checkpoint import Run, UserError, digest
+from checkpoint import Run, UserError, check_new_file, digest, writable, write_text
 from datasets import Batch, Mixture, TaskData
-from evaluation import (
+from exchange import model_card
+from gradients import Surgery, conflict, negative, pcgrad, total
+from optimizer import AdamW, parameter_groups
+from scoring import (
     Embed,
     FrozenEmbeddings,
     embed,
@@ -28,8 +30,6 @@ from evaluation import (
     summary,
     write_predictions,
 )
-from gradients import Surgery, conflict, negative, pcgrad, total
-from optimizer import AdamW, parameter_groups
 from tasks import TASKS, MultitaskBERT, Task, find_tasks
 from tokenizer import BertTokenizer
 from train import peak_memory, prepare, summed, train
@@ -104,7 +104,8 @@ def fit(
         device=str(device),
         precision=str(precision).removeprefix("torch."),
         decoders=model.decoders,
-        rows={split: {s.task.name: len(s) for s in of} for split, of in sets.items()},
+        rows={split: {s.name: len(s) for s in of} for split, of in sets.items()},
+        files={split: {s.name: str(s.path.absolute()) for s in of} for split, of in sets.items()},
     )
     with closing(run):
         return carry_out(args, model, sets, outputs, run)
@@ -149,6 +150,7 @@ def carry_out(
         "peak_memory_bytes": peak_memory(model.device),
         "predictions": {f"{task}_{split}": str(path) for (task, split), path in outputs.items()},
     }
+    write_text(run.path / "best" / "README.md", model_card(run.path, result))
     run.finish(result)
     if args.features and isinstance(embedder, FrozenEmbeddings):
         embedder.save()
@@ -283,27 +285,14 @@ def output_paths(
             paths[task, split] = named or run_dir / "predictions" / f"{task}-{split}-output.csv"
             if named is None:
                 continue
-            try:
-                if named.exists() and not resumed:
-                    raise UserError(f"{named}: exists, and is not overwritten; name another file")
-                possible = writable(named.parent)
-            except OSError as error:
-                raise UserError(f"{named}: cannot be used ({error.strerror})") from None
-            if not possible:
-                raise UserError(f"{named}: {named.parent} is not a folder that can be written to")
+            if not resumed:
+                check_new_file(named)
             path = named.resolve()
             for other, what in taken.items():
                 if path == other or other in path.parents or path in other.parents:
                     raise UserError(f"{named}: clashes with {what}; give each output its own place")
             taken[path] = f"another output, {named}"
     return paths
-
-
-def writable(folder: Path) -> bool:
-    """Whether files can be made in a folder, which may still have to be made itself."""
-    path = folder.absolute()
-    there = next(each for each in (path, *path.parents) if each.exists())
-    return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
 
 
 def load_sets(

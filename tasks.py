@@ -41,6 +41,7 @@ from checkpoint import (
     write_json,
     write_tensors,
 )
+from exchange import write_modules
 from tokenizer import BertTokenizer
 
 # ---------------------------------------------------------------------------- the table of tasks
@@ -87,6 +88,8 @@ class Task:
         course_score: headline -> its share of the course's overall score, 0 to 1.
         header: the prediction column of a leaderboard file, as the leaderboard spells it.
         head: the default decoder.
+        probabilities: logits (B, C) -> the probability of each class (B, classes), whose order is
+            the labels'; None for a score.
         span: the logits of the least and the most similar pair, roughly. Heads start from it: at
             a learning rate of 1e-3, the bias of an STS head would take 2,500 steps to its mean.
     """
@@ -106,6 +109,7 @@ class Task:
     course_score: Callable[[float], float]
     header: str
     head: str
+    probabilities: Callable[[Tensor], Tensor] | None = None
     span: tuple[float, float] = (0.0, 0.0)
 
 
@@ -115,6 +119,14 @@ def _classes(logits: Tensor) -> Tensor:
 
 def _rounded_probability(logits: Tensor) -> Tensor:
     return logits.squeeze(-1).sigmoid().round()
+
+
+def _softmax(logits: Tensor) -> Tensor:
+    return logits.softmax(dim=-1)
+
+
+def _complementary(logits: Tensor) -> Tensor:
+    return torch.cat([(-logits).sigmoid(), logits.sigmoid()], dim=-1)
 
 
 def _raw(logits: Tensor) -> Tensor:
@@ -158,6 +170,7 @@ def _sentiment(name: str, files: str, classes: int) -> Task:
         course_score=_identity,
         header="Predicted_Sentiment",
         head="linear",
+        probabilities=_softmax,
     )
 
 
@@ -180,6 +193,7 @@ TASKS: dict[str, Task] = {
         course_score=_identity,
         header="Predicted_Is_Paraphrase",
         head="dot",
+        probabilities=_complementary,
         span=(-5.0, 5.0),
     ),
     "sts": Task(
@@ -458,6 +472,7 @@ class MultitaskBERT(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a HuggingFace folder of the encoder and tokenizer, with the heads beside it.
 
+        `transformers` and `sentence-transformers` load it, the latter to `encode` as is done here.
         The folder appears whole or not at all, in place of an older one that was written so.
 
         Raises:
@@ -471,6 +486,8 @@ class MultitaskBERT(nn.Module):
             self.bert.save_pretrained(draft)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(draft)
+                limit = self.tokenizer.max_length
+                write_modules(draft, self.pooling, limit, self.bert.pooler)
             write_tensors(draft / "heads.safetensors", self.heads.state_dict())
             write_json(
                 draft / "heads.json",

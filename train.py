@@ -62,6 +62,8 @@ def prepare(
     """
     if recorded is not None:
         device, precision = recorded["device"], recorded["precision"]
+        # With another number of threads PyTorch adds in another order.
+        torch.set_num_threads(min(recorded["hardware"]["threads"], os.cpu_count() or 1))
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only so
     # Determinism needs no NaN fill of new memory, which would cost time.
     torch.utils.deterministic.fill_uninitialized_memory = False
@@ -81,7 +83,7 @@ def prepare(
     if not available[device]:
         raise UserError(
             f"--device {device} (--use_gpu means cuda): PyTorch {torch.__version__} finds no such"
-            " device here; run without it, or install a PyTorch built for your GPU"
+            " device here; give --device cpu, or install a PyTorch built for your GPU"
         )
     if precision == "auto":
         fast = {"cpu": cpu_gains_by_bf16, "cuda": gpu_gains_by_bf16, "mps": lambda: False}

@@ -20,8 +20,8 @@ from sklearn.model_selection import GridSearchCV
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from datasets import Example, read
-from evaluation import headline
 from options import script
+from scoring import headline
 from tasks import TASKS, Task
 
 

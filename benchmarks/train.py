@@ -80,8 +80,8 @@ def ours(args: Namespace, precision: str) -> tuple[int, Callable[[], None]]:
     from bert import BertModel
     from checkpoint import Run
     from datasets import Mixture, TaskData
-    from evaluation import embed
     from optimizer import AdamW, parameter_groups
+    from scoring import embed
     from tasks import TASKS, MultitaskBERT
     from tokenizer import BertTokenizer
     from train import prepare, summed, train

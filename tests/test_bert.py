@@ -736,7 +736,7 @@ def test_missing_weight_is_refused(small_folder, name, kind):
     "name",
     [
         "encoder.layer.2.output.dense.weight",
-        "classifier.weight",
+        "score.weight",
         "clsx",
         "embeddings.position_ids.more",
         "bert.bert.pooler.dense.weight",

@@ -15,7 +15,7 @@ import experiments
 import report
 from checkpoint import Run
 from datasets import read
-from evaluation import compare, holm
+from scoring import compare, holm
 from tasks import TASKS
 
 SAMPLE = Path(__file__).resolve().parent.parent / "data" / "sample"

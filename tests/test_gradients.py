@@ -14,8 +14,8 @@ from test_train import Toy, files_of, job, log_of, result_of
 import multitask_classifier
 import supervised
 from bert import BertConfig, BertModel
-from evaluation import embed
 from gradients import Surgery, conflict, dot, layer_group, negative, pcgrad, project, total
+from scoring import embed
 from tasks import TASKS, MultitaskBERT
 from train import summed
 

@@ -8,12 +8,14 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     {"checkpoint", "gradients", "optimizer"},
+    {"exchange"},
     {"bert", "tokenizer", "train"},
     {"tasks"},
     {"datasets"},
-    {"evaluation"},
+    {"scoring"},
     {"supervised", "contrastive", "report", "options"},
-    {"classifier", "multitask_classifier", "simcse"},
+    {"saved"},
+    {"classifier", "evaluation", "multitask_classifier", "simcse"},
     {"experiments"},
 ]
 LAYER = {name: i for i, names in enumerate(LAYERS) for name in names}

@@ -15,8 +15,8 @@ import tasks
 from bert import BertModel
 from checkpoint import Run, UserError, read_state
 from datasets import Mixture, TaskData
-from evaluation import embed
 from optimizer import AdamW, parameter_groups
+from scoring import embed
 from tasks import TASKS, MultitaskBERT
 from tokenizer import BertTokenizer
 from train import Diverged, prepare, summed, train
@@ -285,7 +285,7 @@ def files_of(run_dir) -> dict:
         for path in run_dir.rglob("*")
         if path.is_file() and "tensorboard" not in path.parts
     }
-    for name in ("config.json", "resumed.jsonl"):
+    for name in ("config.json", "resumed.jsonl", "best/README.md"):
         found.pop(name, None)
     result = json.loads(found.pop("result.json"))
     for name in ("training_seconds", "saving_seconds", "peak_memory_bytes", "predictions"):

@@ -12,7 +12,7 @@ from sklearn.metrics import accuracy_score
 from bert import BertModel
 from checkpoint import UserError
 from datasets import Sentences, TaskData
-from evaluation import (
+from scoring import (
     FrozenEmbeddings,
     embed,
     evaluate,
