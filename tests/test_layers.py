@@ -18,7 +18,7 @@ LAYERS = [
     {"classifier", "evaluation", "multitask_classifier", "simcse"},
     {"experiments"},
 ]
-LAYER = {name: i for i, names in enumerate(LAYERS) for name in names}
+LAYER = {name: i for i, names in enumerate(LAYERS) for name in sorted(names)}
 LATE = {
     "torch",
     "numba",
