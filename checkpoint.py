@@ -257,7 +257,7 @@ def read_weights(folder: Path) -> tuple[dict[str, Tensor], Path]:
     """All tensors of a model folder, as stored, and the file (or index) that they came from."""
     for name in WEIGHT_FILES:
         path = folder / name
-        if not path.is_file():
+        if not os.path.lexists(path):
             continue
         if not name.endswith(".index.json"):
             return read_tensors(path), path
@@ -288,9 +288,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             tensors = load_file(path)
         else:
-            _check_pickle(path, size)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
+                _check_pickle(path, size)
                 # weights_only refuses every pickle instruction that could call something.
                 tensors = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:

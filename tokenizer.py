@@ -5,6 +5,7 @@ batch = tokenizer(["A fine film.", "Dull."], padding=True, truncation=True, retu
 batch["input_ids"], batch["attention_mask"], batch["token_type_ids"]
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -99,11 +100,11 @@ class BertTokenizer:
         """
         folder = model_folder(name, weights=False, local_files_only=local_files_only)
         settings_file = folder / "tokenizer_config.json"
-        settings = read_json(settings_file) if settings_file.is_file() else {}
+        settings = read_json(settings_file) if os.path.lexists(settings_file) else {}
         config_file = folder / "config.json"
         limits = [
             read_json(config_file).get("max_position_embeddings")
-            if config_file.is_file()
+            if os.path.lexists(config_file)
             else None,
             settings.get("model_max_length"),
         ]
@@ -112,7 +113,7 @@ class BertTokenizer:
         if limits and min(limits) < 3:
             raise UserError(f"{folder}: its limit is {min(limits)} tokens; [CLS] x [SEP] need 3")
         _check_settings(settings_file, settings, SETTINGS)
-        source = next((folder / n for n in SOURCES if (folder / n).is_file()), None)
+        source = next((folder / n for n in SOURCES if os.path.lexists(folder / n)), None)
         if source is None:
             raise UserError(f"{folder}: no tokenizer; expected {' or '.join(SOURCES)}")
         read_source = {"tokenizer.json": _read_tokenizer_json, "vocab.txt": _read_vocabulary}
@@ -314,12 +315,9 @@ def _build(
     backend.decoder = decoders.WordPiece(prefix="##")
     _add(backend, added)
     _add(backend, [{"content": token, "special": True} for token in special.values()])
-    cls, sep = special["cls_token"], special["sep_token"]
-    backend.post_processor = processors.TemplateProcessing(
-        single=f"{cls}:0 $A:0 {sep}:0",
-        pair=f"{cls}:0 $A:0 {sep}:0 $B:1 {sep}:1",
-        special_tokens=[(cls, vocabulary[cls]), (sep, vocabulary[sep])],
-    )
+    # "[CLS] a [SEP]" and "[CLS] a [SEP] b [SEP]", the segment ids of the latter half 1.
+    sep, cls = ((special[key], vocabulary[special[key]]) for key in ("sep_token", "cls_token"))
+    backend.post_processor = processors.BertProcessing(sep, cls)
     return backend
 
 
