@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from checkpoint import (
     UserError,
+    check_weight,
     model_folder,
     read_json,
     read_weights,
@@ -34,7 +35,7 @@ ACTIVATIONS = {
     "relu": F.relu,
 }
 POOLINGS = ("pooler", "cls", "mean")
-LARGEST = 10**8  # of any size in a config.json; beyond it, the file is damaged
+LARGEST = 10**8  # of any number in a config.json; beyond it, the file is damaged
 
 
 @dataclass
@@ -88,8 +89,10 @@ class BertConfig:
                     f"{field.name} is {value!r}, expected a positive whole number up to {LARGEST:,}"
                 )
             if field.type in (float, "float"):
-                if type(value) not in (int, float) or not 0 <= value < math.inf:
-                    raise UserError(f"{field.name} is {value!r}, expected a number of at least 0")
+                if type(value) not in (int, float) or not 0 <= value <= LARGEST:
+                    raise UserError(
+                        f"{field.name} is {value!r}, expected a number from 0 to {LARGEST:,}"
+                    )
                 if field.name.endswith("_prob") and value >= 1:
                     raise UserError(f"{field.name} is {value!r}, expected at least 0 and below 1")
         if not isinstance(self.hidden_act, str) or self.hidden_act not in ACTIVATIONS:
@@ -303,10 +306,15 @@ class BertModel(nn.Module):
         config = BertConfig.from_file(folder / "config.json")
         given = {name: value for name, value in overrides.items() if value is not None}
         config = BertConfig(**{**asdict(config), **given})
-        with torch.device("meta"):  # shapes without memory: every weight is about to be read
-            model = cls(config)
         tensors, source = read_weights(folder)
-        found = match_weights(model, tensors, source)  # before memory is taken for them
+        if config.num_hidden_layers > len(tensors):
+            raise UserError(
+                f"{source}: holds {len(tensors)} tensors, too few for the"
+                f" {config.num_hidden_layers:,} layers in config.json"
+            )
+        with torch.device("meta"):  # shapes without memory, until the weights are known to fit
+            model = cls(config)
+        found = match_weights(model, tensors, source)
         found |= read_pooler(folder, config.hidden_size)
         fill_weights(model.to_empty(device="cpu"), found, source)
         return model.eval()
@@ -363,7 +371,8 @@ def match_weights(model: BertModel, tensors: dict[str, Tensor], source: Path) ->
     name (`LEFT_OVER`). The whole pooler may be missing.
 
     Raises:
-        UserError: a tensor that is missing, extra, given twice or of another shape, by name.
+        UserError: a tensor that is missing, extra, given twice, of another shape or not of finite
+            numbers, by name.
     """
     wanted = {hub_name(name): parameter for name, parameter in model.named_parameters()}
     found: dict[str, Tensor] = {}
@@ -382,8 +391,7 @@ def match_weights(model: BertModel, tensors: dict[str, Tensor], source: Path) ->
                 f"{source}: {original} has shape {tuple(tensor.shape)}, but config.json makes it"
                 f" {tuple(wanted[name].shape)}"
             )
-        if not tensor.is_floating_point():
-            raise UserError(f"{source}: {original} holds {tensor.dtype}, expected floating point")
+        check_weight(original, tensor, source)
         found[name] = tensor
     missing = [name for name in wanted if name not in found]
     if missing and missing != [name for name in wanted if name.startswith("pooler.")]:

@@ -8,12 +8,17 @@ is what one training run leaves behind: `config.json` (written first), `log.json
 import hashlib
 import json
 import os
+import pickletools
 import platform
+import re
 import shlex
 import shutil
+import stat
 import subprocess
 import sys
 import time
+import warnings
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib import metadata, util
@@ -42,14 +47,32 @@ WEIGHT_FILES = (
 )
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt")
 
+LARGEST_TEXT = 1 << 25  # bytes of a JSON file or a vocabulary: read, one takes 25 times its size
+DEEPEST = 100  # lists and objects inside each other in a JSON file
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # that weights come in
+# What a pickle of tensors names. torch.load would take a few more, and some of those any amount
+# of memory: bytearray(10**11) is a file of 50 bytes.
+PICKLED = re.compile(
+    r"collections OrderedDict|torch \w+Storage|torch\._utils _rebuild_(tensor|tensor_v2|parameter)"
+)
+
 
 class UserError(ValueError):
     """Something that the user can mend. The message is one line: what was found, where, what to do.
 
-    The scripts print it without a traceback and leave with `exit_code`.
+    It stays one line, and harmless to a terminal, whatever names and contents it quotes: characters
+    that do not print are shown as escapes, and the middle of a very long message is left out. The
+    scripts print it without a traceback and leave with `exit_code`.
     """
 
     exit_code = 2
+
+    def __init__(self, message: str):
+        if len(message) > 1000:
+            message = f"{message[:700]} ... {message[-300:]}"
+        super().__init__(
+            "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message),
+        )
 
 
 class Finished(UserError):
@@ -85,7 +108,7 @@ def model_folder(name: str | Path, *, weights: bool = True, local_files_only: bo
         spec = util.find_spec(package)  # finds the package without running it
         if spec is None or spec.origin is None:
             raise UserError(f"--model {name}: its package {package} is missing: run ./setup.sh")
-        return Path(spec.origin).parent / folder
+        return Path(spec.origin).resolve().parent / folder
     if os.path.exists(name):
         raise UserError(f"--model {name}: a file; give the folder that holds config.json")
     return _hub_folder(str(name), weights, local_files_only)
@@ -160,19 +183,72 @@ def _hub_folder(name: str, weights: bool, local_files_only: bool) -> Path:
 # ---------------------------------------------------------------------------- reading
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`; UserError where it is missing or something else."""
+def check_file(path: Path) -> None:
+    """UserError where `path` is something other than a file: a pipe would be waited for in vain."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        mode = os.stat(path).st_mode
+    except OSError:  # whoever opens it says so
+        return
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{path}: cannot be read (a folder, pipe or device); expected a file")
+
+
+def check_inside(path: Path) -> None:
+    """UserError where `path` is a link that leads out of its folder.
+
+    A folder from somebody else could else show any file of this machine, and hand it on. The links
+    of the hub's cache, from snapshots/COMMIT/ to blobs/, stay within its folder of that model.
+    """
+    home, target = Path(os.path.realpath(path.parent)), Path(os.path.realpath(path))
+    places = [home]
+    if home.parent.name == "snapshots":
+        places.append(Path(os.path.realpath(home.parent.parent / "blobs")))
+    if not any(place in target.parents for place in places):
+        raise UserError(f"{path}: a link to {target}, out of its folder: put the file itself there")
+
+
+def read_text(path: Path) -> str:
+    """The text of a small file of a model or run folder, UTF-8.
+
+    Raises:
+        UserError: it is missing, unreadable, a link out of its folder, too large, or not UTF-8.
+    """
+    check_file(path)
+    check_inside(path)
+    try:
+        with open(path, "rb") as file:
+            content = file.read(LARGEST_TEXT + 1)
     except FileNotFoundError:
         raise UserError(f"{path}: missing; is {path.parent} a model folder?") from None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
+    if len(content) > LARGEST_TEXT:
+        raise UserError(f"{path}: larger than {LARGEST_TEXT:,} bytes, which no such file is")
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a text file in UTF-8 ({error}): fetch it again") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`; UserError where it is missing or something else."""
+    text = read_text(path)
+    try:
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: not valid JSON in UTF-8 ({reason}): fetch it again") from None
+        raise UserError(f"{path}: not valid JSON ({error}): fetch it again") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: holds a JSON {type(value).__name__}, expected an object")
+    inside: list[Any] = [value]
+    for _ in range(DEEPEST):
+        inside = [
+            inner
+            for outer in inside
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, dict | list)
+        ]
+    if inside:  # deeper, it could be read, but not written again
+        raise UserError(f"{path}: nested more than {DEEPEST} deep: fetch it again")
     return value
 
 
@@ -183,8 +259,9 @@ def shard_names(index: Path) -> list[str]:
         raise UserError(f"{index}: has no weight_map: fetch it again")
     names = sorted({str(name) for name in weight_map.values()})
     for name in names:
-        if name != os.path.basename(name) or name in ("", ".", "..") or "\\" in name:
-            raise UserError(f"{index}: names the shard {name!r}, which is outside its folder")
+        plain = name == os.path.basename(name) and name not in ("", ".", "..") and "\\" not in name
+        if not plain or not name.isprintable():
+            raise UserError(f"{index}: names the shard {name!r}, which is no file in its folder")
     return names
 
 
@@ -192,7 +269,7 @@ def read_weights(folder: Path) -> tuple[dict[str, Tensor], Path]:
     """All tensors of a model folder, as stored, and the file (or index) that they came from."""
     for name in WEIGHT_FILES:
         path = folder / name
-        if not path.is_file():
+        if not os.path.lexists(path):
             continue
         if not name.endswith(".index.json"):
             return read_tensors(path), path
@@ -210,27 +287,80 @@ def read_weights(folder: Path) -> tuple[dict[str, Tensor], Path]:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The named tensors of one `.safetensors` or `.bin` file. Executes nothing that is in it."""
+    """The named tensors of one `.safetensors` or `.bin` file. Executes nothing that is in it.
+
+    Raises:
+        UserError: it is missing, damaged, a link out of its folder, holds anything but tensors, or
+            promises more numbers than there is room for in it.
+    """
+    check_file(path)
+    check_inside(path)
     try:
+        size = path.stat().st_size
         if path.suffix == ".safetensors":
-            return load_file(path)
-        # weights_only refuses every pickle instruction that could call something.
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
+            tensors = load_file(path)
+        else:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                _check_pickle(path, size)
+                # weights_only refuses every pickle instruction that could call something.
+                tensors = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: missing: fetch the model again") from None
     except (SafetensorError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: not a whole weight file ({reason}): fetch it again") from None
+        raise UserError(f"{path}: not a whole weight file ({error}): fetch it again") from None
+    except UserError:
+        raise
     except Exception as error:  # torch.load raises whatever the damaged bytes lead it to
         raise UserError(
             f"{path}: damaged, or holds more than tensors ({type(error).__name__}); nothing in it"
             " was run: fetch it again, or use model.safetensors"
         ) from None
     if not isinstance(tensors, dict) or not all(
-        isinstance(k, str) and isinstance(v, Tensor) for k, v in tensors.items()
+        isinstance(k, str) and isinstance(v, Tensor) and v.layout == torch.strided and v.is_cpu
+        for k, v in tensors.items()
     ):
         raise UserError(f"{path}: holds something other than named tensors")
+    # A pickled tensor may repeat its numbers (a stride of 0) or name some that are not there. Tied
+    # weights, the same numbers under two names, are usual.
+    promised = sum(v.numel() * v.element_size() for v in tensors.values())
+    if promised > 2 * size:
+        raise UserError(f"{path}: has {size:,} bytes, but its tensors {promised:,}: fetch it again")
     return tensors
+
+
+def _check_pickle(path: Path, size: int) -> None:
+    """Look through a `.bin` file before torch.load does.
+
+    Raises:
+        UserError: it is compressed (torch.save never does that), or names what is no tensor's.
+        Exception: it is no pickle, or no zip file of pickles.
+    """
+    with open(path, "rb") as file:
+        if file.read(4) == b"PK\x03\x04":
+            archive = zipfile.ZipFile(file)
+            if sum(entry.file_size for entry in archive.infolist()) > size:
+                raise UserError(f"{path}: a compressed archive, which torch.save makes none of")
+            names = [name for name in archive.namelist() if name.endswith(".pkl")]
+            pickles = [archive.open(name) for name in names]
+        else:  # the format of before PyTorch 1.6: a few pickles, and then the numbers
+            file.seek(0)
+            pickles = [file] * 5
+        for pickle in pickles:
+            for opcode, argument, _ in pickletools.genops(pickle):
+                if opcode.name == "GLOBAL" and not PICKLED.fullmatch(argument):
+                    raise UserError(
+                        f"{path}: holds more than tensors ({argument}); nothing in it was run:"
+                        " use model.safetensors"
+                    )
+
+
+def check_weight(name: str, tensor: Tensor, source: Path) -> None:
+    """UserError where a model's weight holds anything but finite floating-point numbers."""
+    if tensor.dtype not in FLOATS:
+        raise UserError(f"{source}: {name} holds {tensor.dtype}, expected floating point")
+    if not tensor.float().isfinite().all():
+        raise UserError(f"{source}: {name} holds NaN or infinity: take an earlier checkpoint")
 
 
 # ---------------------------------------------------------------------------- writing

@@ -9,17 +9,20 @@ tokenizer does both where the model is uncased, and a cased model is meant to se
 
 import csv
 import math
+import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from checkpoint import UserError
+from checkpoint import UserError, check_file
 from tasks import Task
 from tokenizer import BertTokenizer
 
@@ -27,13 +30,16 @@ POOL = 50  # batches that are sorted by length together: 3-5% padding, and shuff
 DELIMITERS = {"\t": "tab", ",": "comma"}
 TOKENISED_AT_ONCE = 8192  # rows; bounds the memory of the tokenizer's own objects
 
-csv.field_size_limit(1 << 27)
+LONGEST = 10**6  # characters of a line or a field; what is longer is no csv file of sentences
+NOT_TEXT = re.compile("[\0\udc80-\udcff]")  # NUL, and (by surrogateescape) bytes beyond UTF-8
+
+csv.field_size_limit(LONGEST)
 
 
 # ---------------------------------------------------------------------------- reading
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Example:
     """One row: its id, its one or two sentences, its label (None in a test file)."""
 
@@ -43,33 +49,39 @@ class Example:
 
 
 def read_rows(
-    path: Path, wanted: Sequence[str], delimiter: str, label: str | None = None
-) -> Iterator[tuple[str, dict[str, str]]]:
-    """Each row of a csv file (a header line, default csv quoting, UTF-8), and where it is.
+    path: Path, wanted: Sequence[str], delimiter: str, optional: Sequence[str] = ()
+) -> Iterator[tuple[int, dict[str, str]]]:
+    """Each row of a csv file (a header line, default csv quoting, UTF-8), after its line's number.
+
+    A byte-order mark, any kind of line ends, blank lines, columns in another order and columns
+    beside those wanted do no harm. Everything else does: column names are as the course writes
+    them, capitals too, and every row has as many columns as the header.
 
     Args:
-        path: the file. Columns may come in any order, and others than those wanted may be there.
-        wanted: the columns that a row must have.
+        path: the file. At most about `LONGEST` characters of it are in memory at a time.
+        wanted: the columns that are returned.
         delimiter: between columns.
-        label: one more column, which a row may lack.
+        optional: columns that are returned too where the file has them.
 
     Raises:
         UserError: what cannot be read, by file and line.
     """
+    start = 1  # the line that the next row starts in
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            rows = csv.DictReader(file, delimiter=delimiter, strict=True)
-            _check_header(path, rows.fieldnames, [*wanted, *filter(None, [label])], delimiter)
+        check_file(path)
+        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+            rows = csv.reader(_lines(path, file), delimiter=delimiter, strict=True)
+            header = next(filter(None, rows), None)
+            there = [column for column in optional if column in (header or [])]
+            places = _find_columns(path, header, [*wanted, *there], delimiter)
+            start = rows.line_num + 1
             for row in rows:
-                where = f"{path}, line {rows.line_num}"
-                if None in row or any(row[column] is None for column in wanted):
-                    raise UserError(
-                        f"{where}: has not the {len(rows.fieldnames)} columns of the header;"
-                        f" is a {DELIMITERS[delimiter]} or a quote missing?"
-                    )
-                if any("\n" in text and delimiter in text for text in row.values() if text):
-                    raise UserError(f"{where}: a quoted field swallows lines; close its quote")
-                yield where, row
+                line, start = start, rows.line_num + 1
+                if not row:
+                    continue
+                if fault := _fault(row, len(header), start - line, delimiter):
+                    raise UserError(f"{path}, line {line}: {fault}")
+                yield line, {column: row[place] for column, place in places.items()}
     except FileNotFoundError:
         raise UserError(
             f"{path}: no such file: fetch the course's data with ./setup.sh --data, or try the"
@@ -77,13 +89,59 @@ def read_rows(
         ) from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); expected a csv file") from None
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path}: not UTF-8 (byte {error.object[error.start]:#04x}, {error.reason}):"
-            " save it as UTF-8"
-        ) from None
     except csv.Error as error:
-        raise UserError(f"{path}, line {rows.line_num + 1}: not csv ({error})") from None
+        raise UserError(f"{path}, line {start}: not csv ({error}); mend its quotes") from None
+
+
+def _lines(path: Path, file: TextIO) -> Iterator[str]:
+    """The lines of a text file; UserError for one that is too long or not UTF-8, by number."""
+    for number, line in enumerate(iter(partial(file.readline, LONGEST + 1), ""), start=1):
+        if len(line) > LONGEST:
+            raise UserError(
+                f"{path}, line {number}: longer than {LONGEST:,} characters; expected a csv file"
+                " with a row a line"
+            )
+        if bad := NOT_TEXT.search(line):
+            byte = ord(bad.group()) & 0xFF
+            raise UserError(
+                f"{path}, line {number}: not UTF-8 (byte {byte:#04x}): save it as UTF-8 text"
+            )
+        yield line
+
+
+def _find_columns(
+    path: Path, header: list[str] | None, wanted: Sequence[str], delimiter: str
+) -> dict[str, int]:
+    """The place of each column that is wanted; UserError where the header lacks it, or has two."""
+    if header is None:
+        raise UserError(f"{path}: empty; expected a header line and rows")
+    counts = [header.count(column) for column in wanted]
+    if 0 in counts and len(header) == 1:
+        name = DELIMITERS[delimiter]
+        raise UserError(
+            f"{path}, line 1: no {name} in the header {header[0][:60]!r}; columns must be"
+            f" separated by {name}s"
+        )
+    for column, count in zip(wanted, counts, strict=True):
+        if count != 1:
+            found = ", ".join(map(repr, header))
+            raise UserError(
+                f"{path}, line 1: {count or 'no'} column{'s' * (count > 1)} {column!r}; found"
+                f" {found[:200]}; name it so, once"
+            )
+    return {column: header.index(column) for column in wanted}
+
+
+def _fault(row: list[str], columns: int, lines: int, delimiter: str) -> str | None:
+    """What is wrong with a row that was written over so many lines; None where nothing is."""
+    if lines > 1 and any(delimiter in field and re.search("[\n\r]", field) for field in row):
+        return f"a quoted field swallows {lines} lines; close its quote, or take its line ends out"
+    if len(row) != columns:
+        return (
+            f"has not the {columns} columns of the header, but {len(row)}; is a"
+            f" {DELIMITERS[delimiter]} or a quote missing?"
+        )
+    return None
 
 
 def read(
@@ -91,11 +149,13 @@ def read(
 ) -> tuple[list[Example], int]:
     """Read a tab-separated file of the course.
 
+    Every row has an id of its own, by which a leaderboard file names it. An empty sentence is a
+    sentence. A row whose label is empty is left out, and counted: the course's own files have some.
+
     Args:
         path: the file.
         task: says which columns hold the id, the sentences and the label.
-        labelled: whether rows carry labels, None where the header decides; a row whose label is
-            empty is then left out.
+        labelled: whether rows carry labels, None where the header decides.
         limit: read this many rows and stop.
 
     Returns:
@@ -106,18 +166,32 @@ def read(
     """
     examples: list[Example] = []
     unlabelled = 0
-    wanted, column = ["id", *task.texts], task.label if labelled else None
-    for where, row in read_rows(path, wanted, "\t", column):
+    lines: dict[str, int] = {}  # id -> where it is
+    wanted = ["id", *task.texts, *([task.label] if labelled else [])]
+    optional = [task.label] if labelled is None else []
+    for line, row in read_rows(path, wanted, "\t", optional):
         if labelled is None:
             labelled = task.label in row
+        name = row["id"]
+        if not name.strip() or not name.isprintable():
+            raise UserError(
+                f"{path}, line {line}: id is {name[:40]!r}; give the row a printable id"
+            )
+        if lines.setdefault(name, line) != line:
+            raise UserError(
+                f"{path}, line {line}: id {name[:40]!r} is line {lines[name]}'s; give each its own"
+            )
         label = None
         if labelled:
-            label = _label(row[task.label] or "", task, where)
+            try:
+                label = _label(row[task.label], task)
+            except UserError as error:
+                raise UserError(f"{path}, line {line}: {error}") from None
             if label is None:
                 unlabelled += 1
                 continue
-        examples.append(Example(row["id"], tuple(row[name] for name in task.texts), label))
-        if limit is not None and len(examples) == limit:
+        examples.append(Example(name, tuple([row[column] for column in task.texts]), label))
+        if len(examples) == limit:
             break
     if not examples:
         what = f"none of its {unlabelled} rows has a label" if unlabelled else "no rows"
@@ -125,36 +199,19 @@ def read(
     return examples, unlabelled
 
 
-def _check_header(
-    path: Path, header: Sequence[str] | None, wanted: Sequence[str], delimiter: str
-) -> None:
-    """UserError where the header lacks a column that is wanted."""
-    if header is None:
-        raise UserError(f"{path}: empty; expected a header line and rows")
-    missing = [column for column in wanted if column not in header]
-    if missing and len(header) == 1:
-        name = DELIMITERS[delimiter]
-        raise UserError(
-            f"{path}, line 1: no {name} in the header {header[0][:60]!r}; columns must be"
-            f" separated by {name}s"
-        )
-    if missing:
-        found = ", ".join(repr(column) for column in header)
-        raise UserError(f"{path}, line 1: no column {missing[0]!r}; found {found[:200]}")
-
-
-def _label(text: str, task: Task, where: str) -> float | None:
+def _label(text: str, task: Task) -> float | None:
     """The label that `text` spells, None where it is empty; UserError where it is invalid."""
     if not text.strip():
         return None
-    kind = "whole number" if task.whole else "number"
-    expected = f"expected a {kind} from {task.low:g} to {task.high:g}"
     try:
         value = float(text)
     except ValueError:
-        raise UserError(f"{where}: {task.label} is {text[:40]!r}; {expected}") from None
+        value = math.nan
     if not task.low <= value <= task.high or (task.whole and value != int(value)):
-        raise UserError(f"{where}: {task.label} is {text[:40]!r}; {expected}")
+        kind = "whole number" if task.whole else "number"
+        raise UserError(
+            f"{task.label} is {text[:40]!r}; expected a {kind} from {task.low:g} to {task.high:g}"
+        )
     return value
 
 
@@ -357,10 +414,12 @@ def read_triples(path: Path, limit: int | None = None) -> list[tuple[str, ...]]:
         UserError: what cannot be read, by file and line; a sentence that is empty.
     """
     triples: list[tuple[str, ...]] = []
-    for where, row in read_rows(path, NLI_COLUMNS, ","):
+    for line, row in read_rows(path, NLI_COLUMNS, ","):
         for column in NLI_COLUMNS:
             if not row[column].strip():
-                raise UserError(f"{where}: {column} is empty; a triple needs its three sentences")
+                raise UserError(
+                    f"{path}, line {line}: {column} is empty; a triple needs its three sentences"
+                )
         triples.append(tuple(row[column] for column in NLI_COLUMNS))
         if len(triples) == limit:
             break

@@ -33,6 +33,7 @@ from torch.nn import functional as F
 from bert import POOLINGS, BertModel, load_weights, pool
 from checkpoint import (
     UserError,
+    check_weight,
     model_folder,
     read_json,
     read_tensors,
@@ -508,18 +509,27 @@ class MultitaskBERT(nn.Module):
         if not Path(folder).is_dir():
             raise UserError(f"{folder}: no such run folder or model folder")
         folder = model_folder(folder)
-        settings = read_json(folder / "heads.json")
+        path = folder / "heads.json"
+        settings = read_json(path)
         absent = {"decoders", "pooling", "pair_encoding"} - set(settings)
         if absent:
-            raise UserError(f"{folder / 'heads.json'}: has no {min(absent)}")
-        model = cls(
-            BertModel.from_pretrained(folder),
-            find_tasks(list(settings["decoders"])),
-            settings["decoders"],
-            settings["pooling"],
-            settings["pair_encoding"],
-            BertTokenizer.from_pretrained(folder),
-        )
+            raise UserError(f"{path}: has no {min(absent)}")
+        decoders = settings["decoders"]
+        if not isinstance(decoders, dict) or set(map(type, decoders.values())) - {str}:
+            raise UserError(f"{path}: decoders is {decoders!r}, expected a decoder for each task")
+        bert = BertModel.from_pretrained(folder)
+        tokenizer = BertTokenizer.from_pretrained(folder)
+        try:
+            model = cls(
+                bert,
+                find_tasks(list(decoders)),
+                decoders,
+                settings["pooling"],
+                settings["pair_encoding"],
+                tokenizer,
+            )
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
         model.load_heads(folder / "heads.safetensors")
         return model.eval()
 
@@ -529,9 +539,12 @@ class MultitaskBERT(nn.Module):
         self.load_heads(folder / "heads.safetensors")
 
     def load_heads(self, path: Path) -> None:
-        """Read the heads' weights; UserError where names or shapes are not this model's."""
+        """Read the heads' weights; UserError for other names, shapes, or numbers not finite."""
+        tensors = read_tensors(path)
+        for name, tensor in tensors.items():
+            check_weight(name, tensor, path)
         try:
-            self.heads.load_state_dict(read_tensors(path))
+            self.heads.load_state_dict(tensors)
         except RuntimeError as error:
             reason = " ".join(str(error).split())
             raise UserError(f"{path}: does not fit the heads in heads.json ({reason})") from None

@@ -5,15 +5,24 @@ batch = tokenizer(["A fine film.", "Dull."], padding=True, truncation=True, retu
 batch["input_ids"], batch["attention_mask"], batch["token_type_ids"]
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Encoding, Tokenizer, decoders, normalizers, pre_tokenizers, processors
+from tokenizers import (
+    AddedToken,
+    Encoding,
+    Tokenizer,
+    decoders,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 from tokenizers.models import WordPiece
 
-from checkpoint import UserError, model_folder, read_json, write_json, write_text
+from checkpoint import UserError, model_folder, read_json, read_text, write_json, write_text
 
 SPECIAL_TOKENS = {
     "pad_token": "[PAD]",
@@ -40,6 +49,19 @@ STORED = {
     "tokenize_chinese_chars": "handle_chinese_chars",
 }
 ORIGINAL = {"lowercase": True, "strip_accents": None, "handle_chinese_chars": True}
+
+# What a tokenizer.json must say, if it says anything there: how BERT's text becomes tokens.
+STEPS = {
+    ("model", "type"): "WordPiece",
+    ("model", "continuing_subword_prefix"): "##",
+    ("model", "max_input_chars_per_word"): 100,
+    ("normalizer", "type"): "BertNormalizer",
+    ("pre_tokenizer", "type"): "BertPreTokenizer",
+}
+LARGEST_VOCABULARY = 10**6  # tokens; LaBSE's, the largest known, has half as many
+LARGEST_ADDED = 10**6  # characters of all added tokens, of which 10^6 take the library 5 s
+# A vocabulary, the flags of the text's clean-up by the names of tokenizer.json, added tokens.
+Source = tuple[dict[str, int], dict[str, Any], list[dict[str, Any]]]
 
 
 class BertTokenizer:
@@ -74,15 +96,15 @@ class BertTokenizer:
         strip accents and split Chinese characters.
 
         Raises:
-            UserError: no such model, or a file that is missing or damaged.
+            UserError: no such model, or a file that is missing, damaged or not of a BERT.
         """
         folder = model_folder(name, weights=False, local_files_only=local_files_only)
         settings_file = folder / "tokenizer_config.json"
-        settings = read_json(settings_file) if settings_file.is_file() else {}
+        settings = read_json(settings_file) if os.path.lexists(settings_file) else {}
         config_file = folder / "config.json"
         limits = [
             read_json(config_file).get("max_position_embeddings")
-            if config_file.is_file()
+            if os.path.lexists(config_file)
             else None,
             settings.get("model_max_length"),
         ]
@@ -90,20 +112,21 @@ class BertTokenizer:
         limits = [n for n in limits if isinstance(n, int) and n < 10**9]
         if limits and min(limits) < 3:
             raise UserError(f"{folder}: its limit is {min(limits)} tokens; [CLS] x [SEP] need 3")
-        for key, types in SETTINGS.items():
-            if key in settings and not isinstance(settings[key], types):
-                raise UserError(f"{settings_file}: {key} is {settings[key]!r}, not true or false")
-        source = next((folder / n for n in SOURCES if (folder / n).is_file()), None)
+        _check_settings(settings_file, settings, SETTINGS)
+        source = next((folder / n for n in SOURCES if os.path.lexists(folder / n)), None)
         if source is None:
             raise UserError(f"{folder}: no tokenizer; expected {' or '.join(SOURCES)}")
+        read_source = {"tokenizer.json": _read_tokenizer_json, "vocab.txt": _read_vocabulary}
+        vocabulary, stored, added = read_source[source.name](source)
+        # tokenizer_config.json wins over what tokenizer.json has stored.
+        flags = {ours: settings.get(key, stored[ours]) for key, ours in STORED.items()}
         try:
-            if source.name == "tokenizer.json":
-                backend = _read_tokenizer_json(source, settings)
-            else:
-                backend = _build(_read_vocabulary(source), settings)
+            backend = _build(vocabulary, settings, flags, added)
             return cls(backend, settings, min(limits, default=512))
         except UserError as error:
             raise UserError(f"{source}: {error}") from None
+        except Exception as error:  # whatever tokens lead the library to
+            raise UserError(f"{source}: not a BERT's ({error}): fetch it again") from None
 
     def __call__(
         self,
@@ -220,53 +243,97 @@ def _content(token: Any, default: str) -> str:
     return token if isinstance(token, str) else default
 
 
-def _normalizer(settings: dict[str, Any], stored: dict[str, Any]) -> normalizers.Normalizer:
-    """BERT's text clean-up; tokenizer_config.json (`settings`) wins over `stored`."""
-    flags = {ours: settings.get(key, stored[ours]) for key, ours in STORED.items()}
-    return normalizers.BertNormalizer(clean_text=True, **flags)
+def _check_settings(path: Path, given: dict[str, Any], types: dict[str, Any]) -> None:
+    """UserError where one of these settings has another type."""
+    for key, expected in types.items():
+        if key in given and not isinstance(given[key], expected):
+            raise UserError(f"{path}: {key} is {given[key]!r}, not true or false")
 
 
-def _read_tokenizer_json(path: Path, settings: dict[str, Any]) -> Tokenizer:
-    """The tokenizer in `tokenizer.json`, its normalizer brought in line with the settings."""
-    try:
-        backend = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exceptions
-        reason = str(error).splitlines()[0]
-        raise UserError(f"not a tokenizer file ({reason}): fetch it again") from None
-    if not isinstance(backend.model, WordPiece):
-        raise UserError(f"a {type(backend.model).__name__} tokenizer; BERT's is WordPiece")
-    if isinstance(backend.normalizer, normalizers.BertNormalizer):
-        stored = {key: getattr(backend.normalizer, key) for key in STORED.values()}
-        backend.normalizer = _normalizer(settings, stored)
-    return backend
+def _read_tokenizer_json(path: Path) -> Source:
+    """What `tokenizer.json` holds.
+
+    The rest of a BERT's tokenizer is known (`STEPS`), and what differs is refused by name. The
+    library's own reader would run whatever steps a file asks for, some without end, and some
+    damaged files stop the interpreter. How [CLS] and [SEP] are put in is not read, as transformers
+    does not for its BertTokenizer.
+    """
+    given = read_json(path)
+    for (part, key), expected in STEPS.items():
+        if not isinstance(given.get(part), dict):
+            raise UserError(f"{path}: {part} is {given.get(part)!r}, which is not a BERT's")
+        found = given[part].get(key, expected)
+        if found != expected:
+            raise UserError(f"{path}: {part} has {key} {found!r}; BERT's is {expected!r}")
+    vocabulary = given["model"].get("vocab")
+    if not isinstance(vocabulary, dict) or not all(
+        type(index) is int and 0 <= index < LARGEST_VOCABULARY for index in vocabulary.values()
+    ):
+        raise UserError(f"{path}: has no vocab of tokens with numbers: fetch it again")
+    stored = {key: given["normalizer"].get(key, value) for key, value in ORIGINAL.items()}
+    _check_settings(path, stored, {ours: SETTINGS[key] for key, ours in STORED.items()})
+    added = given.get("added_tokens") or []
+    if not isinstance(added, list) or not all(
+        isinstance(token, dict) and {"id", "content"} <= token.keys() for token in added
+    ):
+        raise UserError(f"{path}: added_tokens is no list of tokens: fetch it again")
+    return vocabulary, stored, added
 
 
-def _read_vocabulary(path: Path) -> dict[str, int]:
-    """`vocab.txt`: one token a line, its number is the line's."""
-    try:
-        # Only "\n" ends a line: the vocabulary may hold other characters that Unicode calls breaks.
-        lines = path.read_bytes().decode("utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"not a readable UTF-8 file ({error}): fetch it again") from None
+def _read_vocabulary(path: Path) -> Source:
+    """What `vocab.txt` holds: one token a line, its number is the line's."""
+    # Only "\n" ends a line: the vocabulary may hold other characters that Unicode calls breaks.
+    text = read_text(path)
+    if text.count("\n") > LARGEST_VOCABULARY:
+        raise UserError(
+            f"{path}: more than {LARGEST_VOCABULARY:,} lines; no vocabulary has so many"
+        )
+    lines = text.split("\n")
     tokens = [line.removesuffix("\r") for line in (lines if lines[-1] else lines[:-1])]
-    return {token: index for index, token in enumerate(tokens)}
+    return {token: index for index, token in enumerate(tokens)}, ORIGINAL, []
 
 
-def _build(vocabulary: dict[str, int], settings: dict[str, Any]) -> Tokenizer:
-    """The WordPiece tokenizer of the original BERT, from its vocabulary."""
+def _build(
+    vocabulary: dict[str, int],
+    settings: dict[str, Any],
+    flags: dict[str, Any],
+    added: list[dict[str, Any]],
+) -> Tokenizer:
+    """The WordPiece tokenizer of the original BERT, from its vocabulary and what was added to it.
+
+    Raises:
+        UserError: a special token that is missing, an added one that cannot be.
+        Exception: tokens that the library cannot take.
+    """
     special = {key: _content(settings.get(key), token) for key, token in SPECIAL_TOKENS.items()}
     absent = [token for token in special.values() if token not in vocabulary]
     if absent:
         raise UserError(f"the vocabulary has no {absent[0]}")
     backend = Tokenizer(WordPiece(vocabulary, unk_token=special["unk_token"]))
-    backend.normalizer = _normalizer(settings, ORIGINAL)
+    backend.normalizer = normalizers.BertNormalizer(clean_text=True, **flags)
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     backend.decoder = decoders.WordPiece(prefix="##")
-    backend.add_special_tokens(list(special.values()))
-    cls, sep = special["cls_token"], special["sep_token"]
-    backend.post_processor = processors.TemplateProcessing(
-        single=f"{cls}:0 $A:0 {sep}:0",
-        pair=f"{cls}:0 $A:0 {sep}:0 $B:1 {sep}:1",
-        special_tokens=[(cls, vocabulary[cls]), (sep, vocabulary[sep])],
-    )
+    _add(backend, added)
+    _add(backend, [{"content": token, "special": True} for token in special.values()])
+    # "[CLS] a [SEP]" and "[CLS] a [SEP] b [SEP]", the segment ids of the latter half 1.
+    sep, cls = ((special[key], vocabulary[special[key]]) for key in ("sep_token", "cls_token"))
+    backend.post_processor = processors.BertProcessing(sep, cls)
     return backend
+
+
+def _add(backend: Tokenizer, added: list[dict[str, Any]]) -> None:
+    """Add tokens that are found in a text as they are, each with its number where that is given."""
+    tokens = [AddedToken(**{k: v for k, v in token.items() if k != "id"}) for token in added]
+    if sum(len(token.content) for token in tokens) > LARGEST_ADDED:
+        raise UserError(f"its added tokens have more than {LARGEST_ADDED:,} characters")
+    for token in tokens:
+        # The library looks for a token that is nothing for ever.
+        if not token.content or (
+            token.normalized and not backend.normalizer.normalize_str(token.content)
+        ):
+            raise UserError(f"the added token {token.content!r} is nothing once it is cleaned up")
+    backend.add_tokens(tokens)
+    for token in added:
+        number = backend.token_to_id(token["content"])
+        if token.get("id", number) != number:
+            raise UserError(f"the added token {token['content']!r} is not number {token['id']!r}")

@@ -377,7 +377,7 @@ def test_safetensors_is_preferred_over_pickle(tmp_path):
         (None, "missing"),
         (b"", "not valid JSON"),
         (b'{"a": 1,\n "b":\n}', "not valid JSON"),
-        (b'{"a": "\xff"}', "not valid JSON"),
+        (b'{"a": "\xff"}', "not a text file in UTF-8"),
         (b"[" * 100_000, "not valid JSON"),
         (b"[1]", "a JSON list"),
         (b'"text"', "a JSON str"),

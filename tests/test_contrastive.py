@@ -325,7 +325,7 @@ def test_training_lowers_the_loss(tiny, data, tmp_path, nli, run_script):
         ("sent0\tsent1\thard_neg\na\tb\tc\n", "line 1: no comma in the header"),
         (COLUMNS + "a,b,c\na,,c\n", "line 3: sent1 is empty; a triple needs its three sentences"),
         (COLUMNS + "a,b\n", "line 2: has not the 3 columns"),
-        (COLUMNS + 'x,y,"z\nd,e,f\ng,h,i"\nk,l,m\n', "line 4: a quoted field swallows lines"),
+        (COLUMNS + 'x,y,"z\nd,e,f\ng,h,i"\nk,l,m\n', "line 2: a quoted field swallows 3 lines"),
         (COLUMNS + "a,b,c\n", "fewer than two rows; a contrastive loss needs at least two"),
     ],
 )

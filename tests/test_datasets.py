@@ -88,7 +88,7 @@ BROKEN = {
     "no label at all": (HEADER.encode() + b"0\ta\tx\ty\t\n", "none of its 1 rows has a label"),
     "short row": (HEADER.encode() + b"0\ta\tx\n", "line 2: has not the 5 columns"),
     "long row": (HEADER.encode() + b"0\ta\tx\ty\t1\t2\n", "line 2: has not the 5 columns"),
-    "open quote": (HEADER.encode() + b'0\ta\t"x\ty\t1\n1\tb\tx"\ty\t1\n', "line 3: a quoted field"),
+    "open quote": (HEADER.encode() + b'0\ta\t"x\ty\t1\n1\tb\tx"\ty\t1\n', "line 2: a quoted field"),
     "open quote at the end": (HEADER.encode() + b'0\ta\tx\t"y\t1', "unexpected end of data"),
     "quote in the index": (HEADER.encode() + b'"0\ta\tx\ty\t1\n1"\tb\tx\ty\t1\n', "swallows"),
     "text after a quote": (HEADER.encode() + b'0\ta\t"x" z\ty\t1\n', "line 2: not csv"),

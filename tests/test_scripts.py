@@ -175,7 +175,7 @@ FAULTS = {
         lambda d: overwrite(
             d / "data/ids-sst-dev.csv", b"\tid\tsentence\tsentiment\n0\ta\tfi\xfflm\t1\n"
         ),
-        "ids-sst-dev.csv: not UTF-8",
+        "ids-sst-dev.csv, line 2: not UTF-8",
     ),
     "no config": (lambda d: (d / "model/config.json").unlink(), "config.json: missing"),
     "foreign config": (
