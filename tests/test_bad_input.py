@@ -583,6 +583,32 @@ def test_every_good_file_reads_as_by_the_standard_library(tmp_path, rows):
     assert [(e.id, e.texts, e.label) for e in examples] == expected
 
 
+REAL = os.environ.get("MINBERT_DATA")
+
+
+@pytest.mark.skipif(REAL is None, reason="MINBERT_DATA names no folder with the course's data")
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_courses_files_read_as_by_the_standard_library(name):
+    """Each row with its id and label; but for the two of Quora that have no label."""
+    if name == "nli":
+        path = Path(REAL) / "nli_for_simcse.csv"
+        with open(path, encoding="utf-8", newline="") as file:
+            assert load(name, path) == [tuple(row.values()) for row in csv.DictReader(file)]
+        return
+    task = TASKS[name]
+    for split in ("train", "dev", "test-student"):
+        path = Path(REAL) / task.files.format(split)
+        with open(path, encoding="utf-8", newline="") as file:
+            rows = [
+                row for row in csv.DictReader(file, delimiter="\t") if row.get(task.label) != ""
+            ]
+        examples = load(name, path, labelled=split != "test-student")
+        assert [e.id for e in examples] == [row["id"] for row in rows]
+        assert [e.texts for e in examples] == [tuple(row[t] for t in task.texts) for row in rows]
+        labels = [None if split == "test-student" else float(row[task.label]) for row in rows]
+        assert [e.label for e in examples] == labels
+
+
 # ------------------------------------------------------------------ model folders: any bytes at all
 
 # File -> what to do to a folder that MultitaskBERT.save_pretrained wrote, so that it is read.
