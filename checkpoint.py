@@ -70,9 +70,7 @@ class UserError(ValueError):
     def __init__(self, message: str):
         if len(message) > 1000:
             message = f"{message[:700]} ... {message[-300:]}"
-        super().__init__(
-            "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message),
-        )
+        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))
 
 
 class Finished(UserError):
@@ -196,8 +194,8 @@ def check_file(path: Path) -> None:
 def check_inside(path: Path) -> None:
     """UserError where `path` is a link that leads out of its folder.
 
-    A folder from somebody else could else show any file of this machine, and hand it on. The links
-    of the hub's cache, from snapshots/COMMIT/ to blobs/, stay within its folder of that model.
+    A folder from somebody else could have any file of this machine read, and passed on. The hub's
+    cache has links, from snapshots/COMMIT/ to blobs/; both are in its folder of that model.
     """
     home, target = Path(os.path.realpath(path.parent)), Path(os.path.realpath(path))
     places = [home]
