@@ -466,13 +466,12 @@ def write_state(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -
 
 def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What `write_state` wrote; UserError where the file is damaged or something else."""
-    tensors = read_tensors(path)
     try:
+        tensors = read_tensors(path)
         with safe_open(path, "pt") as file:
             return tensors, json.loads(file.metadata()["facts"])
-    except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
-        reason = type(error).__name__
-        raise UserError(f"{path}: no state of a run ({reason}); start again without it") from None
+    except (SafetensorError, OSError, TypeError, KeyError, ValueError):
+        raise UserError(f"{path}: damaged, no state of a run; start a new --run_dir") from None
 
 
 def digest(path: Path) -> str:
@@ -534,6 +533,8 @@ class Run:
         except OSError as error:
             raise UserError(f"--run_dir {path}: cannot be used ({error.strerror})") from None
         if not used:
+            if resume:
+                print(f"{path}: nothing to resume there; a new run begins")
             return None
         if not resume:
             raise UserError(
@@ -611,7 +612,8 @@ class Run:
         if "--run_dir" not in words and not any(w.startswith("--run_dir=") for w in words):
             words += ["--run_dir", str(self.path)]
         words += [] if "--resume" in words else ["--resume"]
-        return shlex.join([Path(sys.executable).name, *words])
+        python = os.path.relpath(sys.executable)
+        return shlex.join([sys.executable if python.startswith("..") else python, *words])
 
     def log(self, kind: str, step: int, **figures: Any) -> None:
         """Append kind, step, `facts` and figures as one line, at once on disk."""

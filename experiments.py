@@ -15,6 +15,7 @@ import argparse
 import fcntl
 import json
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -393,6 +394,7 @@ def run_alone(args: argparse.Namespace, records: Path) -> None:
             if job not in recorded:
                 path = records / f"{job}.json"
                 record(args.runs / str(job), path, job, recorded_command(job, args))
+            shutil.rmtree(args.runs / str(job) / "last", ignore_errors=True)  # most of its size
             bar.update()
     print(f"records are in {records}; tables: python experiments.py report")
     if failed:

@@ -80,6 +80,8 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
                 parser.error(f"--{task}_{field}: {task} is not in --tasks {','.join(args.tasks)}")
     if args.leave_out and args.leave_out not in args.tasks:
         parser.error(f"--leave_out {args.leave_out}: not in --tasks {','.join(args.tasks)}")
+    if args.leave_out and len(args.tasks) < 2:
+        parser.error(f"--leave_out {args.leave_out}: it is the only task; nothing would train BERT")
     for flag in ("leave_out", "surgery", "measure_conflict"):
         if args.option == "pretrain" and getattr(args, flag) not in (None, "none", 0):
             parser.error(f"--{flag} is for training BERT: give --option finetune or lpft")

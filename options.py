@@ -216,7 +216,10 @@ def script(main: Callable[[Sequence[str] | None], None]) -> NoReturn:
     try:
         main(None)
     except KeyboardInterrupt as stop:
-        print(str(stop) or "interrupted: --resume goes on from the last state", file=sys.stderr)
+        print(
+            str(stop) or "interrupted; if the run had begun, the same with --resume goes on",
+            file=sys.stderr,
+        )
         sys.exit(130)
     except BrokenPipeError:  # who reads our standard output has left: `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

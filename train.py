@@ -465,6 +465,8 @@ def train(
         try:
             go()
             save(finished=True)
+            if stop.asked:
+                raise KeyboardInterrupt
         except KeyboardInterrupt:
             raise Stopped(f"stopped at step {step}; to go on: {run.command()}") from None
     return best

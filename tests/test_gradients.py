@@ -358,6 +358,7 @@ def test_lpft_probes_first_and_goes_on_from_those_heads(
             "--leave_out para: not in --tasks sst,sts",
         ),
         (["--leave_out", "sst"], "--leave_out is for training BERT"),
+        (["--option", "finetune", "--tasks", "sst", "--leave_out", "sst"], "it is the only task"),
         (["--surgery", "pcgrad"], "--surgery is for training BERT"),
         (["--measure_conflict", "5"], "--measure_conflict is for training BERT"),
         (["--option", "finetune", "--measure_conflict", "-1"], "--measure_conflict"),

@@ -257,6 +257,26 @@ def test_a_second_signal_stops_at_once(forker, tiny, data, tmp_path):
     assert (tmp_path / "run/last/state.safetensors").exists()
 
 
+def test_a_signal_while_the_finished_state_is_saved_is_heeded(
+    tiny, data, tmp_path, run_script, monkeypatch
+):
+    """Training is over then, but predictions may take long; resumed, it goes on with those."""
+
+    def save_state(self, tensors, facts):
+        real(self, tensors, facts)
+        if facts["finished"]:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    real = Run.save_state
+    given = flags(tiny, data, tmp_path / "run", "--option", "finetune")
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "save_state", save_state)
+        code, _, err = run_script(classifier, *given)
+    assert code == 130 and "to go on: " in err.strip().splitlines()[-1]
+    assert not (tmp_path / "run/result.json").exists()
+    assert run_script(classifier, *given, "--resume")[0] == 0
+
+
 # ------------------------------------------------------------------ what --resume refuses
 
 
