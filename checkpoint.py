@@ -533,8 +533,6 @@ class Run:
         except OSError as error:
             raise UserError(f"--run_dir {path}: cannot be used ({error.strerror})") from None
         if not used:
-            if resume:
-                print(f"{path}: nothing to resume there; a new run begins")
             return None
         if not resume:
             raise UserError(
@@ -566,6 +564,8 @@ class Run:
         recorded = cls.check(path, arguments, resume)
         try:
             if recorded is None:
+                if resume:
+                    print(f"{path}: nothing to resume there; a new run begins")
                 config = {"arguments": plain(arguments), **facts, **provenance()}
                 write_json(path / "config.json", config)
                 return cls(path)
@@ -598,6 +598,7 @@ class Run:
     def save_state(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         """Keep all that it takes to go on from here, in place of what was kept before."""
         began = self.seconds()
+        os.fsync(self._log.fileno())  # the state says how long it is
         own = {"stage": self.facts.get("stage"), "log": self._log.tell(), "seconds": began}
         write_state(self.path / "last/state.safetensors", tensors, {**facts, **own})
         self.saving += self.seconds() - began

@@ -171,10 +171,9 @@ def summed(loss_fn: Callable[[Any], Tensor]) -> Callable[[Sequence[Any]], float]
         count = sum(len(batch) for batch in batches)
         loss = 0.0
         for batch in batches:
-            with memory_for(batch):
-                part = loss_fn(batch).sum() / count
-                part.backward()
-                loss += part.item()
+            part = loss_fn(batch).sum() / count
+            part.backward()
+            loss += part.item()
         return loss
 
     return gradients
@@ -399,7 +398,9 @@ def train(
     def take(batches: Sequence[Any]) -> tuple[float, float]:
         """One step: its loss, and the gradient's norm before clipping."""
         states = random_states(model.device)
-        loss = gradients([batch.to(model.device) for batch in batches])
+        batches = [batch.to(model.device) for batch in batches]
+        with memory_for(max(batches, key=lambda batch: batch.input_ids.numel())):
+            loss = gradients(batches)
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]).item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {norm}"
