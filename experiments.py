@@ -56,7 +56,8 @@ class Table:
     pairs: tuple[tuple[str, str], ...] = ()  # (cell, the one that it is compared with)
 
 
-PROBE, FINE = "--option pretrain", "--option finetune"
+# The number of epochs that --flags may give is for training BERT.
+PROBE, FINE = "--no_test --option pretrain --epochs 10", "--no_test --option finetune"
 CONCAT = "--para_decoder concat --sts_decoder concat"
 CELLS: dict[str, Cell] = {
     # The paper's SimCSE has no temperature, which is 1.
@@ -82,7 +83,7 @@ CELLS: dict[str, Cell] = {
     "mean-cosine-fast": Cell(f"{FINE} --pooling mean --sts_decoder cosine --lr 1e-4"),
     "proportional": Cell(f"{FINE} --sampling proportional"),
     "annealed": Cell(f"{FINE} --sampling annealed"),
-    "lpft": Cell("--option lpft"),
+    "lpft": Cell("--no_test --option lpft"),
     "sum": Cell(f"{FINE} --surgery sum"),
     "pcgrad": Cell(f"{FINE} --surgery pcgrad"),
 }

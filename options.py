@@ -145,6 +145,7 @@ def add_supervised_flags(parser: argparse.ArgumentParser) -> None:
         type=RATE,
         help="of the heads when BERT is trained too (default: 1e-2); with lpft, in the probe",
     )
+    add("--no_test", action="store_true", help="neither read nor predict the test files")
     add(
         "--features",
         type=Path,
@@ -200,6 +201,9 @@ def complete_supervised(
         parser.error("--lr and --head_lr are the same with --option pretrain; give one of them")
     if args.option == "finetune" and args.features:
         parser.error("--features is for a frozen BERT: give --option pretrain or lpft")
+    for name in [name for name in vars(args) if name.endswith(("test", "test_out"))]:
+        if args.no_test and name != "no_test" and getattr(args, name) is not None:
+            parser.error(f"--{name} contradicts --no_test; give one of them")
     if args.option == "pretrain":
         args.head_lr = args.head_lr or args.lr or DEFAULT_HEAD_LR
     else:

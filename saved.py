@@ -167,7 +167,8 @@ def evaluate_again(record: Record, data_dir: Path | None, device: str | None) ->
         embedder: Embed = partial(embed, model)
         if record.arguments.get("features") and record.arguments["option"] == "pretrain":
             embedder = FrozenEmbeddings(model, Path(str(record.arguments["features"])))
-        found = evaluate(model, sets, batch_size, embedder)
+        logits = [predict(model, data, batch_size, embedder) for data in sets]
+        found = evaluate(sets, logits)
         result = {"dev": found["tasks"], "overall": found["score"]}
     else:
         found = figures(model, sets[0], batch_size)

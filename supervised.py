@@ -1,5 +1,6 @@
 """The job of `classifier.py` and `multitask_classifier.py`: files in, a trained model out."""
 
+import math
 import shutil
 from argparse import Namespace
 from collections.abc import Callable, Sequence
@@ -77,7 +78,7 @@ def fit(
     tasks = find_tasks(list(files))
     recorded = Run.check(args.run_dir, vars(args), args.resume)
     device, precision = prepare(args.seed, args.device, args.precision, recorded)
-    outputs = output_paths(args.run_dir, files, recorded is not None)
+    outputs = output_paths(args.run_dir, files, args.no_test, recorded is not None)
     if args.features and not writable(args.features):
         raise UserError(f"--features {args.features}: not a folder that can be written to")
     tokenizer = BertTokenizer.from_pretrained(args.model)
@@ -129,14 +130,14 @@ def carry_out(
         run.facts["stage"] = "finetune"
         args.head_lr = args.lr  # all of the model at one rate, as Kumar et al. fine-tune
         print("the probe has converged: fine-tuning from its heads")
-    best, embedder = learn(model, sets, run, args, frozen=args.option == "pretrain")
+    best, judge = learn(model, sets, run, args, frozen=args.option == "pretrain")
     seconds = run.seconds()
 
     model.load(run.path / "best")
     reports = {}
-    for split in ("dev", "test"):
+    for split in [split for split in sets if split != "train"]:
         for data in sets[split]:
-            logits = predict(model, data, args.batch_size, embedder)
+            logits = judge.logits(data, best["step"])
             write_predictions(outputs[data.task.name, split], data, logits)
             if split == "dev":
                 reports[data.task.name] = report(data, logits)
@@ -152,8 +153,8 @@ def carry_out(
     }
     write_text(run.path / "best" / "README.md", model_card(run.path, result))
     run.finish(result)
-    if args.features and isinstance(embedder, FrozenEmbeddings):
-        embedder.save()
+    if args.features and isinstance(judge.embedder, FrozenEmbeddings):
+        judge.embedder.save()
     shutil.rmtree(run.path / "features", ignore_errors=True)  # nothing is left to go on with
     print(f"dev, best epoch {best['epoch'] + 1}: {summary(reports)}")
     print(f"{run.path}: best/, predictions/, result.json; trained for {seconds:.0f} s")
@@ -167,10 +168,10 @@ def learn(
     args: Namespace,
     frozen: bool,
     keep: str = "best",
-) -> tuple[dict[str, Any], Embed]:
+) -> tuple[dict[str, Any], "Judge"]:
     """Train the heads, and BERT unless it is frozen. The best state is then in `keep` of the run.
 
-    Returns the best evaluation, and what embeds a batch.
+    Returns the best evaluation, and what made it.
     """
     model.freeze(frozen)
     optimizers = {}
@@ -202,18 +203,42 @@ def learn(
         args.accumulate,
         together=args.surgery != "none",
     )
-    best = train(
-        model,
-        gradients,
-        mixture,
-        optimizers,
-        lambda: evaluate(model, sets["dev"], args.batch_size, embedder),
-        run,
-        args,
-        keep,
-        embedder.save if frozen else lambda: None,
-    )
-    return best, embedder
+    judge = Judge(model, sets["dev"], args.batch_size, embedder, run)
+    saved = embedder.save if frozen else lambda: None
+    best = train(model, gradients, mixture, optimizers, judge, run, args, keep, saved)
+    return best, judge
+
+
+class Judge:
+    """Evaluates the model on dev, for `train.train`; what the best one predicted is not lost."""
+
+    def __init__(
+        self, model: MultitaskBERT, dev: list[TaskData], batch_size: int, embedder: Embed, run: Run
+    ):
+        self.model = model
+        self.dev = dev
+        self.batch_size = batch_size
+        self.embedder = embedder
+        self.run = run
+        self.best: tuple[float, int, list[Tensor]] = (-math.inf, -1, [])  # score, step, logits
+
+    def __call__(self) -> dict[str, Any]:
+        """The model's figures now (`scoring.evaluate`)."""
+        found = [self.predict(data) for data in self.dev]
+        figures = evaluate(self.dev, found)
+        if figures["score"] > self.best[0]:
+            self.best = figures["score"], self.run.step, found
+        return figures
+
+    def predict(self, data: TaskData) -> Tensor:
+        """The logits (N, C) of the model as it is."""
+        return predict(self.model, data, self.batch_size, self.embedder)
+
+    def logits(self, data: TaskData, step: int) -> Tensor:
+        """The same of the model as it was after `step` steps, which has been loaded again."""
+        if step == self.best[1] and data in self.dev:
+            return self.best[2][self.dev.index(data)]
+        return self.predict(data)
 
 
 class Measured:
@@ -271,7 +296,7 @@ class Measured:
 
 
 def output_paths(
-    run_dir: Path, files: dict[str, Files], resumed: bool = False
+    run_dir: Path, files: dict[str, Files], no_test: bool, resumed: bool = False
 ) -> dict[tuple[str, str], Path]:
     """(task, split) -> its prediction file; a run that goes on may have written it before.
 
@@ -282,6 +307,8 @@ def output_paths(
     taken = {run_dir.resolve(): "--run_dir"}
     for task, given in files.items():
         for split, named in (("dev", given.dev_out), ("test", given.test_out)):
+            if split == "test" and no_test:
+                continue
             paths[task, split] = named or run_dir / "predictions" / f"{task}-{split}-output.csv"
             if named is None:
                 continue
@@ -299,7 +326,8 @@ def load_sets(
     args: Namespace, tasks: list[Task], files: dict[str, Files], tokenizer: BertTokenizer
 ) -> dict[str, list[TaskData]]:
     """The train, dev and test set of each task, read and tokenised."""
-    sets: dict[str, list[TaskData]] = {"train": [], "dev": [], "test": []}
+    splits = ("train", "dev") if args.no_test else ("train", "dev", "test")
+    sets: dict[str, list[TaskData]] = {split: [] for split in splits}
     for task in tasks:
         for split, of in sets.items():
             name = task.files.format("test-student" if split == "test" else split)

@@ -383,7 +383,9 @@ class MultitaskBERT(nn.Module):
             input_ids.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16
         ):
             first = None if pooling == "mean" else 1
-            output = self.bert(input_ids, attention_mask, token_type_ids, first)
+            # To count the tokens, a GPU would have to be waited for.
+            packed = input_ids.device.type == "cpu"
+            output = self.bert(input_ids, attention_mask, token_type_ids, first, packed)
             return pool(output, attention_mask, pooling).float()
 
     def decode(self, task: str, embeddings: Tensor) -> Tensor:

@@ -371,6 +371,7 @@ def train(
         """Evaluate, log, and save the model where it is the best so far; whether to go on."""
         nonlocal best, since_best, due
         due = True
+        run.step = step
         save()
         stop.at_once = True
         if stop.asked:

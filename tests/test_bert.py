@@ -398,6 +398,37 @@ def test_the_first_tokens_alone_come_out_the_same(layers, length, first, seed):
 
 
 @settings(deadline=None, max_examples=25, derandomize=True)
+@given(
+    st.integers(1, 3),
+    st.lists(st.integers(1, 12), min_size=1, max_size=5),
+    st.sampled_from([None, 1, 3]),
+    st.integers(0, 2**31),
+)
+def test_without_padding_tokens_come_out_the_same(layers, lengths, first, seed):
+    """`packed` leaves padding out: the tokens' outputs and all gradients are the padded batch's."""
+    torch.manual_seed(seed)
+    config = BertConfig(**{**SMALL, "num_hidden_layers": layers}, initializer_range=0.15)
+    model = BertModel(config).double().eval()
+    mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+    ids = torch.randint(1, SMALL["vocab_size"], mask.shape) * mask
+    found = []
+    for packed in (False, True):
+        model.zero_grad()
+        output = model(ids, mask, first=first, packed=packed)
+        states = output["last_hidden_state"]
+        assert states.shape[:2] == mask[:, :first].shape
+        real = mask[:, :first, None] == 1
+        if packed and first is None:
+            assert (states[~real.squeeze(-1)] == 0).all()
+        states = torch.where(real, states, 0)
+        (states.sin().sum() + output["pooler_output"].sum()).backward()
+        grads = [p.grad.clone() for p in model.parameters()]
+        found.append([states.detach(), output["pooler_output"].detach(), *grads])
+    for padded, packed in zip(*found, strict=True):
+        torch.testing.assert_close(packed, padded, rtol=0, atol=1e-10)
+
+
+@settings(deadline=None, max_examples=25, derandomize=True)
 @given(st.lists(st.integers(1, 20), min_size=2, max_size=5), st.integers(0, 2**31))
 def test_padding_changes_nothing(lengths, seed):
     """A sentence alone and the same sentence among longer ones give the same vectors."""

@@ -114,6 +114,8 @@ def test_bad_flags(run_script, script, flags, expected):
         (["--tasks", "sst", "--para_decoder", "dot"], "--para_decoder: para is not in --tasks sst"),
         (["--tasks", "sst", "--sts_train", "x"], "--sts_train: sts is not in --tasks sst"),
         (["--sampling", "random"], "--sampling"),
+        (["--no_test", "--sts_test", "x"], "--sts_test contradicts --no_test"),
+        (["--no_test", "--sst_test_out", "x"], "--sst_test_out contradicts --no_test"),
     ],
 )
 def test_bad_flags_of_the_multitask_script(run_script, flags, expected):
@@ -291,6 +293,18 @@ def test_prediction_files_go_where_the_user_says(run_script, job, tmp_path):
     config = json.loads((tmp_path / "run/config.json").read_text(encoding="utf-8"))
     assert config["rows"]["train"]["sst"] == 16
     assert not (tmp_path / "run/predictions/sst-dev-output.csv").exists()
+
+
+def test_without_the_test_files(run_script, job, tmp_path):
+    """With --no_test they need not be there, and nothing is predicted for them."""
+    for path in (tmp_path / "data").glob("*test*"):
+        path.unlink()
+    code, _, err = run_script(multitask_classifier, *job, "--epochs", 1, "--no_test")
+    assert code == 0, err
+    names = sorted(path.name for path in (tmp_path / "run/predictions").iterdir())
+    assert names == [f"{task}-dev-output.csv" for task in ("para", "sst", "sts")]
+    result = json.loads((tmp_path / "run/result.json").read_text(encoding="utf-8"))
+    assert sorted(result["predictions"]) == ["para_dev", "sst_dev", "sts_dev"]
 
 
 def test_limit_long_empty_and_unlabelled_sentences(run_script, job, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import shutil
 from argparse import Namespace
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -11,12 +12,13 @@ from safetensors.torch import load_file
 
 import classifier
 import multitask_classifier
+import supervised
 import tasks
 from bert import BertModel
 from checkpoint import Run, UserError, read_state
 from datasets import Mixture, TaskData
 from optimizer import AdamW, parameter_groups
-from scoring import embed
+from scoring import embed, predict
 from tasks import TASKS, MultitaskBERT
 from tokenizer import BertTokenizer
 from train import Diverged, prepare, summed, train
@@ -350,6 +352,31 @@ def test_predictions_come_from_the_best_checkpoint(tiny, data, tmp_path, run_scr
     path = tmp_path / "run/predictions/sst-dev-output.csv"
     lines = path.read_text(encoding="utf-8").splitlines()[1:]
     assert [int(line.split(" , ")[1]) for line in lines] == predicted.tolist()
+
+
+def test_what_was_predicted_of_dev_is_not_predicted_again(
+    tiny, data, tmp_path, run_script, monkeypatch
+):
+    """Each set once an evaluation, and the test sets once more; the files are the same bits."""
+    predicted = []
+
+    def counting(model, data, *rest):
+        predicted.append(data.path.name)
+        return predict(model, data, *rest)
+
+    monkeypatch.setattr(supervised, "predict", counting)
+    flags = ["--option", "finetune", "--tasks", "sst,sts", "--epochs", 3]
+    assert run_script(multitask_classifier, *job(tiny, data, tmp_path / "a", *flags))[0] == 0
+    assert sorted(Counter(predicted).items()) == [
+        ("ids-sst-dev.csv", 3),
+        ("ids-sst-test-student.csv", 1),
+        ("sts-dev.csv", 3),
+        ("sts-test-student.csv", 1),
+    ]
+    monkeypatch.setattr(supervised.Judge, "logits", lambda self, data, step: self.predict(data))
+    assert run_script(multitask_classifier, *job(tiny, data, tmp_path / "b", *flags))[0] == 0
+    for path in (tmp_path / "a/predictions").iterdir():
+        assert path.read_bytes() == (tmp_path / "b/predictions" / path.name).read_bytes()
 
 
 def test_a_run_folder_is_a_model_once_it_has_a_best_state(tiny, data, tmp_path, run_script):
