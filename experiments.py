@@ -28,6 +28,8 @@ from options import POSITIVE, Parser, script
 
 HOME = Path(__file__).resolve().parent
 INTERRUPTED = (130, -signal.SIGINT, -signal.SIGTERM)
+BAD_INPUT = 2  # a script's exit code
+OWN = ("model", "data_dir", "seed", "run_dir", "features", "resume")  # flags that `run` gives
 TASKS = ("sst", "para", "sts")
 ENCODERS = 3  # pre-trained ones, each with a seed of its own; they take the longest
 
@@ -389,8 +391,8 @@ def run_alone(args: argparse.Namespace, records: Path) -> None:
                     failed.append(job)
                     bar.write(f"{job}: {code if isinstance(code, str) else ending(code, log)}")
                     bar.update()
-                    if code in INTERRUPTED:
-                        break  # stopped from outside: so is all of this
+                    if code in INTERRUPTED or code == BAD_INPUT:
+                        break  # stopped from outside; or what would stop the others too
                     continue
             if job not in recorded:
                 path = records / f"{job}.json"
@@ -495,7 +497,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--probe_seeds", type=POSITIVE, default=5, help="of each cell that does not")
     add("--runs", type=Path, default=Path("runs/experiments"), help="a run folder a cell and seed")
     add("--flags", default="", help='for every script, such as --flags="--limit 500 --use_gpu"')
-    action("report", "write tables and plots from the records")
+    add = action("report", "write tables and plots from the records").add_argument
+    add("--runs", type=Path, default=Path("runs/experiments"), help="of the models to plot")
     add = action("conflict", "plot what a run measured", data=False, out=False).add_argument
     add("run", type=Path, help="a run folder of --measure_conflict")
     add = action("map", "plot a run's sentence embeddings", out=False).add_argument
@@ -512,6 +515,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
             args.flags = shlex.split(args.flags)
         except ValueError as error:
             parser.error(f"--flags {args.flags}: {error}")
+        for name in OWN:
+            if any(word == f"--{name}" or word.startswith(f"--{name}=") for word in args.flags):
+                parser.error(f"--flags: --{name} is given by this script; leave it out there")
     return args
 
 
@@ -524,7 +530,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     import report
 
     if args.action == "report":
-        report.report(TABLES, CLAIMS, CELLS, args.out, args.data_dir)
+        report.report(TABLES, CLAIMS, CELLS, args.out, args.data_dir, args.runs)
     elif args.action == "conflict":
         report.plot_conflict(args.run)
     else:

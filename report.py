@@ -25,6 +25,10 @@ EMBEDDED_NOTE = (
     " and Quora's among them. Its SimCSE columns ask another question than the paper's: what more"
     " of the same does, not what contrast does to plain BERT.**"
 )
+SHARED_NOTE = (
+    "What starts from `NAME-seedN` takes the encoder of that cell and seed. Where there are more"
+    " probes than encoders, they take these in turn: ± then is of fewer encoders than probes."
+)
 
 
 class Table(Protocol):
@@ -100,7 +104,8 @@ def comparisons(table: Table, records: Records, data_dir: Path) -> list[dict[str
                 )
             predicted = [np.array([r["predictions"][task] for r in of]) for of in groups]
             result = compare(gold[task, size], *predicted, correlation=not TASKS[task].whole)
-            found.append({"first": first, "second": second, "task": task, **vars(result)})
+            names = {"first": first, "second": second, "task": task}
+            found.append({**names, "seeds": min(map(len, groups)), **vars(result)})
     for row, p in zip(found, holm([row["p"] for row in found]), strict=True):
         row["p_corrected"] = p
     return found
@@ -145,11 +150,14 @@ def markdown(table: Table, records: Records, compared: list[dict[str, Any]]) -> 
         )
         line = f"`{of[0]['command']}`" if of else "missing"
         lines.append(f"| {heading} | {seeds} | {commits} | {line} |")
+    commands = [record["command"] for cell in table.cells for record in records.get(cell, [])]
+    if any("/best --data_dir" in command for command in commands):
+        lines += ["", SHARED_NOTE]
     return "\n".join([*lines, ""])
 
 
-def latex(table: Table, records: Records) -> str:
-    """The table for a paper: figures, and below each the paper's."""
+def latex(table: Table, records: Records, compared: list[dict[str, Any]]) -> str:
+    """The table for a paper: figures, below each the paper's; and the differences in another."""
     lines = [r"\begin{tabular}{l" + "r" * len(table.cells) + "}", r"\hline"]
     lines += ["& " + " & ".join(table.cells.values()) + r" \\", r"\hline"]
     for task, name in TASK_NAMES.items():
@@ -159,9 +167,40 @@ def latex(table: Table, records: Records) -> str:
             paper = [table.paper.get(cell, {}).get(task) for cell in table.cells]
             shown = ["" if value is None else f"{value:.3f}" for value in paper]
             lines.append("the paper & " + " & ".join(shown) + r" \\")
-    return "\n".join([*lines, r"\hline", r"\end{tabular}", ""])
+    lines += [r"\hline", r"\end{tabular}"]
+    if compared:
+        lines += ["", r"\begin{tabular}{llrrr}", r"\hline"]
+        lines += [r"difference & task & & 95\% interval & $p$ (Holm) \\", r"\hline"]
+    for row in compared:
+        heading = f"{table.cells[row['first']]} $-$ {table.cells[row['second']]}"
+        interval = f"${row['low']:+.3f}$ to ${row['high']:+.3f}$"
+        p = f"${p_value(row['p_corrected'])}$"
+        lines.append(
+            f"{heading} & {row['task']} & ${row['difference']:+.3f}$ & {interval} & {p} \\\\"
+        )
+    if compared:
+        lines += [r"\hline", r"\end{tabular}"]
+    return "\n".join([*lines, ""])
 
 
+def conditions(records: Records) -> str:
+    """How many rows the runs were trained and judged on, and with how many seeds."""
+    counts: dict[str, dict[str, set[int]]] = {}
+    for record in (record for of in records.values() for record in of):
+        for split, of in record["rows"].items():
+            for name, count in of.items():
+                counts.setdefault(split, {}).setdefault(name, set()).add(count)
+
+    def listed(of: dict[str, set[int]]) -> str:
+        sizes = {name: " or ".join(f"{n:,}" for n in sorted(seen)) for name, seen in of.items()}
+        return ", ".join(f"{name} {size}" for name, size in sizes.items())
+
+    rows = "; ".join(f"{split}: {listed(counts[split])}" for split in ("train", "dev"))
+    seeds = sorted({len(of) for of in records.values()})
+    return f"**Rows, {rows}. Seeds of a cell: {' or '.join(map(str, seeds))}.**"
+
+
+LEAST_SEEDS = 3  # of each cell, for a verdict
 MARGIN = 0.02  # accuracy or r; a difference surely smaller is none
 
 
@@ -176,7 +215,8 @@ def judge(claim: Claim, compared: Sequence[dict[str, Any]]) -> tuple[str, str]:
     claimed, a whole interval within `MARGIN`), against it (p below `LEVEL` and not that), or
     neither. That a task differs most is for it where its interval lies beyond all others', against
     it where another's lies beyond it; then only that task's own difference has a vote beside. The
-    claim stands if all is for it, falls if anything is against it, and else cannot be told.
+    claim stands if all is for it, falls if anything is against it, and else cannot be told; nor can
+    it where a cell has fewer than `LEAST_SEEDS`.
     """
     found = {(row["first"], row["second"], row["task"]): row for row in compared}
     rows = [(found.get((one, other, task)), sign) for one, other, task, sign in claim.differences]
@@ -191,6 +231,9 @@ def judge(claim: Claim, compared: Sequence[dict[str, Any]]) -> tuple[str, str]:
         votes.append(1 if beyond_all else -1 if beaten else 0)
     verdict = "falls" if -1 in votes else "stands" if set(votes) == {1} else "cannot be told"
     parts = []
+    if min(row["seeds"] for row, _ in rows) < LEAST_SEEDS:
+        verdict = "cannot be told"
+        parts.append(f"fewer than {LEAST_SEEDS} seeds")
     for row, _ in rows:
         interval = f"{row['low']:+.3f} to {row['high']:+.3f}, p {p_value(row['p_corrected'])}"
         where = f"{row['first']} - {row['second']}"
@@ -215,13 +258,19 @@ def report(
     cells: Collection[str],
     out: Path,
     data_dir: Path,
+    runs: Path,
 ) -> None:
-    """Write README.md, LaTeX tables and plots into `out`, from the records in it."""
+    """Write README.md, LaTeX tables and plots into `out`, from the records in it.
+
+    Maps of embeddings need the models, in the run folders in `runs`: where one is no longer there,
+    an earlier map stays.
+    """
     records = load_records(out, cells)
     shown = {name: table for name, table in tables.items() if set(table.cells) & set(records)}
     parts = ["# Results", "", "Written by `python experiments.py report`."]
     if any("all-MiniLM-L6-v2" in r["command"] for of in records.values() for r in of):
         parts += ["", EMBEDDED_NOTE]
+    parts += ["", conditions(records)]
     compared = {name: comparisons(table, records, data_dir) for name, table in shown.items()}
     parts += ["", "## The paper's claims", ""]
     parts += [f"Each figure is a difference with its 95% interval; see `report.judge`, p {LEVEL}."]
@@ -230,18 +279,35 @@ def report(
         parts += ["", f"- {claim.text} **{verdict.capitalize()}.** {figures}"]
     for name, table in shown.items():
         parts += ["", markdown(table, records, compared[name]), f"![{table.title}]({name}.png)"]
-        write_text(out / f"{name}.tex", latex(table, records))
+        write_text(out / f"{name}.tex", latex(table, records, compared[name]))
         plot_bars(table, records, out / f"{name}.png")
     plot_curves(records, out / "curves.png")
     parts += ["", "## Learning curves", "", "![dev score over steps](curves.png)"]
     measured = [r["conflict"] for of in records.values() for r in of if r["conflict"]]
     if measured:
         parts += ["", conflict_report(measured, out)]
+    parts += maps(records, out, data_dir, runs)
     write_text(out / "README.md", "\n".join([*parts, ""]))
     print(f"{out}: README.md, {', '.join(f'{name}.tex' for name in shown)}, and plots")
 
 
+def maps(records: Records, out: Path, data_dir: Path, runs: Path) -> list[str]:
+    """Plot the embeddings of each of `MAPPED`'s first runs, and name the plots in Markdown."""
+    lines: list[str] = []
+    for cell in [cell for cell in MAPPED if cell in records]:
+        path = out / f"map-{cell}.png"
+        run = runs / f"{cell}-seed{records[cell][0]['seed']}"
+        if (run / "best").exists():
+            plot_map(run, data_dir, MAP_ROWS, path)
+        if path.exists():
+            lines += ["", f"![{cell}]({path.name})"]
+    return ["", "## Dev sentences, by task", *lines] if lines else []
+
+
 # ---------------------------------------------------------------------------- plots
+
+MAPPED = ("probe", "probe-simcse", "finetune", "finetune-simcse")
+MAP_ROWS = 400  # of each task
 
 
 def save(drawing: Figure, path: Path) -> None:
@@ -367,8 +433,11 @@ def plot_conflict(run: Path) -> None:
     print(f"\n{run}: conflict-layers.png, conflict-steps.png")
 
 
-def plot_map(run: Path, data_dir: Path, limit: int | None = None) -> None:
-    """Plot the dev sentences of a run's tasks by the first two principal components."""
+def plot_map(run: Path, data_dir: Path, limit: int | None = None, path: Path | None = None) -> None:
+    """Plot the dev sentences of a run's tasks by the first two principal components.
+
+    The plot is the run's own map.png, or `path`; `limit`: rows of each task.
+    """
     model = MultitaskBERT.from_pretrained(run)
     vectors, names = [], []
     for task in model.heads:
@@ -383,7 +452,9 @@ def plot_map(run: Path, data_dir: Path, limit: int | None = None) -> None:
     for name, of in zip(names, vectors, strict=True):
         panels[0].scatter(*fitted.transform(of).T, s=4, alpha=0.5, label=name)
     share = fitted.explained_variance_ratio_.sum()
-    panels[0].set_title(f"dev sentences, two principal components ({share:.0%} of the variance)")
+    panels[0].set_title(
+        f"{run.name}: dev sentences, two principal components ({share:.0%} of the variance)"
+    )
     panels[0].legend()
-    save(drawing, run / "map.png")
-    print(run / "map.png")
+    save(drawing, path or run / "map.png")
+    print(path or run / "map.png")

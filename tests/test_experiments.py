@@ -84,7 +84,7 @@ def test_holm_rejects_what_his_procedure_rejects(p_values):
 
 
 def row(task, difference, low, high, p, first="a", second="b"):
-    names = {"first": first, "second": second, "task": task, "p_corrected": p}
+    names = {"first": first, "second": second, "task": task, "p_corrected": p, "seeds": 3}
     return {**names, "difference": difference, "low": low, "high": high}
 
 
@@ -131,6 +131,9 @@ def test_verdicts_by_hand(signs, most, rows, expected):
     verdict, figures = report.judge(claim, rows)
     assert verdict == expected
     assert all(f"{r['difference']:+.3f}" in figures for r in rows)
+    if rows:
+        verdict, figures = report.judge(claim, [*rows[:-1], {**rows[-1], "seeds": 2}])
+        assert verdict == "cannot be told" and figures.startswith("fewer than 3 seeds; ")
 
 
 def test_claims_and_tables_name_cells_that_exist_and_are_compared():
@@ -183,7 +186,7 @@ def test_every_table_runs_and_is_reported(grid, tmp_path, run_script, monkeypatc
     assert models["probe-seed2"] != models["probe-simcse-seed2"]
     out = tmp_path / "results"
     (out / "records/without-sts-seed1.json").unlink()
-    reported = ["--data_dir", tmp_path / "data", "--out", out]
+    reported = ["--data_dir", tmp_path / "data", "--out", out, "--runs", tmp_path / "runs"]
     code, _, err = run_script(experiments, "report", *reported)
     assert code == 0, err
     text = (out / "README.md").read_text(encoding="utf-8")
@@ -209,6 +212,14 @@ def test_every_table_runs_and_is_reported(grid, tmp_path, run_script, monkeypatc
     assert "leaving out either helps the other. **Cannot be told.** Runs are missing." in text
     assert "--option pretrain --epochs 10 --model" in text
     assert "Do the tasks' gradients conflict?" in text
+    assert "train: sst 24, para 24, sts 24, nli 24; dev: sst 24, para 24, sts 24." in text
+    assert "Seeds of a cell: 1 or 2." in text
+    assert text.count(report.SHARED_NOTE) == 2  # table1 and temperature
+    for cell in report.MAPPED:
+        assert f"![{cell}](map-{cell}.png)" in text
+        assert (out / f"map-{cell}.png").read_bytes().startswith(b"\x89PNG")
+    tex = (out / "ladder.tex").read_text(encoding="utf-8")
+    assert f"Cosine for STS $-$ Mean pooling & sts & ${difference:+.3f}$ & $" in tex
     for table in experiments.TABLES:
         assert (out / f"{table}.png").read_bytes().startswith(b"\x89PNG")
         assert (out / f"{table}.tex").read_text(encoding="utf-8").startswith(r"\begin{tabular}")
@@ -277,7 +288,7 @@ def test_more_probes_than_encoders_take_them_in_turn():
 def test_what_starts_from_an_encoder_that_failed_is_not_run(
     grid, tmp_path, run_script, monkeypatch
 ):
-    """And the encoder is made again where it is recorded but its folder is gone."""
+    """Other runs are. And the encoder is made again where it is recorded but its folder is gone."""
     flags, started, _ = grid
     here = experiments.start
     monkeypatch.setattr(
@@ -306,12 +317,12 @@ def test_two_runs_do_not_share_their_folders(grid, tmp_path, run_script):
 
 
 def test_a_cells_own_flags_win_over_those_for_all():
-    args = experiments.parse(["run", "table1", "--flags=--option finetune --seed 9"])
+    args = experiments.parse(["run", "table1", "--flags=--option finetune --epochs 9"])
     line = experiments.command(experiments.Job("probe", 3), args, args.runs, args.data_dir)
     import multitask_classifier
 
     parsed = multitask_classifier.parse(line[1:])
-    assert (parsed.option, parsed.seed) == ("pretrain", 3)
+    assert (parsed.option, parsed.epochs, parsed.seed) == ("pretrain", 10, 3)
 
 
 def test_the_papers_own_figures_bear_out_the_papers_claims():
@@ -333,7 +344,7 @@ def test_an_interrupted_run_ends_the_command_and_others_failures_do_not(
     grid, tmp_path, run_script, monkeypatch
 ):
     flags, *_ = grid
-    codes = iter([2, -signal.SIGTERM])
+    codes = iter([1, -signal.SIGTERM, 2])
     calls = []
 
     def failing(line, log):
@@ -344,6 +355,10 @@ def test_an_interrupted_run_ends_the_command_and_others_failures_do_not(
     code, _, err = run_script(experiments, "run", "table3", *flags)
     assert code == 2 and "2 of 8 runs failed (probe-concat-seed1, ...)" in err
     assert len(calls) == 2
+    # What one script finds wrong with its input, the others would.
+    code, _, err = run_script(experiments, "run", "table3", *flags)
+    assert code == 2 and "1 of 8 runs failed" in err
+    assert len(calls) == 3
 
 
 def test_a_script_starts_as_a_process_with_its_own_log(tmp_path):
@@ -402,6 +417,8 @@ def test_maps_and_records_that_cannot_be(tiny, data, tmp_path, run_script):
         (["run", "table9"], "table9: no such table; there are table1, table2"),
         (["run", "table1", "--seeds", "0"], "--seeds"),
         (["run", "table1", "--flags=--seed 'x"], "--flags"),
+        (["run", "table1", "--flags=--seed=3"], "--flags: --seed is given by this script"),
+        (["run", "table1", "--flags=--limit 3 --model x"], "--flags: --model is given by"),
         (["report", "--out", "nowhere"], "no records; make some with experiments.py run"),
         (["conflict", "nowhere"], "nowhere: not a run folder"),
         (["map", "nowhere"], "nowhere: no such run folder"),
