@@ -128,6 +128,24 @@ class Dropout(nn.Dropout):
         return dropout(x, self.p) if self.training else x
 
 
+class Undrawn:
+    """A module whose weights stay undrawn: `BertModel` draws them all, or they are read.
+
+    Where they have no memory yet, PyTorch's own drawing would load its compiler for seconds.
+    """
+
+    def reset_parameters(self) -> None:
+        """Nothing."""
+
+
+class Linear(Undrawn, nn.Linear):
+    """x W^T + b."""
+
+
+class Embedding(Undrawn, nn.Embedding):
+    """A row of weights for an index."""
+
+
 def written_attention(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor, rate: float
 ) -> Tensor:
@@ -181,10 +199,10 @@ class BertSelfAttention(nn.Module):
         super().__init__()
         self.heads = config.num_attention_heads
         self.dropout = config.attention_probs_dropout_prob
-        self.query = nn.Linear(config.hidden_size, config.hidden_size)
-        self.key = nn.Linear(config.hidden_size, config.hidden_size)
-        self.value = nn.Linear(config.hidden_size, config.hidden_size)
-        self.output = nn.Linear(config.hidden_size, config.hidden_size)
+        self.query = Linear(config.hidden_size, config.hidden_size)
+        self.key = Linear(config.hidden_size, config.hidden_size)
+        self.value = Linear(config.hidden_size, config.hidden_size)
+        self.output = Linear(config.hidden_size, config.hidden_size)
 
     def split(self, x: Tensor, packing: Packing | None = None) -> Tensor:
         """(B, T, D), or (N, D) if packed -> (B, H, T, K): each head gets its own K features."""
@@ -214,9 +232,9 @@ class BertLayer(nn.Module):
         super().__init__()
         self.attention = BertSelfAttention(config)
         self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.intermediate = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.intermediate = Linear(config.hidden_size, config.intermediate_size)
         self.activation = ACTIVATIONS[config.hidden_act]
-        self.output = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.output = Linear(config.intermediate_size, config.hidden_size)
         self.output_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = Dropout(config.hidden_dropout_prob)
 
@@ -254,18 +272,18 @@ class BertModel(nn.Module):
         self.config = config
         width = config.hidden_size
         # padding_idx: the padding token's row gets no gradient, as in transformers.
-        self.word_embedding = nn.Embedding(
-            config.vocab_size, width, padding_idx=config.pad_token_id
-        )
-        self.position_embedding = nn.Embedding(config.max_position_embeddings, width)
-        self.segment_embedding = nn.Embedding(config.type_vocab_size, width)
+        self.word_embedding = Embedding(config.vocab_size, width, config.pad_token_id)
+        self.position_embedding = Embedding(config.max_position_embeddings, width)
+        self.segment_embedding = Embedding(config.type_vocab_size, width)
         self.embedding_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.embedding_dropout = Dropout(config.hidden_dropout_prob)
         self.layers = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
-        self.pooler = nn.Linear(width, width)
+        self.pooler = Linear(width, width)
         self.apply(self._initialise)
 
     def _initialise(self, module: nn.Module) -> None:
+        if self.segment_embedding.weight.is_meta:  # without memory there is nothing to draw
+            return
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
         if isinstance(module, nn.Linear):
@@ -365,7 +383,9 @@ class BertModel(nn.Module):
             model = cls(config)
         found = match_weights(model, tensors, source)
         found |= read_pooler(folder, config.hidden_size)
-        fill_weights(model.to_empty(device="cpu"), found, source)
+        memory = {name: torch.empty(p.shape) for name, p in model.named_parameters()}
+        model.load_state_dict(memory, assign=True)
+        fill_weights(model, found, source)
         return model.eval()
 
     def save_pretrained(self, folder: str | Path) -> None:

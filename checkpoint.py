@@ -19,6 +19,7 @@ import sys
 import time
 import warnings
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib import metadata, util
@@ -461,17 +462,51 @@ def write_tensors(
 
 def write_state(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
     """Write tensors and a JSON object as one file, so that the one never goes without the other."""
-    write_tensors(path, tensors, {"facts": json.dumps(facts, allow_nan=False)})
+    text = json.dumps(facts, allow_nan=False)
+    write_tensors(path, tensors, {"facts": text, "checksum": _checksum(tensors, text)})
 
 
 def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `write_state` wrote; UserError where the file is damaged or something else."""
+    """What `Run.save_state` wrote; UserError where the file is damaged or something else."""
     try:
         tensors = read_tensors(path)
         with safe_open(path, "pt") as file:
-            return tensors, json.loads(file.metadata()["facts"])
+            header = file.metadata()
+        facts = json.loads(header["facts"])
+        whole = _checksum(tensors, header["facts"]) == header["checksum"]
+        if not (whole and facts["log"] >= 0 and facts["seconds"] >= 0 and "stage" in facts):
+            raise ValueError
+        return tensors, facts
     except (SafetensorError, OSError, TypeError, KeyError, ValueError):
         raise UserError(f"{path}: damaged, no state of a run; start a new --run_dir") from None
+
+
+def _checksum(tensors: dict[str, Tensor], text: str) -> str:
+    """Tells whether a bit of them has changed (CRC-32), not whether somebody meant it to."""
+    found = zlib.crc32(text.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        found = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), found)
+        found = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), found)
+    return f"{found:08x}"
+
+
+@contextmanager
+def unchanged(path: Path) -> Iterator[None]:
+    """UserError where a file is not the same after the block as before it."""
+    before = _identity(path)
+    yield
+    if _identity(path) != before:
+        raise UserError(f"{path}: has changed while it was read; start again once it is whole")
+
+
+def _identity(path: Path) -> tuple[int, ...] | None:
+    """What changes with a file's content, or with the file; None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def digest(path: Path) -> str:
@@ -484,6 +519,9 @@ def digest(path: Path) -> str:
 
 
 # ---------------------------------------------------------------------------- run folders
+
+
+DRAFT = ".config.json.*.tmp"  # all that a process may leave which died as it began a run
 
 
 class Run:
@@ -528,7 +566,7 @@ class Run:
         try:
             # A process that died before config.json was there may have left its draft.
             used = path.exists() and not (
-                path.is_dir() and all(each.match(".config.json.*.tmp") for each in path.iterdir())
+                path.is_dir() and all(each.match(DRAFT) for each in path.iterdir())
             )
         except OSError as error:
             raise UserError(f"--run_dir {path}: cannot be used ({error.strerror})") from None
@@ -566,6 +604,8 @@ class Run:
             if recorded is None:
                 if resume:
                     print(f"{path}: nothing to resume there; a new run begins")
+                for draft in path.glob(DRAFT):
+                    draft.unlink()
                 config = {"arguments": plain(arguments), **facts, **provenance()}
                 write_json(path / "config.json", config)
                 return cls(path)
@@ -573,7 +613,11 @@ class Run:
                 if recorded["data"].get(name) != found:
                     raise UserError(f"--resume: {name} has changed since the run began")
             run = cls(path)
-            run._rewind()
+            try:
+                run._rewind()
+            except UserError:
+                run.close()
+                raise
             with open(path / "resumed.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(provenance()) + "\n")
             return run
@@ -587,11 +631,14 @@ class Run:
         for draft in self.path.rglob(".*.tmp"):
             shutil.rmtree(draft) if draft.is_dir() else draft.unlink()
         length = 0
-        if (self.path / "last/state.safetensors").exists():
-            self.state = read_state(self.path / "last/state.safetensors")
+        state = self.path / "last/state.safetensors"
+        if state.exists():
+            self.state = read_state(state)
             facts = self.state[1]
             length = facts["log"]
             self._began -= facts["seconds"]
+            if length > os.fstat(self._log.fileno()).st_size:
+                raise UserError(f"{self._log.name}: has lost lines since {state} was saved")
         self._log.truncate(length)
         self._log.seek(length)
 

@@ -5,6 +5,7 @@ the same sentence twice.
 """
 
 import math
+import shutil
 from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import closing
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bert import BertModel
-from checkpoint import Run, UserError, digest, write_text
+from checkpoint import Run, UserError, digest, unchanged, write_text
 from datasets import Batch, Mixture, Sentences, TaskData, read_triples
 from exchange import model_card
 from optimizer import AdamW, parameter_groups
@@ -200,19 +201,23 @@ def figures(model: MultitaskBERT, dev: TaskData, batch_size: int) -> dict[str, A
 def load(args: Namespace, tokenizer: BertTokenizer) -> tuple[Sentences, TaskData]:
     """The training sentences (triples, or each distinct sentence by itself) and STS dev."""
     path = args.nli or args.data_dir / "nli_for_simcse.csv"
-    triples = read_triples(path, args.limit)
+    tokens = args.run_dir / "tokens"
+    with unchanged(path):
+        triples = read_triples(path, args.limit)
+        found = digest(path)
     columns: list[Sequence[str]] = list(zip(*triples, strict=True))
     unit = "rows"
     if args.mode == "unsupervised":
         columns = [list(dict.fromkeys(text for triple in triples for text in triple))]
         unit = "distinct sentences"
     # A row alone in a batch would have nothing to be told apart from.
-    sentences = Sentences("nli", path, columns, tokenizer, unit=unit, least=2)
+    sentences = Sentences("nli", path, columns, tokenizer, unit=unit, least=2, tokens=tokens)
+    sentences.digest = found
     if len(sentences) < 2:
         raise UserError(f"{path}: fewer than two {unit}; a contrastive loss needs at least two")
     sts = TASKS["sts"]
     dev_path = args.sts_dev or args.data_dir / sts.files.format("dev")
-    return sentences, TaskData(dev_path, sts, tokenizer, limit=args.limit)
+    return sentences, TaskData(dev_path, sts, tokenizer, limit=args.limit, tokens=tokens)
 
 
 def fit(args: Namespace) -> dict[str, Any]:
@@ -245,7 +250,7 @@ def fit(args: Namespace) -> dict[str, Any]:
         args.run_dir,
         vars(args),
         args.resume,
-        data={str(path): digest(path) for path in (sentences.path, dev.path)},
+        data={str(of.path): of.digest for of in (sentences, dev)},
         device=str(device),
         precision=str(precision).removeprefix("torch."),
         rows={"train": {"nli": len(sentences)}, "dev": {"sts": len(dev)}},
@@ -255,6 +260,8 @@ def fit(args: Namespace) -> dict[str, Any]:
         },
     )
     with closing(run):
+        for of in (sentences, dev):
+            of.save_tokens(run.path / "tokens")
         return carry_out(args, model, mixture, dev, run)
 
 
@@ -291,6 +298,7 @@ def carry_out(
     }
     write_text(run.path / "best" / "README.md", model_card(run.path, result))
     run.finish(result)
+    shutil.rmtree(run.path / "tokens", ignore_errors=True)  # nothing is left to go on with
     print(f"dev, best epoch {best['epoch'] + 1}: {best['summary']}")
     print(f"{run.path}: best/, result.json; trained for {seconds:.0f} s")
     return result

@@ -8,6 +8,8 @@ tokenizer does both where the model is uncased, and a cased model is meant to se
 """
 
 import csv
+import hashlib
+import json
 import math
 import re
 import zlib
@@ -22,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from checkpoint import UserError, check_file
+from checkpoint import UserError, check_file, digest, read_tensors, unchanged, write_tensors
 from tasks import Task
 from tokenizer import BertTokenizer
 
@@ -268,12 +270,15 @@ class Sentences:
         joint: whether two sentences become one sequence, "[CLS] a [SEP] b [SEP]".
         unit: what messages call the rows.
         least: rows of the smallest batch for training; a shorter last one joins the one before.
+        tokens: a folder where `save_tokens` may have left these sentences' token ids.
 
     Attributes: `truncated` (rows with a sentence beyond the model's limit), `width` (embeddings a
-    row), `lengths` (tokens of each row's longest sequence), `labels` (none here).
+    row), `lengths` (tokens of each row's longest sequence), `labels` (none here), `digest` (the
+    file's sha256, where it is known).
     """
 
     labels: Tensor | None = None
+    digest: str | None = None
 
     def __init__(
         self,
@@ -284,6 +289,7 @@ class Sentences:
         joint: bool = False,
         unit: str = "rows",
         least: int = 1,
+        tokens: Path | None = None,
     ):
         self.name = name
         self.unit = unit
@@ -295,9 +301,11 @@ class Sentences:
         self.ids: list[list[np.ndarray]] = [[] for _ in range(self.width)]
         self.first_lengths: list[int] | None = [] if joint else None
         self.truncated = 0
-        for start in range(0, len(columns[0]), TOKENISED_AT_ONCE):
-            chunk = [column[start : start + TOKENISED_AT_ONCE] for column in columns]
-            self._tokenise(chunk, tokenizer)
+        self.tokens_name = _tokens_name(columns, tokenizer, joint)
+        if tokens is None or not self._recall(tokens, len(columns[0]), tokenizer.vocab_size):
+            for start in range(0, len(columns[0]), TOKENISED_AT_ONCE):
+                chunk = [column[start : start + TOKENISED_AT_ONCE] for column in columns]
+                self._tokenise(chunk, tokenizer)
         self.lengths = np.array([[len(ids) for ids in column] for column in self.ids]).max(axis=0)
 
     def _tokenise(self, columns: list[Sequence[str]], tokenizer: BertTokenizer) -> None:
@@ -310,6 +318,35 @@ class Sentences:
         for ids, encodings in zip(self.ids, encoded, strict=True):
             ids.extend(np.array(e.ids, dtype=np.int32) for e in encodings)
         self.truncated += sum(any(e.overflowing for e in row) for row in zip(*encoded, strict=True))
+
+    def save_tokens(self, folder: Path) -> None:
+        """Leave the token ids in a folder, for who reads the same sentences again."""
+        tensors = {"truncated": torch.tensor([self.truncated])}
+        for k, column in enumerate(self.ids):
+            tensors[f"ids.{k}"] = torch.from_numpy(np.concatenate(column))
+            tensors[f"lengths.{k}"] = torch.tensor([len(ids) for ids in column])
+        if self.first_lengths is not None:
+            tensors["first_lengths"] = torch.tensor(self.first_lengths)
+        write_tensors(folder / self.tokens_name, tensors)
+
+    def _recall(self, folder: Path, rows: int, vocab_size: int) -> bool:
+        """Take up what `save_tokens` left; False where it is not there, or damaged."""
+        try:
+            found = {name: t.numpy() for name, t in read_tensors(folder / self.tokens_name).items()}
+            columns = []
+            for k in range(self.width):
+                flat, lengths = found[f"ids.{k}"], found[f"lengths.{k}"]
+                fits = len(lengths) == rows and lengths.min() > 0 and lengths.sum() == len(flat)
+                if not fits or flat.min() < 0 or flat.max() >= vocab_size:
+                    return False
+                columns.append(np.split(flat, np.cumsum(lengths)[:-1]))
+            if self.first_lengths is not None:
+                self.first_lengths = found["first_lengths"].tolist()
+            self.truncated = int(found["truncated"][0])
+        except (UserError, KeyError, ValueError, TypeError, IndexError):
+            return False
+        self.ids = columns
+        return True
 
     def __len__(self) -> int:
         return len(self.ids[0])
@@ -375,6 +412,14 @@ class Sentences:
             yield self.batch(order[start : start + batch_size])
 
 
+def _tokens_name(columns: Sequence[Sequence[str]], tokenizer: BertTokenizer, joint: bool) -> str:
+    """A file name for all that decides the token ids of these sentences."""
+    digest = hashlib.sha256(f"{joint} {tokenizer.fingerprint()}".encode())
+    for column in columns:
+        digest.update(json.dumps(list(column)).encode())
+    return digest.hexdigest()[:32] + ".safetensors"
+
+
 class TaskData(Sentences):
     """One file of one task. Attributes: `task`, `examples`, `unlabelled` (rows left out)."""
 
@@ -386,12 +431,15 @@ class TaskData(Sentences):
         pair_encoding: str = "separate",
         labelled: bool | None = True,
         limit: int | None = None,
+        tokens: Path | None = None,
     ):
         self.task = task
-        self.examples, self.unlabelled = read(path, task, labelled, limit)
+        with unchanged(path):
+            self.examples, self.unlabelled = read(path, task, labelled, limit)
+            self.digest = digest(path)
         columns = list(zip(*(example.texts for example in self.examples), strict=True))
         joint = len(columns) == 2 and pair_encoding == "joint"
-        super().__init__(task.name, path, columns, tokenizer, joint)
+        super().__init__(task.name, path, columns, tokenizer, joint, tokens=tokens)
         if self.examples[0].label is not None:
             self.labels = torch.tensor([e.label for e in self.examples], dtype=task.dtype)
 

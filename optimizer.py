@@ -27,6 +27,14 @@ from torch import Tensor, nn
 PIECE = 1 << 18  # numbers that a thread updates at a time
 
 
+def unmarked(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of PyTorch's optimizers without its mark for the compiler, to be left alone.
+
+    The first call of a marked one imports the compiler, which takes as long as PyTorch itself.
+    """
+    return getattr(method, "__wrapped__", method)
+
+
 class AdamW(torch.optim.Optimizer):
     """Adam with decoupled weight decay, as the formulas above.
 
@@ -62,10 +70,13 @@ class AdamW(torch.optim.Optimizer):
         }
         super().__init__(params, defaults)
 
+    state_dict = unmarked(torch.optim.Optimizer.state_dict)
+    zero_grad = unmarked(torch.optim.Optimizer.zero_grad)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters; its own hyperparameters win over the defaults."""
         check_hyperparameters({**self.defaults, **param_group})
-        super().add_param_group(param_group)
+        unmarked(torch.optim.Optimizer.add_param_group)(self, param_group)
 
     @torch.no_grad()
     def step(
@@ -107,11 +118,9 @@ class AdamW(torch.optim.Optimizer):
         """What an update of `parameter` reads and writes, and with which numbers."""
         state = self.state[parameter]
         if not state:
-            half = parameter.dtype in (torch.float16, torch.bfloat16)
-            dtype = torch.float32 if half else parameter.dtype
             state["step"] = 0
-            state["exp_avg"] = torch.zeros_like(parameter, dtype=dtype)
-            state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=dtype)
+            for moment in MOMENTS:
+                state[moment] = torch.zeros_like(parameter, dtype=moment_dtype(parameter))
         state["step"] += 1
 
         (beta1, beta2), lr = group["betas"], group["lr"]
@@ -127,13 +136,40 @@ class AdamW(torch.optim.Optimizer):
 
         The base class casts moments to the parameter's dtype, which would round the float32
         moments of half-precision parameters; they are put back as saved.
+
+        Raises:
+            ValueError: groups, or a parameter's state, that are not of these parameters.
         """
-        super().load_state_dict(state_dict)
+        unmarked(torch.optim.Optimizer.load_state_dict)(self, state_dict)
         for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
             for index, parameter in zip(saved["params"], group["params"], strict=True):
-                for key, value in state_dict["state"].get(index, {}).items():
+                state = state_dict["state"].get(index, {})
+                if state:
+                    check_state(index, state, parameter)
+                for key, value in state.items():
                     if isinstance(value, Tensor):
                         self.state[parameter][key] = value.to(parameter.device, copy=True)
+
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def moment_dtype(parameter: Tensor) -> torch.dtype:
+    """The moments of half-precision parameters are in float32."""
+    half = parameter.dtype in (torch.float16, torch.bfloat16)
+    return torch.float32 if half else parameter.dtype
+
+
+def check_state(index: int, state: dict[str, Any], parameter: Tensor) -> None:
+    """ValueError where a saved state is not one of `parameter`: the update trusts its shapes."""
+    if set(state) != {"step", *MOMENTS} or not 0 <= state["step"] < math.inf:
+        raise ValueError(f"AdamW: the state of parameter {index} is not one of AdamW's")
+    for moment in (state[name] for name in MOMENTS):
+        if moment.shape != parameter.shape or moment.dtype != moment_dtype(parameter):
+            raise ValueError(
+                f"AdamW: the state of parameter {index} has moments {tuple(moment.shape)} of"
+                f" {moment.dtype}, where the parameter is {tuple(parameter.shape)}"
+            )
 
 
 # Update and decay are one subtraction, so one rounding of the parameter: a factor

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bert import BertModel
-from checkpoint import Run, UserError, check_new_file, digest, writable, write_text
+from checkpoint import Run, UserError, check_new_file, writable, write_text
 from datasets import Batch, Mixture, TaskData
 from exchange import model_card
 from gradients import Surgery, conflict, negative, pcgrad, total
@@ -101,7 +101,7 @@ def fit(
         args.run_dir,
         vars(args),
         args.resume,
-        data={str(data.path): digest(data.path) for of in sets.values() for data in of},
+        data={str(data.path): data.digest for of in sets.values() for data in of},
         device=str(device),
         precision=str(precision).removeprefix("torch."),
         decoders=model.decoders,
@@ -109,6 +109,8 @@ def fit(
         files={split: {s.name: str(s.path.absolute()) for s in of} for split, of in sets.items()},
     )
     with closing(run):
+        for data in (data for of in sets.values() for data in of):
+            data.save_tokens(run.path / "tokens")
         return carry_out(args, model, sets, outputs, run)
 
 
@@ -155,7 +157,8 @@ def carry_out(
     run.finish(result)
     if args.features and isinstance(judge.embedder, FrozenEmbeddings):
         judge.embedder.save()
-    shutil.rmtree(run.path / "features", ignore_errors=True)  # nothing is left to go on with
+    for name in ("features", "tokens"):  # nothing is left to go on with
+        shutil.rmtree(run.path / name, ignore_errors=True)
     print(f"dev, best epoch {best['epoch'] + 1}: {summary(reports)}")
     print(f"{run.path}: best/, predictions/, result.json; trained for {seconds:.0f} s")
     return result
@@ -338,6 +341,7 @@ def load_sets(
                 args.pair_encoding,
                 labelled=split != "test",
                 limit=args.limit,
+                tokens=args.run_dir / "tokens",
             )
             print(data)
             of.append(data)

@@ -5,6 +5,7 @@ batch = tokenizer(["A fine film.", "Dull."], padding=True, truncation=True, retu
 batch["input_ids"], batch["attention_mask"], batch["token_type_ids"]
 """
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -220,6 +221,11 @@ class BertTokenizer:
     def vocab_size(self) -> int:
         """The number of ids: one more than the largest (a line twice in vocab.txt takes two)."""
         return max(self.backend.get_vocab().values()) + 1
+
+    def fingerprint(self) -> str:
+        """All that decides the ids of a text, as JSON."""
+        self.backend.no_truncation()
+        return json.dumps([self.backend.to_str(), self.max_length])
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `tokenizer.json`, `vocab.txt` and `tokenizer_config.json`, for any software."""

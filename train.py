@@ -78,8 +78,9 @@ def prepare(
     }
     if device == "auto":
         device = "cuda" if available["cuda"] else "cpu"
-    # Strict on a GPU, where a warning would let attention's backward pass differ between runs.
-    torch.use_deterministic_algorithms(True, warn_only=device != "cuda")
+    # Strict on a GPU, where a warning would let attention's backward pass differ between runs. (The
+    # same by torch.use_deterministic_algorithms would import PyTorch's compiler.)
+    torch.set_deterministic_debug_mode("error" if device == "cuda" else "warn")
     if not available[device]:
         raise UserError(
             f"--device {device} (--use_gpu means cuda): PyTorch {torch.__version__} finds no such"
@@ -346,11 +347,18 @@ def train(
 
     if run.state is not None:
         tensors, facts = run.state
-        restore(model, optimizers, tensors)
-        step, rows, due = facts["step"], facts["rows"], facts["due"]
-        best, since_best = facts["best"], facts["since_best"]
-        random_tensors = [tensors[name] for name in sorted(tensors) if name.startswith("random.")]
-        set_random_states(model.device, random_tensors)
+        try:
+            restore(model, optimizers, tensors)
+            random_tensors = [tensors[n] for n in sorted(tensors) if n.startswith("random.")]
+            set_random_states(model.device, random_tensors)
+            step, rows, since_best = (int(facts[name]) for name in ("step", "rows", "since_best"))
+            due, best = bool(facts["due"]), facts["best"]
+            if best is not None:
+                best = {**best, "score": float(best["score"]), "step": int(best["step"])}
+        except (KeyError, TypeError, ValueError, IndexError, RuntimeError, OverflowError) as error:
+            raise UserError(
+                f"--resume: {run.path / 'last/state.safetensors'}: damaged ({error!r}); start again"
+            ) from None
         run.state = tensors = None
         if facts["finished"]:
             return best

@@ -11,6 +11,7 @@ import torch
 from conftest import write_csv
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from checkpoint import UserError
 from datasets import Mixture, Sentences, TaskData, read
@@ -156,6 +157,52 @@ def test_a_joint_pair_is_one_row_with_segment_ids(data, tokenizer):
     assert torch.equal(batch.input_ids, expected["input_ids"])
     assert torch.equal(batch.attention_mask, expected["attention_mask"])
     assert torch.equal(batch.token_type_ids, expected["token_type_ids"])
+
+
+@pytest.mark.parametrize(("name", "encoding"), [("sst", "separate"), ("sts", "joint")])
+def test_token_ids_that_were_left_are_taken_up(tiny, data, tokenizer, tmp_path, name, encoding):
+    """Not tokenised again; what else decides the ids finds nothing, nor does a damaged file."""
+    task, path = TASKS[name], data / TASKS[name].files.format("dev")
+
+    def load(tokens, tokenizer=tokenizer, **more):
+        return TaskData(path, task, tokenizer, encoding, tokens=tokens, **more)
+
+    first = load(tmp_path / "none")
+    first.save_tokens(tmp_path)
+    [file] = tmp_path.iterdir()
+    encoded = []
+
+    class Counting(BertTokenizer):
+        def encode_batch(self, *args, **options):
+            encoded.append(len(args[0]))
+            return super().encode_batch(*args, **options)
+
+    counting = Counting.from_pretrained(tiny)
+    again = load(tmp_path, counting)
+    assert not encoded
+    rows = np.arange(len(first))
+    for key in ("input_ids", "attention_mask", "token_type_ids"):
+        ours, theirs = (getattr(of.batch(rows), key) for of in (first, again))
+        assert (ours is None and theirs is None) or torch.equal(ours, theirs)
+    assert first.truncated == again.truncated
+    load(tmp_path, counting, limit=5)
+    assert encoded == [5]
+    tensors = load_file(file)
+    flat, lengths = tensors["ids.0"], tensors["lengths.0"]
+    broken = [
+        {**tensors, "ids.0": flat[:-1]},
+        {**tensors, "ids.0": flat + counting.vocab_size},
+        {**tensors, "lengths.0": lengths[:-1]},
+        {**tensors, "lengths.0": torch.tensor(3)},
+        {key: value for key, value in tensors.items() if key != "truncated"},
+    ]
+    for damaged in broken:
+        save_file(damaged, file)
+        assert load(tmp_path, counting).batch(rows).input_ids.equal(first.batch(rows).input_ids)
+        assert encoded.pop() == len(first)
+    file.write_bytes(file.read_bytes()[:100])
+    load(tmp_path, counting)
+    assert encoded.pop() == len(first)
 
 
 def test_long_sentences_are_truncated_and_counted(tmp_path, tokenizer):

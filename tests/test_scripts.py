@@ -47,6 +47,19 @@ assert not {{"torch", "numpy", "scipy", "sklearn", "tokenizers"}} & set(sys.modu
     assert "--model" in done.stdout
 
 
+def test_training_loads_no_compiler(tiny, data, tmp_path):
+    """PyTorch's takes as long to import as PyTorch; some of its calls would do that unasked."""
+    code = f"""
+import sys
+import classifier
+given = ["--model", {str(tiny)!r}, "--data_dir", {str(data)!r}, "--epochs", "1", "--run_dir"]
+classifier.main([*given, {str(tmp_path / "run")!r}, "--option", "finetune"])
+assert "torch" in sys.modules and not {{"torch._dynamo", "sympy"}} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_real_process_ends_with_one_line_and_code_2(tmp_path):
     done = subprocess.run(
         [
