@@ -47,6 +47,8 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
 )
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt")
+# Where sentence-transformers keeps a pooler that it has trained (`exchange.read_pooler`).
+POOLER_FILES = ("1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors")
 
 LARGEST_TEXT = 1 << 25  # bytes of a JSON file or a vocabulary: read, one takes 25 times its size
 DEEPEST = 100  # lists and objects inside each other in a JSON file
@@ -110,6 +112,8 @@ def model_folder(name: str | Path, *, weights: bool = True, local_files_only: bo
         return Path(spec.origin).resolve().parent / folder
     if os.path.exists(name):
         raise UserError(f"--model {name}: a file; give the folder that holds config.json")
+    if re.match(r"~|\.{0,2}/|runs/", str(name)):
+        raise UserError(f"--model {name}: no such folder")
     return _hub_folder(str(name), weights, local_files_only)
 
 
@@ -145,6 +149,9 @@ def _hub_folder(name: str, weights: bool, local_files_only: bool) -> Path:
                 return None
             if found.name.endswith(".index.json") and None in map(get, shard_names(found)):
                 return None
+            if get("modules.json"):  # sentence-transformers has written it
+                for filename in POOLER_FILES:
+                    get(filename)
         return config.parent
 
     logging.set_verbosity_error()  # the one line below says what went wrong
@@ -196,12 +203,14 @@ def check_inside(path: Path) -> None:
     """UserError where `path` is a link that leads out of its folder.
 
     A folder from somebody else could have any file of this machine read, and passed on. The hub's
-    cache has links, from snapshots/COMMIT/ to blobs/; both are in its folder of that model.
+    cache has links, from snapshots/COMMIT/ or a folder in it to blobs/; both are in its folder of
+    that model.
     """
     home, target = Path(os.path.realpath(path.parent)), Path(os.path.realpath(path))
     places = [home]
-    if home.parent.name == "snapshots":
-        places.append(Path(os.path.realpath(home.parent.parent / "blobs")))
+    for snapshots in (home.parent, home.parent.parent):
+        if snapshots.name == "snapshots":
+            places.append(Path(os.path.realpath(snapshots.parent / "blobs")))
     if not any(place in target.parents for place in places):
         raise UserError(f"{path}: a link to {target}, out of its folder: put the file itself there")
 

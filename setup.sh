@@ -11,6 +11,7 @@ for flag in "$@"; do
   case "$flag" in
     --dev) dev=yes ;;
     --data) data=yes ;;
+    -h|--help) sed -n '2,5s/^# //p' setup.sh; exit 0 ;;
     *) echo "setup.sh: error: unknown flag $flag; there are --dev and --data" >&2; exit 2 ;;
   esac
 done

@@ -20,7 +20,7 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
 from bert import BertConfig, BertModel
 from checkpoint import (
@@ -553,6 +553,17 @@ def test_hub_ids_load_are_cached_and_work_offline(tmp_path):
     sharded, _ = saved_files(tmp_path / "sharded", shards=True)
     assert sum(name.endswith(".safetensors") for name in sharded) > 1
     broken = {**files, "config.json": b"{"}
+    width = TINY["hidden_size"]
+    dense = {"linear.weight": torch.eye(width), "linear.bias": torch.ones(width)}
+    settings = {"in_features": width, "out_features": width, "bias": True}
+    settings["activation_function"] = "torch.nn.modules.activation.Tanh"
+    trained = {  # as sentence-transformers leaves a pooler
+        **files,
+        "modules.json": b"[]",
+        "1_Pooling/config.json": b'{"pooling_mode_cls_token": true}',
+        "2_Dense/config.json": json.dumps(settings).encode(),
+        "2_Dense/model.safetensors": save(dense),
+    }
     good = [f"org/{name} loaded [2, 5, 7, 8, 10, 3]" for name in ("tiny", "sharded")]
 
     def assert_loaded():
@@ -566,9 +577,11 @@ def test_hub_ids_load_are_cached_and_work_offline(tmp_path):
             assert all(torch.equal(again[key], tensor) for key, tensor in weights.items())
             (tmp_path / f"org-{name}.out").unlink()
 
-    with hub({"org/tiny": files, "org/sharded": sharded, "org/broken": broken}) as server:
-        tiny, shards, bad, absent = load_in_a_process(
+    repos = {"org/sharded": sharded, "org/broken": broken, "org/trained": trained}
+    with hub({"org/tiny": files, **repos}) as server:
+        with_pooler, tiny, shards, bad, absent = load_in_a_process(
             tmp_path,
+            "org/trained",
             "org/tiny",
             "org/sharded",
             "org/broken",
@@ -577,6 +590,10 @@ def test_hub_ids_load_are_cached_and_work_offline(tmp_path):
         )
     assert [tiny, shards] == good
     assert_loaded()
+    assert with_pooler.startswith("org/trained loaded")
+    pooler = load_file(tmp_path / "org-trained.out")
+    assert torch.equal(pooler["pooler.weight"], dense["linear.weight"])
+    assert torch.equal(pooler["pooler.bias"], dense["linear.bias"])
     assert bad.startswith("org/broken UserError")
     assert "config.json" in bad
     assert absent.startswith("org/absent UserError --model org/absent:")

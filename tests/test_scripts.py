@@ -261,6 +261,8 @@ def test_an_unknown_hub_id_without_network(run_script, job, tmp_path, monkeypatc
     job[1] = "bert-base-uncased"
     line = refused(run_script, multitask_classifier, job, "bert-base-uncased")
     assert "--model all-MiniLM-L6-v2" in line
+    job[1] = "runs/typo"
+    refused(run_script, multitask_classifier, job, "--model runs/typo: no such folder")
     job[1] = "not//valid"
     refused(run_script, multitask_classifier, job, "neither a folder nor a valid hub id")
 
