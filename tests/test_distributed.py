@@ -164,14 +164,14 @@ def flags(model, data, run_dir, *more) -> list:
     return [*given, "--batch_size", 8, "--lr", "1e-3", "--precision", "fp32", *more]
 
 
-def near(found, expected):
-    """The same values, numbers to 1e-6."""
+def near(found, expected, tolerance=1e-6):
+    """The same values: losses to 1e-6; norms, correlations, cosines magnify rounding."""
     if isinstance(expected, dict):
         assert list(found) == list(expected)
         for name in expected:
-            near(found[name], expected[name])
+            near(found[name], expected[name], 1e-6 if name in ("loss", "lr") else 1e-5)
     elif isinstance(expected, float):
-        assert found == pytest.approx(expected, abs=1e-6, rel=1e-6)
+        assert found == pytest.approx(expected, abs=tolerance, rel=tolerance)
     else:
         assert found == expected
 
@@ -187,8 +187,6 @@ def same_run(found: Path, expected: Path) -> None:
         pairs = zip(log_of(found, kind), log_of(expected, kind), strict=True)
         for mine, theirs in pairs:
             mine.pop("summary", None), theirs.pop("summary", None)
-            norms = mine.pop("grad_norm", 0), theirs.pop("grad_norm", 0)
-            assert norms[0] == pytest.approx(norms[1], rel=1e-5)
             near(mine, theirs)
     (mine, facts), (theirs, others) = (
         read_state(run / "last/state.safetensors") for run in (found, expected)
@@ -235,13 +233,16 @@ JOBS = {
 }
 
 
+SMALL_BUCKETS = "import distributed; distributed.BUCKET = 5000"
+
+
 @pytest.mark.parametrize("job", JOBS)
 def test_n_processes_leave_what_one_leaves(job, forker, model, rows, tmp_path):
     """The last batches have 1 or 2 rows, so that some process has none; heads sit steps out."""
     script, *more = JOBS[job]
     data = SAMPLE if script == "simcse" else rows
     for n in (1, 2, 3):
-        forker.run(n, script, flags(model, data, tmp_path / str(n), *more))
+        forker.run(n, script, flags(model, data, tmp_path / str(n), *more), SMALL_BUCKETS)
         assert read_json(tmp_path / str(n) / "config.json")["processes"] == n
         assert result_of(tmp_path / str(n))["processes"] == n
     same_run(tmp_path / "2", tmp_path / "1")
@@ -290,18 +291,18 @@ kind.log = log
 """
 
 
-@pytest.mark.parametrize("option", ["pretrain", "finetune"])
+@pytest.mark.parametrize(("option", "rank"), [("pretrain", 1), ("finetune", 0)])
 def test_a_process_is_killed_and_the_run_resumed_to_the_same_bits(
-    option, forker, tiny, rows, tmp_path
+    option, rank, forker, tiny, rows, tmp_path
 ):
     """With dropout; the others end at once, and one of them says why."""
     job = flags(tiny, rows, tmp_path / "whole", "--option", option, "--save_every", 2)
     forker.run(2, "multitask_classifier", job)
     job = flags(tiny, rows, tmp_path / "broken", "--option", option, "--save_every", 2)
-    kill = AT.format(rank=1, step=9, signal=9)
+    kill = AT.format(rank=rank, step=9, signal=9)
     forker.start(2, "multitask_classifier", job, kill)
     codes, _, err = forker.wait()
-    assert codes == [1, -9]
+    assert codes[rank] == -9 and codes[1 - rank] == 1
     assert "Traceback" not in err
     assert err.count("another process of this run has ended") == 1
     forker.run(2, "multitask_classifier", [*job, "--resume"])
