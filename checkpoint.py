@@ -545,7 +545,10 @@ class Run:
         facts: what every line of the log says from now on.
         step: the training step under way.
         state: tensors and facts of an interrupted run, for the loop to take; or None.
+        launcher: what starts the script where Python alone does not.
     """
+
+    writes = True  # of several processes one alone does
 
     def __init__(self, path: Path):
         self.path = path
@@ -556,6 +559,7 @@ class Run:
         self._board = None
         self._began = time.perf_counter()
         self.saving = 0.0  # seconds that states took to save, of those of the run
+        self.launcher: list[str] = []
         if fcntl is not None:
             try:
                 fcntl.flock(self._log, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -621,6 +625,7 @@ class Run:
             for name, found in facts.get("data", {}).items():
                 if recorded["data"].get(name) != found:
                     raise UserError(f"--resume: {name} has changed since the run began")
+            again = {**provenance(), "processes": facts.get("processes", 1)}
             run = cls(path)
             try:
                 run._rewind()
@@ -628,7 +633,7 @@ class Run:
                 run.close()
                 raise
             with open(path / "resumed.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(provenance()) + "\n")
+                file.write(json.dumps(again) + "\n")
             return run
         except OSError as error:
             raise UserError(f"--run_dir {path}: cannot be written ({error.strerror})") from None
@@ -669,8 +674,9 @@ class Run:
         if "--run_dir" not in words and not any(w.startswith("--run_dir=") for w in words):
             words += ["--run_dir", str(self.path)]
         words += [] if "--resume" in words else ["--resume"]
-        python = os.path.relpath(sys.executable)
-        return shlex.join([sys.executable if python.startswith("..") else python, *words])
+        program, *more = self.launcher or [sys.executable]
+        near = os.path.relpath(program)
+        return shlex.join([program if near.startswith("..") else near, *more, *words])
 
     def log(self, kind: str, step: int, **figures: Any) -> None:
         """Append kind, step, `facts` and figures as one line, at once on disk."""
@@ -707,6 +713,35 @@ class Run:
         if self._board is not None:
             with suppress(OSError):  # what it could not write was said when it was tried
                 self._board.close()
+
+
+class Follower(Run):
+    """A run as the other processes that take part in it have it: they read, and write nothing."""
+
+    writes = False
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.facts = {}
+        self.step = 0
+        self.state = None
+        self._began = time.perf_counter()
+        self.saving = 0.0
+        self.launcher = []
+        if (path / "last/state.safetensors").exists():
+            self.state = read_state(path / "last/state.safetensors")
+
+    def save_state(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        """The first process does."""
+
+    def log(self, kind: str, step: int, **figures: Any) -> None:
+        """The first process does."""
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """The first process does."""
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 def plain(arguments: dict[str, Any]) -> dict[str, Any]:

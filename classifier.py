@@ -35,10 +35,12 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Train and evaluate as the command line says."""
     args = parse(argv)
+    import distributed
     from supervised import Files, fit
 
     files = Files(args.train, args.dev, args.test, args.dev_out, args.test_out)
-    fit(args, {args.task: files})
+    with distributed.joined(args):
+        fit(args, {args.task: files})
 
 
 if __name__ == "__main__":

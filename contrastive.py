@@ -16,6 +16,7 @@ from scipy import stats
 from torch import Tensor
 from torch.nn import functional as F
 
+import distributed
 from bert import BertModel
 from checkpoint import Run, UserError, digest, unchanged, write_text
 from datasets import Batch, Mixture, Sentences, TaskData, read_triples
@@ -24,7 +25,7 @@ from optimizer import AdamW, parameter_groups
 from scoring import embeddings
 from tasks import TASKS, MultitaskBERT
 from tokenizer import BertTokenizer
-from train import peak_memory, prepare, random_states, set_random_states, train
+from train import begin, peak_memory, prepare, random_states, set_random_states, train
 
 # ---------------------------------------------------------------------------- the loss
 
@@ -101,6 +102,9 @@ class Contrast:
     Gao et al. 2021, https://arxiv.org/abs/2101.06983): embeddings are made first, keeping nothing
     else; the loss gives each its gradient; then every batch is encoded again, under the same
     dropout, and takes its gradients further.
+
+    Of several processes each embeds its own rows; the loss is made in all of them from all rows,
+    and each takes the gradients of its own rows further: their sum is the big batch's.
     """
 
     def __init__(self, model: MultitaskBERT, args: Namespace):
@@ -109,6 +113,10 @@ class Contrast:
 
     def embed(self, batch: Batch) -> Tensor:
         """The views of a batch's rows, (V, b, D); a lone sentence is seen twice."""
+        if not len(batch):  # of a short batch, a process may have no row
+            width = max(2, batch.source.width)
+            size = (width, 0, self.model.bert.config.hidden_size)
+            return torch.zeros(size, device=self.model.device, requires_grad=True)
         ids, mask = batch.input_ids, batch.attention_mask
         if batch.source.width == 1:
             ids, mask = torch.cat([ids, ids]), torch.cat([mask, mask])
@@ -119,7 +127,7 @@ class Contrast:
         """The mean loss of the step's rows, from their views (V, B, D)."""
         losses = contrastive_loss(
             *vectors,
-            excluded=false_negatives(sentence_keys(batches)),
+            excluded=false_negatives(sentence_keys([batch.complete() for batch in batches])),
             temperature=self.args.temperature,
             hard_negative_weight=self.args.hard_negative_weight,
         )
@@ -128,7 +136,9 @@ class Contrast:
     def __call__(self, batches: Sequence[Batch]) -> float:
         """Leave gradients in the model's parameters; the mean loss for the log."""
         if len(batches) == 1:
-            loss = self.loss(self.embed(batches[0]), batches)
+            (batch,) = batches
+            vectors = distributed.all_rows(self.embed(batch), len(batch.whole))
+            loss = self.loss(vectors, batches)
             loss.backward()
             return loss.item()
         device = self.model.device
@@ -136,15 +146,15 @@ class Contrast:
         with torch.no_grad():
             for batch in batches:
                 states.append(random_states(device))
-                parts.append(self.embed(batch))
+                parts.append(distributed.all_rows(self.embed(batch), len(batch.whole)))
         vectors = torch.cat(parts, dim=1).requires_grad_()
         loss = self.loss(vectors, batches)
         loss.backward()
-        shares = vectors.grad.split([len(batch) for batch in batches], dim=1)
+        shares = vectors.grad.split([len(batch.whole) for batch in batches], dim=1)
         after = random_states(device)
         for batch, state, share in zip(batches, states, shares, strict=True):
             set_random_states(device, state)
-            self.embed(batch).backward(share)
+            self.embed(batch).backward(share[:, distributed.own(len(batch.whole))])
         set_random_states(device, after)
         return loss.item()
 
@@ -180,6 +190,11 @@ def figures(model: MultitaskBERT, dev: TaskData, batch_size: int) -> dict[str, A
     threshold; uniformity over all sentences.
     """
     vectors = embeddings(model, dev, batch_size)  # (N, 2, D)
+    return distributed.first(lambda: figures_of(vectors, dev))
+
+
+def figures_of(vectors: Tensor, dev: TaskData) -> dict[str, Any]:
+    """The same from the embeddings, (N, 2, D)."""
     u, v = vectors[:, 0], vectors[:, 1]
     cosines = F.cosine_similarity(u.double(), v.double(), dim=-1)
     gold = dev.labels.double()
@@ -229,7 +244,7 @@ def fit(args: Namespace) -> dict[str, Any]:
     Raises:
         UserError: anything the user can mend; before training starts nothing has been written.
     """
-    recorded = Run.check(args.run_dir, vars(args), args.resume)
+    recorded = distributed.first(lambda: Run.check(args.run_dir, vars(args), args.resume))
     device, precision = prepare(args.seed, args.device, args.precision, recorded)
     tokenizer = BertTokenizer.from_pretrained(args.model)
     sentences, dev = load(args, tokenizer)
@@ -246,10 +261,8 @@ def fit(args: Namespace) -> dict[str, Any]:
     mixture = Mixture(
         [sentences], args.batch_size, args.seed, args.epochs, accumulate=args.accumulate
     )
-    run = Run.begin(
-        args.run_dir,
-        vars(args),
-        args.resume,
+    run = begin(
+        args,
         data={str(of.path): of.digest for of in (sentences, dev)},
         device=str(device),
         precision=str(precision).removeprefix("torch."),
@@ -261,7 +274,8 @@ def fit(args: Namespace) -> dict[str, Any]:
     )
     with closing(run):
         for of in (sentences, dev):
-            of.save_tokens(run.path / "tokens")
+            if run.writes:
+                of.save_tokens(run.path / "tokens")
         return carry_out(args, model, mixture, dev, run)
 
 
@@ -276,9 +290,10 @@ def carry_out(
     if run.state is None:
         run.log("dev", 0, epoch=-1, **before)
     print(f"before training: {before['summary']}")
+    gradients = distributed.reduced(Contrast(model, args), list(model.bert.parameters()))
     best = train(
         model,
-        Contrast(model, args),
+        gradients,
         mixture,
         optimizers,
         lambda: figures(model, dev, args.batch_size),
@@ -294,11 +309,14 @@ def carry_out(
         "best_step": best["step"],
         "training_seconds": round(seconds, 1),
         "saving_seconds": round(run.saving, 2),  # of them, for the states to resume from
-        "peak_memory_bytes": peak_memory(model.device),
+        "peak_memory_bytes": peak_memory(model.device),  # of the first process
+        "processes": distributed.size(),
     }
-    write_text(run.path / "best" / "README.md", model_card(run.path, result))
+    if run.writes:
+        write_text(run.path / "best" / "README.md", model_card(run.path, result))
     run.finish(result)
-    shutil.rmtree(run.path / "tokens", ignore_errors=True)  # nothing is left to go on with
+    if run.writes:
+        shutil.rmtree(run.path / "tokens", ignore_errors=True)  # nothing is left to go on with
     print(f"dev, best epoch {best['epoch'] + 1}: {best['summary']}")
     print(f"{run.path}: best/, result.json; trained for {seconds:.0f} s")
     return result

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import distributed
 from checkpoint import UserError, check_file, digest, read_tensors, unchanged, write_tensors
 from tasks import Task
 from tokenizer import BertTokenizer
@@ -227,7 +228,8 @@ class Batch:
     `input_ids`, `attention_mask` (and `token_type_ids`, for jointly encoded pairs): (B, T); for
     separately encoded pairs (2 B, T), all first sentences and then all second ones, so that a pair
     goes through BERT in one forward pass. `labels`: (B,) in the task's dtype, None in a test set.
-    `rows`: the B row numbers in `source`.
+    `rows`: the B row numbers in `source`. `whole`: those of the batch over all processes, of which
+    these are a share (`distributed.own`), maybe none.
     """
 
     source: "Sentences"
@@ -236,6 +238,7 @@ class Batch:
     attention_mask: Tensor
     token_type_ids: Tensor | None
     labels: Tensor | None
+    whole: np.ndarray
 
     @property
     def task(self) -> str:
@@ -246,7 +249,13 @@ class Batch:
         return len(self.rows)
 
     def __str__(self) -> str:
-        return f"task {self.task}, {self.source.names(self.rows)}"
+        return f"task {self.task}, {self.source.names(self.whole)}"
+
+    def complete(self) -> "Batch":
+        """The batch over all processes."""
+        if len(self.rows) == len(self.whole):
+            return self
+        return self.source.batch(self.whole).to(self.input_ids.device)
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch with its tensors on `device`."""
@@ -365,10 +374,10 @@ class Sentences:
         """How a message calls these rows."""
         return f"{self.unit} " + " ".join(str(row + 1) for row in rows)
 
-    def batch(self, rows: np.ndarray) -> Batch:
-        """The batch of these row numbers, padded to its longest sentence."""
+    def batch(self, rows: np.ndarray, whole: np.ndarray | None = None) -> Batch:
+        """The batch of these row numbers, padded to its longest sentence; or a share of a whole."""
         sentences = [column[row] for column in self.ids for row in rows]
-        width = max(map(len, sentences))
+        width = max(map(len, sentences), default=0)
         input_ids = np.full((len(sentences), width), self.pad_token_id, dtype=np.int64)
         attention_mask = np.zeros((len(sentences), width), dtype=np.int64)
         for i, ids in enumerate(sentences):
@@ -385,7 +394,12 @@ class Sentences:
             torch.from_numpy(attention_mask),
             types,
             None if self.labels is None else self.labels[torch.from_numpy(rows)],
+            rows if whole is None else whole,
         )
+
+    def share(self, whole: np.ndarray) -> Batch:
+        """This process's share of the batch of these row numbers."""
+        return self.batch(whole[distributed.own(len(whole))], whole)
 
     def batch_count(self, batch_size: int) -> int:
         """The number of batches in a pass over the set."""
@@ -406,9 +420,13 @@ class Sentences:
         return [batches[i] for i in rng.permutation(len(batches))]
 
     def in_order(self, batch_size: int) -> Iterator[Batch]:
-        """Every row once, longest first (a batch too large for the memory then fails at once)."""
+        """Every row once, longest first (a batch too large for the memory then fails at once).
+
+        Of several processes each gets every so-many-th batch, with the padding that it always has.
+        """
         order = np.argsort(-self.lengths, kind="stable")
-        for start in range(0, len(order), batch_size):
+        first = distributed.rank() * batch_size
+        for start in range(first, len(order), distributed.size() * batch_size):
             yield self.batch(order[start : start + batch_size])
 
 
@@ -484,7 +502,8 @@ SAMPLINGS = ("roundrobin", "proportional", "annealed")
 class Mixture:
     """The steps of a training run over one or several tasks.
 
-    A step is a list of batches of one task: one batch, or `accumulate` of them. Each task is an
+    A step is a list of batches of one task: one batch, or `accumulate` of them; a process gets its
+    share of each. Each task is an
     endless stream of steps, pass after pass over its set, and an epoch takes the next few of each:
 
     - `roundrobin`: the tasks in turn (the paper). An epoch is one pass over the smallest set; the
@@ -570,5 +589,5 @@ class Mixture:
                     rows[i] = number, passed
                 start = place * self.accumulate
                 chosen = rows[i][1][start : start + self.accumulate]
-                batches += [self.sets[i].batch(r) for r in chosen]
+                batches += [self.sets[i].share(r) for r in chosen]
             yield batches

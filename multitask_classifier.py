@@ -97,6 +97,7 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Train and evaluate as the command line says."""
     args = parse(argv)
+    import distributed
     from supervised import Files, fit
 
     files = {
@@ -108,7 +109,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         for task in args.tasks
     }
-    fit(args, files, {"para": args.para_decoder, "sts": args.sts_decoder})
+    with distributed.joined(args):
+        fit(args, files, {"para": args.para_decoder, "sts": args.sts_decoder})
 
 
 if __name__ == "__main__":

@@ -43,7 +43,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the message, and leave with exit code 2."""
-        self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
+        line = f"{self.prog}: error: {message} (--help lists the flags)\n"
+        # The processes that torchrun starts on a machine have one command line: one complains.
+        self.exit(2, line if os.environ.get("LOCAL_RANK", "0") == "0" else "")
 
 
 def number(
@@ -92,7 +94,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="a new folder for all that the run writes (default: under runs/, named by the time)",
     )
-    add("--batch_size", type=POSITIVE, default=32, help="rows in a batch")
+    add("--batch_size", type=POSITIVE, default=32, help="rows in a batch, over all processes")
     add("--accumulate", type=POSITIVE, default=1, help="batches in a step")
     add("--schedule", choices=["linear", "constant"], default="linear", help="after the warm-up")
     add("--warmup", type=DROPOUT, default=0.1, help="fraction of the steps")
@@ -212,6 +214,13 @@ def complete_supervised(
     args.epochs = args.epochs or DEFAULT_EPOCHS[args.option]
 
 
+def say(message: str) -> None:
+    """Print a line on standard error; of several processes that would, only the first does."""
+    joined = sys.modules.get("distributed")
+    if joined is None or not joined.said(message):
+        print(message, file=sys.stderr)
+
+
 def script(main: Callable[[Sequence[str] | None], None]) -> NoReturn:
     """Run a script's `main` and leave: 0, or one line on standard error and its exit code."""
     for stream in (sys.stdout, sys.stderr):
@@ -220,17 +229,14 @@ def script(main: Callable[[Sequence[str] | None], None]) -> NoReturn:
     try:
         main(None)
     except KeyboardInterrupt as stop:
-        print(
-            str(stop) or "interrupted; if the run had begun, the same with --resume goes on",
-            file=sys.stderr,
-        )
+        say(str(stop) or "interrupted; if the run had begun, the same with --resume goes on")
         sys.exit(130)
     except BrokenPipeError:  # who reads our standard output has left: `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OSError as error:  # a full disk, a folder that has gone or may not be written to
         reason = error.strerror or type(error).__name__
-        print(f"{Path(sys.argv[0]).name}: error: {error.filename}: {reason}", file=sys.stderr)
+        say(f"{Path(sys.argv[0]).name}: error: {error.filename}: {reason}")
         sys.exit(2)
     except Exception as error:
         from checkpoint import UserError
@@ -238,6 +244,6 @@ def script(main: Callable[[Sequence[str] | None], None]) -> NoReturn:
         if not isinstance(error, UserError):
             raise
         label = "error: " if error.exit_code else ""
-        print(f"{Path(sys.argv[0]).name}: {label}{error}", file=sys.stderr)
+        say(f"{Path(sys.argv[0]).name}: {label}{error}")
         sys.exit(error.exit_code)
     sys.exit(0)

@@ -8,6 +8,7 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from scipy import stats
 from torch import Tensor
 
 import bert
+import distributed
 from checkpoint import UserError, read_tensors, write_tensors, write_text
 from datasets import Batch, Example, Sentences, TaskData
 from tasks import TASKS, MultitaskBERT, Task
@@ -31,11 +33,19 @@ class FrozenEmbeddings:
     A frozen encoder runs without dropout, so the same row has the same embeddings in every epoch,
     and in every run: `save` leaves them in `folder`, for others with this encoder and this data.
     (To rounding: a row's padding, and with it the last bit, depends on its batch.)
+
+    Of several processes each embeds the rows of its share, and `save` gives them to all.
+
+    Args:
+        model: holds the encoder.
+        folder: where embeddings are kept.
+        sources: the sets whose embeddings are to be saved, in the same order in all processes.
     """
 
-    def __init__(self, model: MultitaskBERT, folder: Path):
+    def __init__(self, model: MultitaskBERT, folder: Path, sources: Sequence[Sentences] = ()):
         self.model = model
         self.folder = folder
+        self.sources = sources
         self.known: dict[int, Known] = {}  # by the set's identity
         # All that decides what the encoder makes of tokens; it has no dropout.
         config = replace(model.bert.config, hidden_dropout_prob=0, attention_probs_dropout_prob=0)
@@ -47,9 +57,7 @@ class FrozenEmbeddings:
     def __call__(self, batch: Batch) -> Tensor:
         """Embeddings as `MultitaskBERT.embed` gives them, (width * B, D)."""
         source = batch.source
-        if id(source) not in self.known:
-            self.known[id(source)] = self.load(source)
-        known = self.known[id(source)]
+        known = self.find(source)
         new = batch.rows[~known.done[batch.rows]]
         if len(new):
             with torch.no_grad():
@@ -57,6 +65,12 @@ class FrozenEmbeddings:
             known.vectors[new] = fresh.unflatten(0, (source.width, len(new))).transpose(0, 1)
             known.done[new] = True
         return known.vectors[batch.rows].transpose(0, 1).flatten(0, 1)
+
+    def find(self, source: Sentences) -> "Known":
+        """What is known of a set; at first, what is in the folder."""
+        if id(source) not in self.known:
+            self.known[id(source)] = self.load(source)
+        return self.known[id(source)]
 
     def load(self, source: Sentences) -> "Known":
         """Room for a set's vectors, with what is in the folder filled in."""
@@ -85,13 +99,17 @@ class FrozenEmbeddings:
 
     def save(self) -> None:
         """Add to the folder what it does not have."""
+        if distributed.size() > 1:
+            used = distributed.agree(*(id(source) in self.known for source in self.sources))
+            for source in compress(self.sources, used):
+                self.find(source).exchange()
         for known in self.known.values():
             rows = np.flatnonzero(known.done & ~known.saved)
-            if len(rows):
+            if len(rows) and distributed.rank() == 0:
                 part = self.folder / f"{known.name}-{known.saved.sum():09d}.safetensors"
                 new = {"rows": torch.from_numpy(rows), "vectors": known.vectors[rows]}
                 write_tensors(part, new)
-                known.saved = known.done.copy()
+            known.saved = known.done.copy()
 
 
 @dataclass
@@ -103,6 +121,18 @@ class Known:
     done: np.ndarray
     saved: np.ndarray | None = None
 
+    def exchange(self) -> None:
+        """Give all processes the rows that any has made; where several have, the first one's."""
+        has = torch.zeros(len(self.done), distributed.size(), dtype=torch.uint8)
+        has[:, distributed.rank()] = torch.from_numpy(self.done.astype(int) + self.saved)
+        has = distributed.total(has).numpy()
+        rows = np.flatnonzero(has.any(axis=1) & (has < 2).any(axis=1))
+        mine = has[rows].argmax(axis=1) == distributed.rank()
+        part = self.vectors.new_zeros(len(rows), *self.vectors.shape[1:])
+        part[mine] = self.vectors[rows[mine]]
+        self.vectors[rows] = distributed.total(part)
+        self.done[rows] = True
+
 
 def embed(model: MultitaskBERT, batch: Batch) -> Tensor:
     """The embeddings of a batch's sentences, (width * B, D)."""
@@ -113,12 +143,12 @@ def embed(model: MultitaskBERT, batch: Batch) -> Tensor:
 def embeddings(model: MultitaskBERT, data: TaskData, batch_size: int) -> Tensor:
     """The embeddings of every row, (N, width, D) float32 on the CPU, in file order."""
     model.eval()
-    vectors = torch.empty(len(data), data.width, model.bert.config.hidden_size)
+    vectors = torch.zeros(len(data), data.width, model.bert.config.hidden_size)
     for batch in data.in_order(batch_size):
         with memory_for(batch):
             found = embed(model, batch.to(model.device)).cpu()
         vectors[torch.from_numpy(batch.rows)] = found.unflatten(0, (data.width, -1)).transpose(0, 1)
-    check_finite(vectors, data)
+    check_finite(distributed.total(vectors), data)
     return vectors
 
 
@@ -137,7 +167,7 @@ def check_finite(outputs: Tensor, data: TaskData) -> None:
 def predict(model: MultitaskBERT, data: TaskData, batch_size: int, embedder: Embed) -> Tensor:
     """The logits of every row, (N, C) float32 on the CPU, in file order."""
     model.eval()
-    logits = torch.empty(len(data), data.task.outputs)
+    logits = torch.zeros(len(data), data.task.outputs)
     with progress(len(data), f"predict {data.path.name}", inner=True) as bar:
         for batch in data.in_order(batch_size):
             batch = batch.to(model.device)
@@ -145,7 +175,7 @@ def predict(model: MultitaskBERT, data: TaskData, batch_size: int, embedder: Emb
                 found = model.decode(batch.task, embedder(batch)).cpu()
             logits[torch.from_numpy(batch.rows)] = found
             bar.update(len(batch))
-    check_finite(logits, data)
+    check_finite(distributed.total(logits), data)
     return logits
 
 

@@ -44,9 +44,11 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Train and evaluate as the command line says."""
     args = parse(argv)
+    import distributed
     from contrastive import fit
 
-    fit(args)
+    with distributed.joined(args):
+        fit(args)
 
 
 if __name__ == "__main__":

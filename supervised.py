@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import distributed
 from bert import BertModel
 from checkpoint import Run, UserError, check_new_file, writable, write_text
 from datasets import Batch, Mixture, TaskData
@@ -33,7 +34,7 @@ from scoring import (
 )
 from tasks import TASKS, MultitaskBERT, Task, find_tasks
 from tokenizer import BertTokenizer
-from train import peak_memory, prepare, summed, train
+from train import begin, peak_memory, prepare, summed, train
 
 # The first stage of lpft: a frozen encoder's heads, trained until dev improves no more.
 PROBE = {
@@ -76,7 +77,7 @@ def fit(
         UserError: anything the user can mend; before training starts nothing has been written.
     """
     tasks = find_tasks(list(files))
-    recorded = Run.check(args.run_dir, vars(args), args.resume)
+    recorded = distributed.first(lambda: Run.check(args.run_dir, vars(args), args.resume))
     device, precision = prepare(args.seed, args.device, args.precision, recorded)
     outputs = output_paths(args.run_dir, files, args.no_test, recorded is not None)
     if args.features and not writable(args.features):
@@ -97,10 +98,8 @@ def fit(
     )
     model.precision = precision
     model.to(device)
-    run = Run.begin(
-        args.run_dir,
-        vars(args),
-        args.resume,
+    run = begin(
+        args,
         data={str(data.path): data.digest for of in sets.values() for data in of},
         device=str(device),
         precision=str(precision).removeprefix("torch."),
@@ -110,7 +109,8 @@ def fit(
     )
     with closing(run):
         for data in (data for of in sets.values() for data in of):
-            data.save_tokens(run.path / "tokens")
+            if run.writes:
+                data.save_tokens(run.path / "tokens")
         return carry_out(args, model, sets, outputs, run)
 
 
@@ -128,19 +128,20 @@ def carry_out(
             run.facts["stage"] = "probe"
             probe = Namespace(**{**vars(args), **PROBE})
             learn(model, sets, run, probe, frozen=True, keep="probe")
-        model.load(run.path / "probe")
+        load(model, run.path / "probe")
         run.facts["stage"] = "finetune"
         args.head_lr = args.lr  # all of the model at one rate, as Kumar et al. fine-tune
         print("the probe has converged: fine-tuning from its heads")
     best, judge = learn(model, sets, run, args, frozen=args.option == "pretrain")
     seconds = run.seconds()
 
-    model.load(run.path / "best")
+    load(model, run.path / "best")
     reports = {}
     for split in [split for split in sets if split != "train"]:
         for data in sets[split]:
             logits = judge.logits(data, best["step"])
-            write_predictions(outputs[data.task.name, split], data, logits)
+            if run.writes:
+                write_predictions(outputs[data.task.name, split], data, logits)
             if split == "dev":
                 reports[data.task.name] = report(data, logits)
     result = {
@@ -150,18 +151,26 @@ def carry_out(
         "best_step": best["step"],
         "training_seconds": round(seconds, 1),
         "saving_seconds": round(run.saving, 2),  # of them, for the states to resume from
-        "peak_memory_bytes": peak_memory(model.device),
+        "peak_memory_bytes": peak_memory(model.device),  # of the first process
+        "processes": distributed.size(),
         "predictions": {f"{task}_{split}": str(path) for (task, split), path in outputs.items()},
     }
-    write_text(run.path / "best" / "README.md", model_card(run.path, result))
+    if run.writes:
+        write_text(run.path / "best" / "README.md", model_card(run.path, result))
     run.finish(result)
     if args.features and isinstance(judge.embedder, FrozenEmbeddings):
         judge.embedder.save()
-    for name in ("features", "tokens"):  # nothing is left to go on with
+    for name in ("features", "tokens") if run.writes else ():  # nothing is left to go on with
         shutil.rmtree(run.path / name, ignore_errors=True)
     print(f"dev, best epoch {best['epoch'] + 1}: {summary(reports)}")
     print(f"{run.path}: best/, predictions/, result.json; trained for {seconds:.0f} s")
     return result
+
+
+def load(model: MultitaskBERT, folder: Path) -> None:
+    """Take over the weights in a folder, which the first process alone has to see yet."""
+    distributed.first(lambda: model.load(folder))
+    distributed.spread(model)
 
 
 def learn(
@@ -183,7 +192,8 @@ def learn(
     for name, head in model.heads.items():
         optimizers[name] = AdamW(parameter_groups(head, args.weight_decay), lr=args.head_lr)
     kept = args.features or run.path / "features"
-    embedder = FrozenEmbeddings(model, kept) if frozen else partial(embed, model)
+    everything = [data for of in sets.values() for data in of]
+    embedder = FrozenEmbeddings(model, kept, everything) if frozen else partial(embed, model)
 
     def losses(batch: Batch, stop: bool = False) -> Tensor:
         """The loss of each row; it reaches the batch's own head and, unless stopped there, BERT."""
@@ -192,8 +202,9 @@ def learn(
         return TASKS[batch.task].loss(model.decode(batch.task, vectors), batch.labels)
 
     gradients = summed(lambda batch: losses(batch, stop=batch.task == args.leave_out))
+    gradients = distributed.reduced(gradients, [p for p in model.parameters() if p.requires_grad])
     if args.surgery != "none":
-        combine = {"pcgrad": pcgrad, "sum": total}[args.surgery]
+        combine = {"pcgrad": distributed.same_draws()(pcgrad), "sum": total}[args.surgery]
         gradients = Surgery(gradients, list(model.bert.parameters()), combine)
     if args.measure_conflict:
         gradients = Measured(gradients, losses, model, sets["train"], run, args)
@@ -228,7 +239,7 @@ class Judge:
     def __call__(self) -> dict[str, Any]:
         """The model's figures now (`scoring.evaluate`)."""
         found = [self.predict(data) for data in self.dev]
-        figures = evaluate(self.dev, found)
+        figures = distributed.first(lambda: evaluate(self.dev, found))
         if figures["score"] > self.best[0]:
             self.best = figures["score"], self.run.step, found
         return figures

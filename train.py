@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpoint import Run, UserError
+import distributed
+from checkpoint import Follower, Run, UserError
 from optimizer import AdamW, schedule
 
 
@@ -62,8 +63,9 @@ def prepare(
     """
     if recorded is not None:
         device, precision = recorded["device"], recorded["precision"]
-        # With another number of threads PyTorch adds in another order.
-        torch.set_num_threads(min(recorded["hardware"]["threads"], os.cpu_count() or 1))
+        if recorded.get("processes", 1) == distributed.size():
+            # With another number of threads PyTorch adds in another order.
+            torch.set_num_threads(min(recorded["hardware"]["threads"], os.cpu_count() or 1))
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only so
     # Determinism needs no NaN fill of new memory, which would cost time.
     torch.utils.deterministic.fill_uninitialized_memory = False
@@ -77,7 +79,7 @@ def prepare(
         "mps": torch.backends.mps.is_available(),
     }
     if device == "auto":
-        device = "cuda" if available["cuda"] else "cpu"
+        device = distributed.first(lambda: "cuda" if available["cuda"] else "cpu")
     # Strict on a GPU, where a warning would let attention's backward pass differ between runs. (The
     # same by torch.use_deterministic_algorithms would import PyTorch's compiler.)
     torch.set_deterministic_debug_mode("error" if device == "cuda" else "warn")
@@ -86,10 +88,42 @@ def prepare(
             f"--device {device} (--use_gpu means cuda): PyTorch {torch.__version__} finds no such"
             " device here; give --device cpu, or install a PyTorch built for your GPU"
         )
+    if device == "mps" and distributed.size() > 1:
+        raise UserError("--device mps: its tensors cannot be sent to other processes; start one")
+    if device == "cuda":
+        distributed.use_gpu()
     if precision == "auto":
         fast = {"cpu": cpu_gains_by_bf16, "cuda": gpu_gains_by_bf16, "mps": lambda: False}
-        precision = "bf16" if fast[device]() else "fp32"
+        precision = distributed.first(lambda: "bf16" if fast[device]() else "fp32")
     return torch.device(device), getattr(torch, PRECISIONS.get(precision, precision))
+
+
+def begin(args: Namespace, **facts: Any) -> Run:
+    """`Run.begin`, of several processes in the first one; the others follow what it has begun.
+
+    Args:
+        args: the command line, with `run_dir`, `resume` and `seed`.
+        facts: what else `config.json` records.
+
+    Raises:
+        UserError: as `Run.begin`; a process that does not see the state to go on with.
+    """
+    run: Run | None = None
+
+    def make() -> None:
+        nonlocal run
+        facts["processes"] = distributed.size()
+        run = Run.begin(args.run_dir, vars(args), args.resume, **facts)
+
+    distributed.first(make)
+    run = run or Follower(args.run_dir)
+    run.launcher = distributed.launcher()
+    reached = run.state[1]["log"] if run.state else None
+    if distributed.first(lambda: reached) != reached:
+        raise UserError(f"--resume: {run.path} is not the same here: put it where all machines see")
+    distributed.meet()  # before the first saves a state that others are reading
+    distributed.own_stream(args.seed)
+    return run
 
 
 def gpu_gains_by_bf16() -> bool:
@@ -141,6 +175,7 @@ def progress(total: int, what: str, done: int = 0, inner: bool = False) -> tqdm:
         maxinterval=max(10.0, interval),
         leave=not inner,
         position=None if terminal else 0,  # no moving between lines in a file
+        disable=distributed.rank() > 0,
     )
 
 
@@ -165,17 +200,18 @@ def summed(loss_fn: Callable[[Any], Tensor]) -> Callable[[Sequence[Any]], float]
 
     Losses are summed over the rows of all batches and divided once by their number, so that
     accumulation, and the short last batch, weigh every row alike. Only one batch's activations are
-    held at a time.
+    held at a time. Of several processes each makes its own rows' part of the gradients, which
+    `distributed.reduced` adds up, and returns the loss of all.
     """
 
     def gradients(batches: Sequence[Any]) -> float:
-        count = sum(len(batch) for batch in batches)
+        count = sum(len(batch.whole) for batch in batches)
         loss = 0.0
-        for batch in batches:
+        for batch in filter(len, batches):
             part = loss_fn(batch).sum() / count
             part.backward()
             loss += part.item()
-        return loss
+        return distributed.total(torch.tensor(loss, dtype=torch.float64)).item()
 
     return gradients
 
@@ -229,7 +265,8 @@ class StopSignals:
         if self.asked or self.at_once:
             raise KeyboardInterrupt
         self.asked = True
-        os.write(2, b"\nstopping after this step; once more stops at once\n")
+        if distributed.rank() == 0:
+            os.write(2, b"\nstopping after this step; once more stops at once\n")
 
 
 class Period:
@@ -272,7 +309,7 @@ def state_tensors(
         for index, moments in optimizer.state_dict()["state"].items():
             for key, value in moments.items():
                 tensors[f"optimizer.{name}.{index}.{key}"] = torch.as_tensor(value)
-    tensors.update({f"random.{i}": state for i, state in enumerate(states)})
+    tensors.update({f"random.{i}": distributed.stacked(s) for i, s in enumerate(states)})
     return tensors
 
 
@@ -349,16 +386,24 @@ def train(
         tensors, facts = run.state
         try:
             restore(model, optimizers, tensors)
-            random_tensors = [tensors[n] for n in sorted(tensors) if n.startswith("random.")]
-            set_random_states(model.device, random_tensors)
+            kept = [tensors[name] for name in sorted(tensors) if name.startswith("random.")]
+            kept = [torch.atleast_2d(states) for states in kept]  # by process
+            same = len(kept[0]) == distributed.size()
+            mine = distributed.rank() if same else 0
+            # A copy: PyTorch takes a view for all that it is a view of.
+            set_random_states(model.device, [states[mine].clone() for states in kept])
             step, rows, since_best = (int(facts[name]) for name in ("step", "rows", "since_best"))
             due, best = bool(facts["due"]), facts["best"]
             if best is not None:
                 best = {**best, "score": float(best["score"]), "step": int(best["step"])}
+        except UserError:
+            raise
         except (KeyError, TypeError, ValueError, IndexError, RuntimeError, OverflowError) as error:
             raise UserError(
                 f"--resume: {run.path / 'last/state.safetensors'}: damaged ({error!r}); start again"
             ) from None
+        if not same:
+            distributed.own_stream(args.seed, step)
         run.state = tensors = None
         if facts["finished"]:
             return best
@@ -382,7 +427,7 @@ def train(
         run.step = step
         save()
         stop.at_once = True
-        if stop.asked:
+        if any(distributed.agree(stop.asked)):
             raise KeyboardInterrupt
         epoch = bisect_left(ends, step)
         model.eval()
@@ -396,7 +441,8 @@ def train(
         better = best is None or found["score"] > best["score"]
         if better:
             best, since_best = found, 0
-            model.save_pretrained(run.path / keep)
+            if run.writes:
+                model.save_pretrained(run.path / keep)
         else:
             since_best += 1
         mark = "best so far" if better else f"best was {best['score']:.4f}"
@@ -457,15 +503,16 @@ def train(
                 of="+".join(dict.fromkeys(batch.task for batch in batches)),
             )
             step += 1
-            rows += sum(len(batch) for batch in batches)
+            rows += sum(len(batch.whole) for batch in batches)
             bar.set_postfix(loss=f"{loss:.3f}", lr=f"{max(rates.values()):.1e}", refresh=False)
             bar.update()
+            over, asked = distributed.agree(period.over(step), stop.asked)
             if step in ends or (args.eval_every and step % args.eval_every == 0):
                 if not check():
                     return
-            elif period.over(step) or stop.asked:
+            elif over or asked:
                 save()
-            if stop.asked:
+            if asked:
                 raise KeyboardInterrupt
 
     model.train()
@@ -475,7 +522,7 @@ def train(
         try:
             go()
             save(finished=True)
-            if stop.asked:
+            if any(distributed.agree(stop.asked)):  # and none reads before the first has written
                 raise KeyboardInterrupt
         except KeyboardInterrupt:
             raise Stopped(f"stopped at step {step}; to go on: {run.command()}") from None

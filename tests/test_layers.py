@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     {"checkpoint", "gradients", "optimizer"},
-    {"exchange"},
+    {"distributed", "exchange"},
     {"bert", "tokenizer", "train"},
     {"tasks"},
     {"datasets"},
