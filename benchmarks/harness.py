@@ -68,7 +68,8 @@ FLAGS: dict[str, dict[str, Any]] = {
     "passes": {"type": POSITIVE, "help": "timed passes in each measurement, of which the median"},
     "device": {"choices": ["cpu", "cuda"], "help": "where it runs"},
 }
-COMMON = {"model": "all-MiniLM-L6-v2", "data_dir": Path("data/sample"), "turns": 3, "passes": 1}
+# The flags, and their defaults, of a benchmark that reads text.
+TEXTS = {"model": "all-MiniLM-L6-v2", "data_dir": Path("data/sample")}
 
 
 @dataclass
@@ -149,6 +150,19 @@ class Missing(ValueError):
 
 
 # ---------------------------------------------------------------------------- FLOPs
+
+
+def bert_config(size: str) -> Any:
+    """The `BertConfig` of a row of `SIZES`: heads of 64, feed-forward four times as wide."""
+    from bert import BertConfig
+
+    layers, width = SIZES[size]
+    return BertConfig(
+        num_hidden_layers=layers,
+        hidden_size=width,
+        num_attention_heads=max(1, width // 64),
+        intermediate_size=4 * width,
+    )
 
 
 def useful_flops(
@@ -299,7 +313,7 @@ def parse(benchmark: Benchmark, argv: Sequence[str] | None) -> Namespace:
     """The command line of a benchmark, checked."""
     words = list(sys.argv[1:] if argv is None else argv)
     parser = Parser(benchmark.doc.splitlines()[0])
-    settings = {**COMMON, **benchmark.settings}
+    settings = {"turns": 3, "passes": 1, **benchmark.settings}
     if "--quick" in words:
         settings.update(benchmark.quick, turns=1, passes=1)
     for name, default in settings.items():
@@ -337,10 +351,13 @@ def compare(benchmark: Benchmark, args: Namespace) -> dict[str, Any]:
     """
     from checkpoint import UserError, model_folder
 
-    args.data_dir = args.data_dir.resolve()
-    if not args.data_dir.is_dir():
-        raise UserError(f"--data_dir {args.data_dir}: no such folder")
-    named, args.model = args.model, str(Path(model_folder(args.model)).resolve())
+    settings = {name: getattr(args, name) for name in args.flags}
+    if "data_dir" in settings:
+        settings["data_dir"] = str(args.data_dir)
+        args.data_dir = args.data_dir.resolve()
+        if not args.data_dir.is_dir():
+            raise UserError(f"--data_dir {args.data_dir}: no such folder")
+        args.model = str(model_folder(args.model).resolve())
     found: dict[str, list[dict[str, float]]] = {name: [] for name in args.names}
     skipped: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as scratch:
@@ -360,13 +377,12 @@ def compare(benchmark: Benchmark, args: Namespace) -> dict[str, Any]:
                 print(f"turn {turn + 1} of {args.turns}, {name}: {said}", file=sys.stderr)
         checked = check(benchmark, args)
     measured = {name: runs for name, runs in found.items() if name not in skipped}
-    settings = {name: getattr(args, name) for name in args.flags}
     return {
         "benchmark": benchmark.name,
         "unit": benchmark.unit,
         "command": args.command,
         "quick": args.quick,
-        "settings": {**settings, "model": named, "data_dir": args.data_dir.name},
+        "settings": settings,
         **machine(args.device),
         "contestants": {name: summarised(runs) for name, runs in measured.items()},
         "skipped": skipped,
