@@ -63,9 +63,9 @@ FLAGS: dict[str, dict[str, Any]] = {
     "data_dir": {"type": Path, "help": "folder of the csv files"},
     "rows": {"type": POSITIVE, "help": "rows read of each file, or sentences"},
     "batch_size": {"type": POSITIVE, "help": "rows in a batch"},
-    "epochs": {"type": POSITIVE, "help": "passes over the rows"},
     "turns": {"type": POSITIVE, "help": "times that each is measured"},
     "passes": {"type": POSITIVE, "help": "timed passes in each measurement, of which the median"},
+    "precision": {"choices": ["auto", "fp32", "bf16"], "help": "of ours"},
     "device": {"choices": ["cpu", "cuda"], "help": "where it runs"},
 }
 # The flags, and their defaults, of a benchmark that reads text.
@@ -117,7 +117,7 @@ class Benchmark:
     Args:
         file: of the script.
         doc: its docstring, whose first line `--help` shows.
-        unit: what `rate` counts.
+        unit: what `rate` counts; `units` has what it counts for some contestants instead.
         contestants: name -> what makes its `Work` from the command line.
         claims: see there.
         settings: its flags (of `FLAGS`) and their defaults.
@@ -134,6 +134,7 @@ class Benchmark:
     settings: dict[str, Any]
     quick: dict[str, Any] = field(default_factory=dict)
     check: Callable[[dict[str, Any]], dict[str, float]] = lambda found: {}
+    units: dict[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -313,16 +314,16 @@ def parse(benchmark: Benchmark, argv: Sequence[str] | None) -> Namespace:
     """The command line of a benchmark, checked."""
     words = list(sys.argv[1:] if argv is None else argv)
     parser = Parser(benchmark.doc.splitlines()[0])
-    settings = {"turns": 3, "passes": 1, **benchmark.settings}
+    settings = {"turns": 3, **benchmark.settings}
     if "--quick" in words:
-        settings.update(benchmark.quick, turns=1, passes=1)
+        settings.update(benchmark.quick, turns=1)
     for name, default in settings.items():
         parser.add_argument(f"--{name}", default=default, **FLAGS[name])
     parser.add_argument("--quick", action="store_true", help="small sizes, to try it")
     parser.add_argument("--only", metavar="TEXT", help="only contestants with this in their names")
     parser.add_argument("--worker", choices=list(benchmark.contestants), help=argparse.SUPPRESS)
     parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
-    parser.set_defaults(device="cpu")
+    parser.set_defaults(device="cpu", passes=1)
     args = parser.parse_args(words)
     args.flags = list(settings)
     args.names = [name for name in benchmark.contestants if (args.only or "") in name]
@@ -360,6 +361,7 @@ def compare(benchmark: Benchmark, args: Namespace) -> dict[str, Any]:
         args.model = str(model_folder(args.model).resolve())
     found: dict[str, list[dict[str, float]]] = {name: [] for name in args.names}
     skipped: dict[str, str] = {}
+    units = {name: benchmark.units.get(name, benchmark.unit) for name in args.names}
     with tempfile.TemporaryDirectory() as scratch:
         args.scratch = Path(scratch)
         for turn in range(args.turns):
@@ -373,13 +375,13 @@ def compare(benchmark: Benchmark, args: Namespace) -> dict[str, Any]:
                     raise UserError(f"{name}: {said}")
                 else:
                     found[name].append(json.loads(done.stdout.splitlines()[-1]))
-                    said = figure_line(found[name][-1], benchmark.unit)
+                    said = figure_line(found[name][-1], units[name])
                 print(f"turn {turn + 1} of {args.turns}, {name}: {said}", file=sys.stderr)
         checked = check(benchmark, args)
     measured = {name: runs for name, runs in found.items() if name not in skipped}
     return {
         "benchmark": benchmark.name,
-        "unit": benchmark.unit,
+        "units": units,
         "command": args.command,
         "quick": args.quick,
         "settings": settings,
@@ -401,6 +403,7 @@ def start(benchmark: Benchmark, args: Namespace, name: str) -> "subprocess.Compl
     command += ["--scratch", str(args.scratch)]
     for flag in args.flags:
         command += [f"--{flag}", str(getattr(args, flag))]
+    command += ["--quick"] if args.quick else []
     return subprocess.run(
         command, capture_output=True, text=True, errors="replace", cwd=args.scratch
     )
@@ -484,7 +487,7 @@ def shown(metric: str, value: float | None, unit: str) -> str:
     if metric == "quotient":
         return f"{value:.0%}"
     if metric == "rate":
-        return f"{value:,.4g} {unit}/s"
+        return f"{value:,.0f} {unit}/s" if value >= 100 else f"{value:.3g} {unit}/s"
     return f"{value:,.0f} {'GFLOP/s' if metric in ('useful', 'matrix') else 'MiB'}"
 
 
@@ -498,7 +501,7 @@ def contestant_table(record: dict[str, Any]) -> list[str]:
     metrics = ["rate", "seconds", "memory", "useful", "matrix", "quotient"]
     metrics += sorted({key for row in record["contestants"].values() for key in row} - set(metrics))
     rows = [
-        [name, *(shown(m, row.get(m, [None])[0], record["unit"]) for m in metrics)]
+        [name, *(shown(m, row.get(m, [None])[0], record["units"][name]) for m in metrics)]
         for name, row in record["contestants"].items()
     ]
     rows += [
@@ -513,13 +516,13 @@ def claim_table(records: Sequence[dict[str, Any]]) -> list[str]:
     rows = []
     for record in records:
         for claim in record["claims"]:
+            unit = record["units"][claim["ours"]]
             numbers = [
-                f"{x:.2f}" if claim["peer"] else shown(claim["metric"], x, record["unit"])
+                f"{x:.2f}" if claim["peer"] else shown(claim["metric"], x, unit)
                 for x in claim["value"]
             ]
             figures = [
-                shown(claim["metric"], claim[key], record["unit"])
-                for key in ("our_figure", "peer_figure")
+                shown(claim["metric"], claim[key], unit) for key in ("our_figure", "peer_figure")
             ]
             verdict = {None: "", True: "met", False: "missed"}[claim["met"]]
             target = f"{claim['target']}: {verdict}" if claim["target"] else ""
