@@ -320,16 +320,22 @@ def parse(benchmark: Benchmark, argv: Sequence[str] | None) -> Namespace:
     for name, default in settings.items():
         parser.add_argument(f"--{name}", default=default, **FLAGS[name])
     parser.add_argument("--quick", action="store_true", help="small sizes, to try it")
-    parser.add_argument("--only", metavar="TEXT", help="only contestants with this in their names")
+    parser.add_argument("--only", help="only contestants whose names match this regular expression")
     parser.add_argument("--worker", choices=list(benchmark.contestants), help=argparse.SUPPRESS)
     parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
     parser.set_defaults(device="cpu", passes=1)
     args = parser.parse_args(words)
     args.flags = list(settings)
-    args.names = [name for name in benchmark.contestants if (args.only or "") in name]
+    try:
+        args.names = [name for name in benchmark.contestants if re.search(args.only or "", name)]
+    except re.error as error:
+        parser.error(f"--only {args.only}: not a regular expression ({error})")
     if not args.names:
         parser.error(f"--only {args.only}: there are {', '.join(benchmark.contestants)}")
-    args.command = shlex.join(["python", f"benchmarks/{Path(benchmark.file).name}", *words])
+    folders = {str(getattr(args, "data_dir", "")): "DATA"}  # of this machine alone
+    folders = {path: name for path, name in folders.items() if Path(path).is_absolute()}
+    said = [folders.get(word, word) for word in words]
+    args.command = shlex.join(["python", f"benchmarks/{Path(benchmark.file).name}", *said])
     return args
 
 
@@ -354,7 +360,7 @@ def compare(benchmark: Benchmark, args: Namespace) -> dict[str, Any]:
 
     settings = {name: getattr(args, name) for name in args.flags}
     if "data_dir" in settings:
-        settings["data_dir"] = str(args.data_dir)
+        settings["data_dir"] = args.data_dir.name
         args.data_dir = args.data_dir.resolve()
         if not args.data_dir.is_dir():
             raise UserError(f"--data_dir {args.data_dir}: no such folder")
