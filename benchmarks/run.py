@@ -10,11 +10,12 @@ are still run. Close other work on the machine first: it would be measured too.
 """
 
 import json
-import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from subprocess import PIPE
+from subprocess import run as call
 from typing import Any
 
 if __name__ == "__main__":  # in this folder there is a train.py too
@@ -67,7 +68,7 @@ def run(name: str, args: Namespace) -> bool:
     from checkpoint import write_json
 
     print(f"== {name}", flush=True)
-    done = subprocess.run(command(name, args), stdout=subprocess.PIPE, text=True)
+    done = call(command(name, args), stdout=PIPE, text=True)
     if done.returncode:
         return False
     *tables, record = done.stdout.splitlines()

@@ -19,9 +19,8 @@ from bert import BertConfig, BertModel, BertSelfAttention, written_attention
 from checkpoint import UserError
 
 FILES = [Path(file).stem for file, _ in run.BENCHMARKS.values()]
-# Peers that make the project's files unimportable need a process of their own, and 110M parameters
-# more memory than they are worth here.
-APART = ("Trainer", "sentence-transformers", "transformers script", "first step, transformers")
+# Peers that make the project's files unimportable, or are only a command, are run elsewhere.
+APART = ("Trainer", "sentence-transformers", "first step, transformers")
 
 
 @pytest.fixture
@@ -87,48 +86,73 @@ def test_claims_name_contestants_and_figures(file):
     assert benchmark.doc.splitlines()[2].strip().startswith(f"python benchmarks/{file}.py")
 
 
-def run_file(file: str, *words: object) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, str(harness.ROOT / "benchmarks" / file), *map(str, words)]
+@pytest.fixture(scope="module")
+def encoded(tiny, data) -> "subprocess.CompletedProcess[str]":
+    """`encode.py` run as a user would, against sentence-transformers."""
+    command = [sys.executable, str(harness.ROOT / "benchmarks/encode.py"), "--quick"]
+    command += ["--rows", "24", "--model", str(tiny), "--data_dir", str(data)]
+    command += ["--only", "^(sentence-transformers|ours), fp32"]
     return subprocess.run(command, capture_output=True, text=True)
 
 
-def test_encode_end_to_end_against_sentence_transformers(tiny, data):
-    contestants = "^(sentence-transformers|ours), fp32"
-    flags = ("--quick", "--rows", 24, "--model", tiny, "--data_dir", data, "--only", contestants)
-    done = run_file("encode.py", *flags)
-    assert done.returncode == 0, done.stderr
-    record = json.loads(done.stdout.splitlines()[-1])
+def test_encode_end_to_end_against_sentence_transformers(encoded):
+    assert encoded.returncode == 0, encoded.stderr
+    record = json.loads(encoded.stdout.splitlines()[-1])
     assert record["checked"]["largest difference, ours, fp32"] <= 1e-5
     assert record["quick"] and "DATA" in record["command"] and record["versions"]["torch"]
     [claim] = [claim for claim in record["claims"] if claim["target"]]
     assert claim["value"][0] == pytest.approx(claim["our_figure"] / claim["peer_figure"])
-    assert "| ours, fp32 |" in done.stdout and "turn 1 of 1" in done.stderr
+    assert "| ours, fp32 |" in encoded.stdout and "turn 1 of 1" in encoded.stderr
 
 
-def test_trainers_end_to_end_or_skipped(tiny, data):
-    flags = ("--quick", "--rows", 16, "--model", tiny, "--data_dir", data)
-    done = run_file("train.py", *flags, "--only", "Trainer|pairs, sentence")
-    assert done.returncode == 0, done.stderr
-    record = json.loads(done.stdout.splitlines()[-1])
-    measured, skipped = record["contestants"], record["skipped"]
-    assert len(measured) + len(skipped) == 2
-    assert all("pip install" in why for why in skipped.values())
+def test_the_trainers_of_others_run_or_are_skipped(tiny, data, tmp_path):
+    command = [sys.executable, str(harness.ROOT / "benchmarks/train.py"), "--quick", "--rows", "16"]
+    command += ["--model", str(tiny), "--data_dir", str(data), "--scratch", str(tmp_path)]
+    names = ("SST, Trainer, bf16", "pairs, sentence-transformers, auto")
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    started = [subprocess.Popen([*command, "--worker", name], **pipes) for name in names]
+    for process in started:
+        printed, said = process.communicate()
+        if process.returncode == harness.SKIPPED:
+            assert "pip install" in said
+        else:
+            assert process.returncode == 0, said
+            assert json.loads(printed.splitlines()[-1])["rate"] > 0
 
 
-def test_run_keeps_records_and_rewrites_the_readme_between_its_markers(tiny, data, tmp_path):
+@pytest.mark.parametrize("name", run.BENCHMARKS)
+def test_run_gives_each_benchmark_flags_that_it_has(name):
+    args = run.parse(["--quick", "--data_dir", "data/sample"])
+    _, file, *words = run.command(name, args)
+    benchmark = importlib.import_module(f"benchmarks.{Path(file).stem}").BENCHMARK
+    assert harness.parse(benchmark, words).quick
+
+
+def test_run_keeps_records_and_rewrites_the_readme_between_its_markers(
+    encoded, tmp_path, monkeypatch, run_script
+):
+    def ran(command, **_):  # one fails, the other has been run above
+        failed = subprocess.CompletedProcess(command, 2, "", "")
+        return encoded if command[1].endswith("encode.py") else failed
+
     readme = tmp_path / "README.md"
     before, after = b"\xef\xbb\xbf# A\r\n\xff\n", b"\nend \r\n\n"
     begin, end = run.BEGIN.encode(), run.END.encode()
     readme.write_bytes(before + begin + b"old" + end + after)
-    flags = ("--quick", "--model", tiny, "--data_dir", data, "--only", "tokenize")
-    done = run_file("run.py", *flags, "--results", tmp_path / "results", "--readme", readme)
-    assert done.returncode == 0, done.stderr
-    record = json.loads((tmp_path / "results/tokenize.json").read_text(encoding="utf-8"))
+    flags = ("--only", "train", "--only", "encode")
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "call", ran)
+        code, _, said = run_script(
+            run, *flags, "--results", tmp_path / "results", "--readme", readme
+        )
+    assert code == 1 and said.strip() == "run.py: failed: train"
+    assert [path.name for path in (tmp_path / "results").iterdir()] == ["encode.json"]
+    record = json.loads((tmp_path / "results/encode.json").read_text(encoding="utf-8"))
     assert {"command", "commit", "versions", "hardware", "started", "claims"} <= set(record)
     content = readme.read_bytes()
     assert content.startswith(before + begin) and content.endswith(end + after)
     text = content[len(before + begin) : -len(end + after)].decode()
-    assert "tokenise, to transformers' fast tokenizer" in text and "no measurement" in text
+    assert "encode, fp32, to SentenceTransformer" in text and "no measurement" in text
     run.rewrite(readme, text.strip())
     assert readme.read_bytes() == content
 
@@ -139,7 +163,7 @@ def test_a_readme_without_the_markers_is_left_alone(text, tmp_path, data, run_sc
     readme.write_text(text)
     flags = ("--readme", readme, "--results", tmp_path)
     code, _, said = run_script(run, *flags)
-    assert code == 2 and said.count("\n") == 1 and "markers" not in said
+    assert code == 2 and said.count("\n") == 1
     assert readme.read_text() == text
 
 
