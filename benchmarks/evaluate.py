@@ -5,7 +5,7 @@
 Ours is `datasets.TaskData` and `scoring.predict`, as `evaluation.py` uses them. The peer is the
 plain loop: `transformers.BertModel` without gradients, batches in file order, padded to their
 longest sentence. Both have the same linear head; that their logits in fp32 are equal to 1e-4 is
-checked.
+checked. `--device cuda` runs on a GPU, where nothing has been measured yet.
 """
 
 import sys

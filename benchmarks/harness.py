@@ -375,7 +375,9 @@ def compare(benchmark: Benchmark, args: Namespace) -> dict[str, Any]:
                 done = start(benchmark, args, name)
                 said = done.stderr.strip().splitlines()
                 said = said[-1] if said else f"it ended with {done.returncode}"
-                if done.returncode == SKIPPED:
+                if done.returncode == -9:  # by the system, as nobody else would
+                    skipped[name] = said = "killed: too little memory"
+                elif done.returncode == SKIPPED:
                     skipped[name] = said
                 elif done.returncode:
                     raise UserError(f"{name}: {said}")
