@@ -1,83 +1,89 @@
-"""The time of an AdamW step against PyTorch's, in one run.
+"""The time and memory of an AdamW step against PyTorch's, on 22.7M and on 110M parameters.
 
-    python benchmarks/optimizer.py --model all-MiniLM-L6-v2
+    python benchmarks/optimizer.py
 
-The model's parameters with random gradients, decayed as in training. The peers are
-`torch.optim.AdamW` as a loop over tensors, as `foreach` and as `fused`. Steps are taken in turn; a
-ratio is ours / peer of one turn.
+The parameters of a BERT as large as all-MiniLM-L6-v2 and of BERT-base, with random weights and
+gradients, decayed as in training. The peers are `torch.optim.AdamW` as a loop over tensors, as
+`foreach` and as `fused`. A time is the median over the steps of a measurement.
 """
 
-import argparse
-import json
-import platform
-import statistics
 import sys
-import time
-from collections.abc import Callable
+from argparse import Namespace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if __name__ == "__main__":  # in this folder there is an optimizer.py too
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from options import POSITIVE, Parser, script
+from benchmarks.harness import Benchmark, Claim, Work, bert_config, main
+from options import script
+
+MODELS = {"22.7M": "minilm", "110M": "base"}
+PEERS: dict[str, dict[str, bool]] = {
+    "loop": {"foreach": False, "fused": False},
+    "foreach": {"foreach": True},
+    "fused": {"fused": True},
+}
 
 
-def steps(model: str) -> tuple[int, dict[str, Callable[[], object]]]:
-    """The number of parameters, and what takes a step, by the name of the optimizer."""
+def step(args: Namespace, size: str, make: Any) -> Work:
+    """A step of the optimizer that `make` gives for the parameters of a model of that size."""
     import torch
 
     from bert import BertModel
-    from optimizer import AdamW, parameter_groups
+    from optimizer import parameter_groups
 
     torch.manual_seed(0)
-    bert = BertModel.from_pretrained(model)
+    bert = BertModel(bert_config(size))
     for parameter in bert.parameters():
         parameter.grad = torch.randn_like(parameter)
-    groups = {"lr": 1e-6, "eps": 1e-6}
-    peers = {
-        "loop": {"foreach": False, "fused": False},
-        "foreach": {"foreach": True},
-        "fused": {"fused": True},
-    }
-    optimizers = {"ours": AdamW(parameter_groups(bert, 0.01), **groups)}
-    for name, how in peers.items():
-        optimizers[name] = torch.optim.AdamW(parameter_groups(bert, 0.01), **groups, **how)
-    count = sum(parameter.numel() for parameter in bert.parameters())
-    return count, {name: optimizer.step for name, optimizer in optimizers.items()}
+    optimizer = make(parameter_groups(bert, 0.01))
+    optimizer.step()  # makes the moments; the harness warms up once more
+    return Work(optimizer.step, 1)
 
 
-def compare(args: argparse.Namespace) -> dict:
-    """Each optimizer's milliseconds a step, and ours to each peer's, as median, least and most."""
-    count, takers = steps(args.model)
-    found: dict[str, list[float]] = {name: [] for name in takers}
-    for turn in range(args.turns + 2):  # the first two touch the memory, and compile
-        for name, step in takers.items():
-            started = time.perf_counter()
-            step()
-            if turn >= 2:
-                found[name].append(1000 * (time.perf_counter() - started))
-    table: dict[str, dict] = {}
-    for name, times in found.items():
-        ratios = [ours / peer for ours, peer in zip(found["ours"], times, strict=True)]
-        spread = [statistics.median(ratios), min(ratios), max(ratios)]
-        table[name] = {"milliseconds": statistics.median(times), "ours_to_it": spread}
-    return {"parameters": count, "steps": table}
+def peer_step(args: Namespace, size: str, how: str) -> Work:
+    """PyTorch's."""
+    import torch
+
+    return step(args, size, lambda groups: torch.optim.AdamW(groups, 1e-6, eps=1e-6, **PEERS[how]))
 
 
-def main() -> None:
-    """Print a Markdown table and a line of JSON."""
-    parser = Parser(__doc__.splitlines()[0])
-    parser.add_argument("--model", default="all-MiniLM-L6-v2", help="a folder, or a hub id")
-    parser.add_argument("--turns", type=POSITIVE, default=15)
-    found = compare(parser.parse_args())
-    print(
-        f"| AdamW, {found['parameters'] / 1e6:.1f}M parameters | ms a step | ours / it (min-max) |"
-    )
-    print("|---|---|---|")
-    for name, row in found["steps"].items():
-        middle, low, high = row["ours_to_it"]
-        print(f"| {name} | {row['milliseconds']:.1f} | {middle:.2f} ({low:.2f}-{high:.2f}) |")
-    print(json.dumps({"machine": platform.machine(), "python": platform.python_version(), **found}))
+def ours_step(args: Namespace, size: str) -> Work:
+    """This project's."""
+    from optimizer import AdamW
 
+    return step(args, size, lambda groups: AdamW(groups, lr=1e-6, eps=1e-6))
+
+
+def claims(count: str) -> list[Claim]:
+    """What is claimed of the steps on so many parameters."""
+    ours = f"{count}, ours"
+    return [
+        Claim(f"AdamW step, {count}, to fused", ours, f"{count}, fused", "seconds", "<= 1.05"),
+        Claim(f"AdamW step, {count}, to foreach", ours, f"{count}, foreach", "seconds", "<= 0.3"),
+        Claim(f"AdamW step, {count}, to a loop", ours, f"{count}, loop", "seconds"),
+        Claim(f"memory, AdamW, {count}, to fused", ours, f"{count}, fused", "memory", "<= 1.0"),
+    ]
+
+
+BENCHMARK = Benchmark(
+    __file__,
+    __doc__,
+    "steps",
+    {
+        f"{count}, {name}": make
+        for count, size in MODELS.items()
+        for name, make in {
+            "ours": partial(ours_step, size=size),
+            **{how: partial(peer_step, size=size, how=how) for how in PEERS},
+        }.items()
+    },
+    [claim for count in MODELS for claim in claims(count)],
+    {"passes": 15},
+    {"passes": 2},
+)
 
 if __name__ == "__main__":
-    script(lambda _: main())
+    script(partial(main, BENCHMARK))
