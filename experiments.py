@@ -274,6 +274,9 @@ CLAIMS = (
     ),
 )
 
+# Prose of the report; `report.fill` puts the figures in.
+LESSONS: tuple[str, ...] = ()
+
 # ---------------------------------------------------------------------------- running
 
 
@@ -530,7 +533,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     import report
 
     if args.action == "report":
-        report.report(TABLES, CLAIMS, CELLS, args.out, args.data_dir, args.runs)
+        report.report(TABLES, CLAIMS, LESSONS, CELLS, args.out, args.data_dir, args.runs)
     elif args.action == "conflict":
         report.plot_conflict(args.run)
     else:

@@ -8,6 +8,7 @@ import io
 import math
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -229,6 +230,7 @@ def script(main: Callable[[Sequence[str] | None], None]) -> NoReturn:
     try:
         main(None)
     except KeyboardInterrupt as stop:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the last words are to be heard
         say(str(stop) or "interrupted; if the run had begun, the same with --resume goes on")
         sys.exit(130)
     except BrokenPipeError:  # who reads our standard output has left: `| head`

@@ -5,6 +5,7 @@ a seed. Nothing here trains, and every figure comes from the records and the gol
 """
 
 import json
+import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -252,9 +253,29 @@ def _vote(row: dict[str, Any], sign: int) -> int:
     return 1 if row["difference"] * sign > 0 else -1
 
 
+def fill(text: str, records: Records, compared: Sequence[dict[str, Any]]) -> str:
+    """A text with its figures: `{cell task}`, and `{cell - cell task}` for a difference.
+
+    The first is a mean over seeds with its deviation, the second has its 95% interval.
+    """
+
+    def difference(match: re.Match) -> str:
+        for row in compared:
+            if (row["first"], row["second"], row["task"]) == match.groups():
+                return f"{row['difference']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f})"
+        return "missing"
+
+    def mean(match: re.Match) -> str:
+        return figure(records.get(match[1], []), match[2], "±")
+
+    text = re.sub(r"\{([\w.-]+) - ([\w.-]+) (\w+)\}", difference, text)
+    return re.sub(r"\{([\w.-]+) (\w+)\}", mean, text)
+
+
 def report(
     tables: dict[str, Table],
     claims: Sequence[Claim],
+    lessons: Sequence[str],
     cells: Collection[str],
     out: Path,
     data_dir: Path,
@@ -277,6 +298,9 @@ def report(
     for claim in claims:
         verdict, figures = judge(claim, compared.get(claim.table, []))
         parts += ["", f"- {claim.text} **{verdict.capitalize()}.** {figures}"]
+    every = [row for rows in compared.values() for row in rows]
+    parts += ["", "## What we learned, and advice"]
+    parts += [line for lesson in lessons for line in ("", fill(lesson, records, every))]
     for name, table in shown.items():
         parts += ["", markdown(table, records, compared[name]), f"![{table.title}]({name}.png)"]
         write_text(out / f"{name}.tex", latex(table, records, compared[name]))

@@ -263,6 +263,8 @@ class StopSignals:
     def handle(self, *_: object) -> None:
         """A signal has come."""
         if self.asked or self.at_once:
+            for number in self.NUMBERS:  # impatience is not to disturb the stopping
+                signal.signal(number, signal.SIG_IGN)
             raise KeyboardInterrupt
         self.asked = True
         if distributed.rank() == 0:

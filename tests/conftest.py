@@ -3,12 +3,15 @@
 import csv
 import os
 import random
+import signal
 import string
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from forker import Forker
 from hypothesis import settings
 
 from bert import BertConfig, BertModel
@@ -112,9 +115,20 @@ def run_script(capsys, monkeypatch):
     def run(module, *flags: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py"])
         capsys.readouterr()
+        handler = signal.getsignal(signal.SIGINT)
         with pytest.raises(SystemExit) as ended:
             script(lambda _: module.main([str(flag) for flag in flags]))
+        signal.signal(signal.SIGINT, handler)  # which an interrupted script ignores from then on
         code = ended.value.code
         return (code if isinstance(code, int) else 1, *capsys.readouterr())
 
     return run
+
+
+@pytest.fixture(scope="module")
+def forker(tmp_path_factory) -> Iterator[Forker]:
+    """Starts scripts in processes of their own, of which one alone may write below /pytest-."""
+    found = Forker(tmp_path_factory.mktemp("forker"))
+    yield found
+    found.process.stdin.close()
+    found.process.wait()

@@ -1,27 +1,21 @@
 """Several processes leave what one leaves: losses, weights, figures, predictions; and end together.
 
-Processes are forked from one that has imported everything and computed nothing, which saves seconds
-for each; what they meet through is here, as torchrun's agent has it. One test starts torchrun.
+What they meet through is held by `forker.Forker`, as by torchrun's agent. One test starts torchrun.
 """
 
-import json
-import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import threading
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import write_data
+from forker import LIMIT
 from safetensors.torch import load_file
 from test_train import files_of, log_of, result_of
-from torch.distributed import TCPStore
 
 import classifier
 import distributed
@@ -29,116 +23,6 @@ from checkpoint import read_json, read_state, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "data" / "sample"
-LIMIT = 60  # seconds that a run may take; what hangs is ended then, and fails
-
-FORKER = """
-import gc, json, os, sys
-sys.path.insert(0, sys.argv[1])
-import torch
-torch.set_num_threads(1)
-import huggingface_hub.repocard_data, torch._dynamo, torch.onnx, torch.utils.tensorboard
-import classifier, contrastive, evaluation, multitask_classifier, optimizer, saved, simcse
-from options import script
-optimizer.compiled_update("float32")
-gc.freeze()
-
-def forbid(event, args):
-    # All processes but the first write nothing in pytest's folders.
-    writing = event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
-    writing |= event == "open" and bool(args[2] & (os.O_WRONLY | os.O_RDWR))
-    if writing and "/pytest-" in str(args[0]):
-        os.write(2, f"Traceback: wrote {args[0]}".encode())
-        os._exit(99)
-
-def work(rank, job):
-    os.environ.update(job["env"], RANK=str(rank), LOCAL_RANK=str(rank))
-    for number, suffix in ((1, "out"), (2, "err")):
-        os.dup2(os.open(f"{job['out']}.{rank}.{suffix}", os.O_WRONLY | os.O_CREAT), number)
-    sys.stdin = open(os.devnull)
-    sys.argv = [job["script"] + ".py", *job["flags"]]
-    sys.addaudithook(lambda *event: rank and forbid(*event))
-    exec(job["patch"], {"rank": rank})
-    try:
-        script(globals()[job["script"]].main)
-    except SystemExit as end:
-        if end.code == 0:  # without taking all down that was imported: half of the time
-            sys.stdout.flush(), sys.stderr.flush()
-            os._exit(0)
-        raise
-
-for line in sys.stdin:
-    job = json.loads(line)
-    pids = []
-    for rank in range(job["processes"]):
-        pids.append(os.fork())
-        if pids[-1] == 0:
-            work(rank, job)
-    print(json.dumps(pids), flush=True)
-    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(p, 0)[1]) for p in pids]), flush=True)
-"""
-
-
-class Forker:
-    """Starts the processes of a run; `wait` gives their exit codes, and what they said."""
-
-    def __init__(self, folder: Path):
-        self.out = folder / "said"
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", FORKER, str(ROOT)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
-        )
-
-    def start(self, processes: int, script: str, flags: list, patch: str = "") -> None:
-        for said in self.out.parent.iterdir():
-            said.unlink()
-        self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        env = {
-            "WORLD_SIZE": str(processes),
-            "LOCAL_WORLD_SIZE": str(processes),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(self.store.port),
-            "TORCHELASTIC_USE_AGENT_STORE": "True",
-            "TORCHELASTIC_RESTART_COUNT": "0",
-        }
-        job = {"processes": processes, "script": script, "flags": list(map(str, flags))}
-        job |= {"env": env, "out": str(self.out), "patch": patch}
-        self.process.stdin.write(json.dumps(job) + "\n")
-        self.process.stdin.flush()
-        self.pids = json.loads(self.process.stdout.readline())
-
-    def end(self) -> None:
-        for pid in self.pids:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGABRT)
-
-    def wait(self) -> tuple[list[int], str, str]:
-        """Each one's exit code, all standard output and all standard error."""
-        late = threading.Timer(LIMIT, self.end)
-        late.start()
-        codes = json.loads(self.process.stdout.readline())
-        late.cancel()
-        texts = ("".join(p.read_text() for p in self.files(kind)) for kind in ("out", "err"))
-        return (codes, *texts)
-
-    def files(self, kind: str) -> list[Path]:
-        return sorted(self.out.parent.glob(f"*.{kind}"))
-
-    def run(self, processes: int, script: str, flags: list, patch: str = "") -> None:
-        self.start(processes, script, flags, patch)
-        codes, _, err = self.wait()
-        assert codes == [0] * processes, err
-        assert "Traceback" not in err
-
-
-@pytest.fixture(scope="module")
-def forker(tmp_path_factory):
-    found = Forker(tmp_path_factory.mktemp("forker"))
-    yield found
-    found.process.stdin.close()
-    found.process.wait()
 
 
 @pytest.fixture(scope="module")

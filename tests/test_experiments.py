@@ -1,6 +1,7 @@
 """Tables end to end on tiny data, and the statistics against scipy and by hand."""
 
 import json
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -134,6 +135,24 @@ def test_verdicts_by_hand(signs, most, rows, expected):
     if rows:
         verdict, figures = report.judge(claim, [*rows[:-1], {**rows[-1], "seeds": 2}])
         assert verdict == "cannot be told" and figures.startswith("fewer than 3 seeds; ")
+
+
+def test_figures_are_put_into_text():
+    records = {"a": [{"dev": {"sts": {"pearson": r}}} for r in (0.5, 0.7)]}
+    rows = [row("sts", 0.1, 0.05, 0.15, 0.001, "a.b-c", "d")]
+    text = "It is {a sts}, by {a.b-c - d sts}; {b sts}, {d - a sts}, {a para} {x}."
+    assert report.fill(text, records, rows) == (
+        "It is 0.600 ± 0.141, by +0.100 (+0.050 to +0.150); missing, missing, missing {x}."
+    )
+
+
+def test_lessons_name_cells_tasks_and_differences_that_exist():
+    pairs = {pair for table in experiments.TABLES.values() for pair in table.pairs}
+    for lesson in experiments.LESSONS:
+        for first, second, task in re.findall(r"\{([\w.-]+) - ([\w.-]+) (\w+)\}", lesson):
+            assert (first, second) in pairs and task in TASKS
+        for cell, task in re.findall(r"\{([\w.-]+) (\w+)\}", lesson):
+            assert cell in experiments.CELLS and task in TASKS
 
 
 def test_claims_and_tables_name_cells_that_exist_and_are_compared():

@@ -11,8 +11,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -129,70 +127,28 @@ def test_a_folder_half_replaced_is_made_whole(tmp_path, monkeypatch, renames):
 
 # ------------------------------------------------------------------ processes
 
-FORKER = """
-import ctypes, gc, json, os, resource, sys
-sys.path.insert(0, sys.argv[1])
-import torch
-torch.set_num_threads(1)
-import torch.utils.tensorboard
-import classifier, contrastive, multitask_classifier, optimizer, simcse, supervised
-from options import script
-optimizer.compiled_update("float32")
-gc.collect()
-gc.freeze()  # the collector would touch, and so copy, every page of a child's memory
-for line in sys.stdin:
-    name, *flags = json.loads(line)
-    pid = os.fork()
-    if pid == 0:
-        out = os.open(os.environ["OUT"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(out, 1), os.dup2(out, 2)
-        sys.stdin = open(os.devnull)
-        if name.startswith("bound "):  # by permissions, even as root
-            name = name.removeprefix("bound ")
-            libc = ctypes.CDLL(None)
-            header, sets = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
-            assert libc.capget(header, sets) == 0
-            sets[0] &= ~0b110  # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH
-            assert libc.capset(header, sets) == 0
-        if name.startswith("limited "):  # no file may grow beyond so many bytes
-            _, size, name = name.split()
-            resource.setrlimit(resource.RLIMIT_FSIZE, (int(size), int(size)))
-        sys.argv = [name + ".py", *flags]
-        script(globals()[name].main)
-    print(pid, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+LIMITED = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0}))"
+# Permissions bind root too, once CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH have been given up.
+BOUND = """
+import ctypes
+libc = ctypes.CDLL(None)
+header, sets = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+assert libc.capget(header, sets) == 0
+sets[0] &= ~0b110
+assert libc.capset(header, sets) == 0
 """
 
 
-class Forker:
-    """Starts a script in a process of its own; `wait` gives its exit code and what it said."""
-
-    def __init__(self, folder: Path):
-        self.out = folder / "out"
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", FORKER, str(ROOT)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OUT": str(self.out), "OMP_NUM_THREADS": "1"},
-        )
-
-    def start(self, script: str, flags: list[str]) -> int:
-        self.process.stdin.write(json.dumps([script, *flags]) + "\n")
-        self.process.stdin.flush()
-        return int(self.process.stdout.readline())
-
-    def wait(self) -> tuple[int, str]:
-        code = int(self.process.stdout.readline())
-        return code, self.out.read_text(encoding="utf-8")
+def start(forker, script: str, flags: list, patch: str = "") -> int:
+    """A process of its own, as its number."""
+    forker.start(1, script, flags, patch)
+    return forker.pids[0]
 
 
-@pytest.fixture(scope="module")
-def forker(tmp_path_factory):
-    found = Forker(tmp_path_factory.mktemp("forker"))
-    yield found
-    found.process.stdin.close()
-    found.process.wait()
+def ended(forker) -> tuple[int, str]:
+    """Its exit code, and what it said: errors last."""
+    (code,), out, err = forker.wait()
+    return code, out + err
 
 
 KILLS = 20
@@ -203,8 +159,8 @@ def test_kill_9_at_random_moments(forker, tiny, data, tmp_path):
     more = ("--option", "finetune", "--eval_every", "4", "--epochs", "1")
     script = "multitask_classifier"
     started = time.perf_counter()
-    forker.start(script, flags(tiny, data, tmp_path / "whole", *more))
-    code, said = forker.wait()
+    start(forker, script, flags(tiny, data, tmp_path / "whole", *more))
+    code, said = ended(forker)
     seconds = time.perf_counter() - started
     assert code == 0, said
     whole = files_of(tmp_path / "whole")
@@ -213,12 +169,12 @@ def test_kill_9_at_random_moments(forker, tiny, data, tmp_path):
     killed = finished = 0
     while killed < KILLS or not finished:
         run_dir = tmp_path / f"run{finished}"
-        pid = forker.start(script, flags(tiny, data, run_dir, *more, "--resume"))
+        pid = start(forker, script, flags(tiny, data, run_dir, *more, "--resume"))
         if killed < KILLS:
             time.sleep(rng.random() * seconds)
             with suppress(ProcessLookupError):  # it was quicker
                 os.kill(pid, signal.SIGKILL)
-        code, said = forker.wait()
+        code, said = ended(forker)
         if code == -signal.SIGKILL:
             killed += 1
             continue
@@ -242,11 +198,11 @@ def test_a_first_signal_finishes_the_step_and_says_how_to_go_on(
     forker, tiny, data, tmp_path, number
 ):
     more = ("--option", "finetune", "--epochs", "30", "--save_every", "0")
-    pid = forker.start("classifier", flags(tiny, data, tmp_path / "run", *more))
+    pid = start(forker, "classifier", flags(tiny, data, tmp_path / "run", *more))
     log = tmp_path / "run/log.jsonl"
     wait_for(lambda: log.exists() and log.read_text().count("\n") > 8, "no steps")
     os.kill(pid, number)
-    code, said = forker.wait()
+    code, said = ended(forker)
     last = said.strip().splitlines()[-1]
     assert code == 130, said
     assert "Traceback" not in said
@@ -260,12 +216,12 @@ def test_a_first_signal_finishes_the_step_and_says_how_to_go_on(
 def test_a_second_signal_stops_at_once(forker, tiny, data, tmp_path):
     """Even in a step that takes long; what had been saved stays."""
     more = ("--option", "finetune", "--batch_size", "40", "--accumulate", "1000000")
-    pid = forker.start("classifier", flags(tiny, data, tmp_path / "run", *more, "--epochs", "900"))
+    pid = start(forker, "classifier", flags(tiny, data, tmp_path / "run", *more, "--epochs", "900"))
     wait_for(lambda: (tmp_path / "run/best").exists(), "no evaluation")
     for _ in range(50):  # the first is heard in a step, or in an evaluation and stops it
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGINT)
-    code, said = forker.wait()
+    code, said = ended(forker)
     assert code == 130, said
     assert (tmp_path / "run/last/state.safetensors").exists()
 
@@ -519,11 +475,11 @@ def test_a_folder_that_becomes_read_only_ends_the_run_in_a_line(
     """Its last good state stays, and once the folder can be written to the run goes on from it."""
     run = tmp_path / "run"
     given = flags(tiny, data, run, "--option", "finetune", "--epochs", "500")
-    forker.start("bound classifier", given)
+    start(forker, "classifier", given, BOUND)
     wait_for(lambda: (run / "best").exists(), "no evaluation")
     for folder in (run, run / "last"):
         folder.chmod(0o555)
-    code, said = forker.wait()
+    code, said = ended(forker)
     for folder in (run, run / "last"):
         folder.chmod(0o755)
     assert code == 2, said
@@ -531,10 +487,10 @@ def test_a_folder_that_becomes_read_only_ends_the_run_in_a_line(
     assert "error: " in line and str(run) in line and "ermission denied" in line, said
     state = run / "last/state.safetensors"
     before = read_state(state)[1]["step"]
-    pid = forker.start("bound classifier", [*given, "--resume"])
+    pid = start(forker, "classifier", [*given, "--resume"], BOUND)
     wait_for(lambda: f'"step": {before + 3},' in (run / "log.jsonl").read_text(), "nothing more")
     os.kill(pid, signal.SIGTERM)
-    code, said = forker.wait()
+    code, said = ended(forker)
     assert code == 130, said
 
 
@@ -544,8 +500,13 @@ def test_a_full_disk_ends_the_run_in_a_line_and_its_state_stays(
     """The limit on the size of a file stands for the disk; with room again the run goes on."""
     path = tmp_path / "run/last/state.safetensors"
     before = path.read_bytes()
-    pid = forker.start(f"limited {len(before) // 2} multitask_classifier", [*stopped, "--resume"])
-    code, said = forker.wait()
+    pid = start(
+        forker,
+        "multitask_classifier",
+        [*stopped, "--resume"],
+        LIMITED.format(len(before) // 2),
+    )
+    code, said = ended(forker)
     assert pid and code == 2, said
     line = said.strip().splitlines()[-1]
     assert "error: " in line and str(path) in line and "Traceback" not in said
@@ -558,8 +519,8 @@ def test_a_full_disk_ends_the_run_in_a_line_and_its_state_stays(
 
 
 def test_a_log_that_cannot_grow_ends_the_run_in_a_line(forker, tiny, data, tmp_path):
-    pid = forker.start("limited 3000 classifier", flags(tiny, data, tmp_path / "run"))
-    code, said = forker.wait()
+    pid = start(forker, "classifier", flags(tiny, data, tmp_path / "run"), LIMITED.format(3000))
+    code, said = ended(forker)
     assert pid and code == 2, said
     assert "Traceback" not in said and "File too large" in said.strip().splitlines()[-1]
 
