@@ -26,6 +26,8 @@ EMBEDDED_NOTE = (
     " and Quora's among them. Its SimCSE columns ask another question than the paper's: what more"
     " of the same does, not what contrast does to plain BERT.**"
 )
+LEAST_SEEDS = 3  # of each cell, for a verdict
+MARGIN = 0.02  # accuracy or r; a difference surely smaller is none
 SHARED_NOTE = (
     "What starts from `NAME-seedN` takes the encoder of that cell and seed. Where there are more"
     " probes than encoders, they take these in turn: ± then is of fewer encoders than probes."
@@ -106,10 +108,20 @@ def comparisons(table: Table, records: Records, data_dir: Path) -> list[dict[str
             predicted = [np.array([r["predictions"][task] for r in of]) for of in groups]
             result = compare(gold[task, size], *predicted, correlation=not TASKS[task].whole)
             names = {"first": first, "second": second, "task": task}
-            found.append({**names, "seeds": min(map(len, groups)), **vars(result)})
+            floor = at_floor(gold[task, size], predicted, TASKS[task].whole)
+            seeds = min(map(len, groups))
+            found.append({**names, "seeds": seeds, "floor": floor, **vars(result)})
     for row, p in zip(found, holm([row["p"] for row in found]), strict=True):
         row["p_corrected"] = p
     return found
+
+
+def at_floor(gold: np.ndarray, predicted: Sequence[np.ndarray], classes: bool) -> bool:
+    """Whether no model of two does better, by `MARGIN`, than always giving the commonest class."""
+    if not classes:
+        return False
+    commonest = np.unique(gold, return_counts=True)[1].max() / len(gold)
+    return all((of == gold).mean() < commonest + MARGIN for of in predicted)
 
 
 def figure(records: Sequence[dict[str, Any]], task: str, plus_minus: str) -> str:
@@ -201,10 +213,6 @@ def conditions(records: Records) -> str:
     return f"**Rows, {rows}. Seeds of a cell: {' or '.join(map(str, seeds))}.**"
 
 
-LEAST_SEEDS = 3  # of each cell, for a verdict
-MARGIN = 0.02  # accuracy or r; a difference surely smaller is none
-
-
 def judge(claim: Claim, compared: Sequence[dict[str, Any]]) -> tuple[str, str]:
     """A verdict on a claim of the paper, and the figures that it rests on.
 
@@ -217,7 +225,8 @@ def judge(claim: Claim, compared: Sequence[dict[str, Any]]) -> tuple[str, str]:
     neither. That a task differs most is for it where its interval lies beyond all others', against
     it where another's lies beyond it; then only that task's own difference has a vote beside. The
     claim stands if all is for it, falls if anything is against it, and else cannot be told; nor can
-    it where a cell has fewer than `LEAST_SEEDS`.
+    it where a cell has fewer than `LEAST_SEEDS`. A difference of two models that are both no better
+    than the commonest class (`at_floor`) speaks for nothing, nor does a larger one beside it.
     """
     found = {(row["first"], row["second"], row["task"]): row for row in compared}
     rows = [(found.get((one, other, task)), sign) for one, other, task, sign in claim.differences]
@@ -229,7 +238,8 @@ def judge(claim: Claim, compared: Sequence[dict[str, Any]]) -> tuple[str, str]:
         low, high = sizes.pop(claim.most)
         beyond_all = all(other_high < low for _, other_high in sizes.values())
         beaten = any(other_low > high for other_low, _ in sizes.values())
-        votes.append(1 if beyond_all else -1 if beaten else 0)
+        floor = any(row["floor"] for row, _ in rows)
+        votes.append(0 if floor else 1 if beyond_all else -1 if beaten else 0)
     verdict = "falls" if -1 in votes else "stands" if set(votes) == {1} else "cannot be told"
     parts = []
     if min(row["seeds"] for row, _ in rows) < LEAST_SEEDS:
@@ -238,12 +248,15 @@ def judge(claim: Claim, compared: Sequence[dict[str, Any]]) -> tuple[str, str]:
     for row, _ in rows:
         interval = f"{row['low']:+.3f} to {row['high']:+.3f}, p {p_value(row['p_corrected'])}"
         where = f"{row['first']} - {row['second']}"
-        parts.append(f"{row['task']} {row['difference']:+.3f} ({interval}; {where})")
+        floor = ", neither better than the commonest class" if row["floor"] else ""
+        parts.append(f"{row['task']} {row['difference']:+.3f} ({interval}{floor}; {where})")
     return verdict, "; ".join(parts) + "."
 
 
 def _vote(row: dict[str, Any], sign: int) -> int:
     """1 for a claimed difference, -1 against it, 0 for neither."""
+    if row["floor"]:
+        return 0
     significant = row["p_corrected"] < LEVEL
     if sign == 0:
         negligible = max(-row["low"], row["high"]) <= MARGIN

@@ -85,7 +85,14 @@ def test_holm_rejects_what_his_procedure_rejects(p_values):
 
 
 def row(task, difference, low, high, p, first="a", second="b"):
-    names = {"first": first, "second": second, "task": task, "p_corrected": p, "seeds": 3}
+    names = {
+        "first": first,
+        "second": second,
+        "task": task,
+        "p_corrected": p,
+        "seeds": 3,
+        "floor": False,
+    }
     return {**names, "difference": difference, "low": low, "high": high}
 
 
@@ -135,6 +142,16 @@ def test_verdicts_by_hand(signs, most, rows, expected):
     if rows:
         verdict, figures = report.judge(claim, [*rows[:-1], {**rows[-1], "seeds": 2}])
         assert verdict == "cannot be told" and figures.startswith("fewer than 3 seeds; ")
+        verdict, figures = report.judge(claim, [{**r, "floor": True} for r in rows])
+        assert verdict != "stands" and "neither better than the commonest class" in figures
+
+
+def test_models_at_the_floor():
+    gold = np.array([0] * 60 + [1] * 40)
+    constant, better = np.zeros((2, 100)), np.array([[0] * 60 + [1] * 3 + [0] * 37])
+    assert report.at_floor(gold, [constant, 1 - constant], True)
+    assert not report.at_floor(gold, [constant, better], True)
+    assert not report.at_floor(gold, [constant, constant], False)
 
 
 def test_figures_are_put_into_text():
