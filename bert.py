@@ -129,13 +129,15 @@ class Dropout(nn.Dropout):
 
 
 class Undrawn:
-    """A module whose weights stay undrawn: `BertModel` draws them all, or they are read.
+    """A module that draws no weights as long as they have no memory: they will be read.
 
-    Where they have no memory yet, PyTorch's own drawing would load its compiler for seconds.
+    PyTorch would try to, and load its compiler for that, which takes seconds.
     """
 
     def reset_parameters(self) -> None:
-        """Nothing."""
+        """As PyTorch's own, where there is memory."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
 
 
 class Linear(Undrawn, nn.Linear):

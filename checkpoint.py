@@ -144,14 +144,14 @@ def _hub_folder(name: str, weights: bool, local_files_only: bool) -> Path:
         if config is None or not (tokenizer["tokenizer.json"] or tokenizer["vocab.txt"]):
             return None
         if weights:
+            if get("modules.json"):  # sentence-transformers has written it
+                for filename in POOLER_FILES:  # before the weights, which tell that all is there
+                    get(filename)
             found = next((path for path in map(get, WEIGHT_FILES) if path is not None), None)
             if found is None:
                 return None
             if found.name.endswith(".index.json") and None in map(get, shard_names(found)):
                 return None
-            if get("modules.json"):  # sentence-transformers has written it
-                for filename in POOLER_FILES:
-                    get(filename)
         return config.parent
 
     logging.set_verbosity_error()  # the one line below says what went wrong
@@ -210,7 +210,7 @@ def check_inside(path: Path) -> None:
     places = [home]
     for snapshots in (home.parent, home.parent.parent):
         if snapshots.name == "snapshots":
-            places.append(Path(os.path.realpath(snapshots.parent / "blobs")))
+            places.append(snapshots.parent / "blobs")
     if not any(place in target.parents for place in places):
         raise UserError(f"{path}: a link to {target}, out of its folder: put the file itself there")
 
@@ -593,10 +593,16 @@ class Run:
         was, now = recorded.get("arguments"), plain(arguments)
         if not isinstance(was, dict):
             raise UserError(f"{path / 'config.json'}: not of a run; name a new --run_dir")
-        apart = [name for name in {**was, **now} if was.get(name) != now.get(name)]
+        unknown = sorted(set(was) ^ set(now))
+        if unknown:
+            raise UserError(
+                f"--resume: {path} was made by another version of this software, or by another"
+                f" script: only one of them knows --{unknown[0]}; start a new --run_dir"
+            )
+        apart = [name for name in now if was[name] != now[name]]
         if apart:
             listed = ", ".join(
-                f"--{name} was {was.get(name)} and is {now.get(name)}" for name in sorted(apart)
+                f"--{name} was {was[name]} and is {now[name]}" for name in sorted(apart)
             )
             raise UserError(f"--resume: {path} was made by other arguments: {listed}")
         if (path / "result.json").exists():

@@ -257,7 +257,7 @@ def fit(args: Namespace) -> dict[str, Any]:
         tokenizer=tokenizer,
     )
     model.precision = precision
-    model.to(device)
+    distributed.spread(model.to(device))
     mixture = Mixture(
         [sentences], args.batch_size, args.seed, args.epochs, accumulate=args.accumulate
     )

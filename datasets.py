@@ -330,6 +330,8 @@ class Sentences:
 
     def save_tokens(self, folder: Path) -> None:
         """Leave the token ids in a folder, for who reads the same sentences again."""
+        if (folder / self.tokens_name).exists():
+            return
         tensors = {"truncated": torch.tensor([self.truncated])}
         for k, column in enumerate(self.ids):
             tensors[f"ids.{k}"] = torch.from_numpy(np.concatenate(column))
@@ -349,12 +351,11 @@ class Sentences:
                 if not fits or flat.min() < 0 or flat.max() >= vocab_size:
                     return False
                 columns.append(np.split(flat, np.cumsum(lengths)[:-1]))
-            if self.first_lengths is not None:
-                self.first_lengths = found["first_lengths"].tolist()
-            self.truncated = int(found["truncated"][0])
+            firsts = found["first_lengths"].tolist() if self.first_lengths is not None else None
+            truncated = int(found["truncated"][0])
         except (UserError, KeyError, ValueError, TypeError, IndexError):
             return False
-        self.ids = columns
+        self.ids, self.first_lengths, self.truncated = columns, firsts, truncated
         return True
 
     def __len__(self) -> int:
@@ -503,8 +504,8 @@ class Mixture:
     """The steps of a training run over one or several tasks.
 
     A step is a list of batches of one task: one batch, or `accumulate` of them; a process gets its
-    share of each. Each task is an
-    endless stream of steps, pass after pass over its set, and an epoch takes the next few of each:
+    share of each. Each task is an endless stream of steps, pass after pass over its set, and an
+    epoch takes the next few of each:
 
     - `roundrobin`: the tasks in turn (the paper). An epoch is one pass over the smallest set; the
       larger ones go on in the next epoch where they stopped.

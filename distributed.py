@@ -29,7 +29,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from checkpoint import UserError
 
-BUCKET = 1 << 24  # numbers that are reduced at a time; bounds the memory for it
+BUCKET = 1 << 24  # numbers reduced at a time, but for a larger parameter; bounds the memory
 PATIENCE = timedelta(minutes=5)  # for the other processes to start
 
 _rank, _size = 0, 1
@@ -245,10 +245,10 @@ def reduced(
         reached = agree(*(p.grad is not None for p in parameters))
         bucket: list[nn.Parameter] = []
         for parameter in compress(parameters, reached):
-            bucket.append(parameter)
-            if sum(p.numel() for p in bucket) > BUCKET:
+            if bucket and sum(p.numel() for p in [*bucket, parameter]) > BUCKET:
                 _sum(bucket)
                 bucket = []
+            bucket.append(parameter)
         if bucket:
             _sum(bucket)
         for parameter, old in zip(parameters, before, strict=True):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from checkpoint import (
     UserError,
+    check_weight,
     read_json,
     read_weights,
     whole_file,
@@ -97,6 +98,7 @@ def read_pooler(folder: Path, width: int) -> dict[str, Tensor]:
         tensor = tensors.get(f"linear.{name}")
         if tensor is None or tensor.shape != shape:
             raise UserError(f"{source}: linear.{name} of shape {shape} is missing: fetch it again")
+        check_weight(f"linear.{name}", tensor, source)
     return {f"pooler.dense.{name}": tensors[f"linear.{name}"] for name in shapes}
 
 

@@ -20,6 +20,10 @@ from scoring import LEVEL, compare, headline, holm, p_value
 from tasks import TASKS, MultitaskBERT
 
 TASK_NAMES = {"sst": "Sentiment, accuracy", "para": "Paraphrase, accuracy", "sts": "STS, Pearson"}
+RECORDED = {
+    *("cell", "seed", "command", "commit", "rows", "dev", "overall", "curve"),
+    *("conflict", "predictions"),
+}
 Records = dict[str, list[dict[str, Any]]]  # cell -> its runs, by seed
 EMBEDDED_NOTE = (
     "**The model is the embedded all-MiniLM-L6-v2, which was tuned on sentence pairs before, NLI's"
@@ -60,7 +64,7 @@ def load_records(out: Path, cells: Collection[str]) -> Records:
     found: Records = {}
     for path in paths:
         record = read_json(path)
-        absent = {"cell", "seed", "command", "commit", "dev", "overall", "curve"} - set(record)
+        absent = RECORDED - set(record)
         if absent:
             raise UserError(f"{path}: not a record (no {min(absent)}); move it away")
         if record["cell"] not in cells:
@@ -110,7 +114,10 @@ def comparisons(table: Table, records: Records, data_dir: Path) -> list[dict[str
             names = {"first": first, "second": second, "task": task}
             floor = at_floor(gold[task, size], predicted, TASKS[task].whole)
             seeds = min(map(len, groups))
-            found.append({**names, "seeds": seeds, "floor": floor, **vars(result)})
+            figures = [[headline(r["dev"][task]) for r in of] for of in groups]
+            apart = min(figures[0]) > max(figures[1]) or max(figures[0]) < min(figures[1])
+            facts = {"seeds": seeds, "floor": floor, "apart": apart}
+            found.append({**names, **facts, **vars(result)})
     for row, p in zip(found, holm([row["p"] for row in found]), strict=True):
         row["p_corrected"] = p
     return found
@@ -220,13 +227,15 @@ def judge(claim: Claim, compared: Sequence[dict[str, Any]]) -> tuple[str, str]:
         claim: what the paper says.
         compared: `comparisons` of its table.
 
-    Each difference speaks for the claim (p below `LEVEL` and the claimed sign; where none is
-    claimed, a whole interval within `MARGIN`), against it (p below `LEVEL` and not that), or
-    neither. That a task differs most is for it where its interval lies beyond all others', against
-    it where another's lies beyond it; then only that task's own difference has a vote beside. The
-    claim stands if all is for it, falls if anything is against it, and else cannot be told; nor can
-    it where a cell has fewer than `LEAST_SEEDS`. A difference of two models that are both no better
-    than the commonest class (`at_floor`) speaks for nothing, nor does a larger one beside it.
+    Each difference speaks for the claim (certain, and of the claimed sign; where none is claimed, a
+    whole interval within `MARGIN`), against it (certain, and not that), or neither. It is certain
+    where p, which knows of the dev rows' chance alone, is below `LEVEL`, and the figures of the one
+    model's seeds all lie above those of the other's. That a task differs most is for it where its
+    interval lies beyond all others', against it where another's lies beyond it; then only that
+    task's own difference has a vote beside. The claim stands if all is for it, falls if anything is
+    against it, and else cannot be told; nor can it where a cell has fewer than `LEAST_SEEDS`. A
+    difference of two models that are both no better than the commonest class (`at_floor`) speaks
+    for nothing, nor does a larger one beside it.
     """
     found = {(row["first"], row["second"], row["task"]): row for row in compared}
     rows = [(found.get((one, other, task)), sign) for one, other, task, sign in claim.differences]
@@ -257,7 +266,7 @@ def _vote(row: dict[str, Any], sign: int) -> int:
     """1 for a claimed difference, -1 against it, 0 for neither."""
     if row["floor"]:
         return 0
-    significant = row["p_corrected"] < LEVEL
+    significant = row["p_corrected"] < LEVEL and row["apart"]
     if sign == 0:
         negligible = max(-row["low"], row["high"]) <= MARGIN
         return 1 if negligible else -1 if significant else 0
@@ -307,7 +316,11 @@ def report(
     parts += ["", conditions(records)]
     compared = {name: comparisons(table, records, data_dir) for name, table in shown.items()}
     parts += ["", "## The paper's claims", ""]
-    parts += [f"Each figure is a difference with its 95% interval; see `report.judge`, p {LEVEL}."]
+    parts += [
+        "Each figure is a difference with its 95% interval over dev rows. It counts where"
+        f" p < {LEVEL} and the seeds of the one lie wholly above those of the other"
+        " (`report.judge`)."
+    ]
     for claim in claims:
         verdict, figures = judge(claim, compared.get(claim.table, []))
         parts += ["", f"- {claim.text} **{verdict.capitalize()}.** {figures}"]
@@ -334,7 +347,9 @@ def maps(records: Records, out: Path, data_dir: Path, runs: Path) -> list[str]:
     for cell in [cell for cell in MAPPED if cell in records]:
         path = out / f"map-{cell}.png"
         run = runs / f"{cell}-seed{records[cell][0]['seed']}"
-        if (run / "best").exists():
+        note = runs / f"{run.name}.command"
+        made = note.read_text(encoding="utf-8") if note.exists() else None
+        if made == records[cell][0]["command"] and (run / "best").exists():
             plot_map(run, data_dir, MAP_ROWS, path)
         if path.exists():
             lines += ["", f"![{cell}]({path.name})"]

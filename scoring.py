@@ -112,6 +112,9 @@ class FrozenEmbeddings:
             known.saved = known.done.copy()
 
 
+EXCHANGED = 8192  # rows at a time; bounds the memory for it
+
+
 @dataclass
 class Known:
     """A set's embeddings (N, width, D), which of them are there, and which are on disk."""
@@ -127,10 +130,12 @@ class Known:
         has[:, distributed.rank()] = torch.from_numpy(self.done.astype(int) + self.saved)
         has = distributed.total(has).numpy()
         rows = np.flatnonzero(has.any(axis=1) & (has < 2).any(axis=1))
-        mine = has[rows].argmax(axis=1) == distributed.rank()
-        part = self.vectors.new_zeros(len(rows), *self.vectors.shape[1:])
-        part[mine] = self.vectors[rows[mine]]
-        self.vectors[rows] = distributed.total(part)
+        for start in range(0, len(rows), EXCHANGED):
+            some = rows[start : start + EXCHANGED]
+            mine = has[some].argmax(axis=1) == distributed.rank()
+            part = self.vectors.new_zeros(len(some), *self.vectors.shape[1:])
+            part[mine] = self.vectors[some[mine]]
+            self.vectors[some] = distributed.total(part)
         self.done[rows] = True
 
 
@@ -174,7 +179,7 @@ def predict(model: MultitaskBERT, data: TaskData, batch_size: int, embedder: Emb
             with memory_for(batch):
                 found = model.decode(batch.task, embedder(batch)).cpu()
             logits[torch.from_numpy(batch.rows)] = found
-            bar.update(len(batch))
+            bar.update(min(len(batch) * distributed.size(), len(data) - bar.n))
     check_finite(distributed.total(logits), data)
     return logits
 

@@ -82,6 +82,8 @@ def fit(
     outputs = output_paths(args.run_dir, files, args.no_test, recorded is not None)
     if args.features and not writable(args.features):
         raise UserError(f"--features {args.features}: not a folder that can be written to")
+    if args.features and args.run_dir.resolve() in args.features.resolve().parents:
+        raise UserError(f"--features {args.features}: is in --run_dir; name a place outside of it")
     tokenizer = BertTokenizer.from_pretrained(args.model)
     sets = load_sets(args, tasks, files, tokenizer)
     if args.measure_conflict:
@@ -97,7 +99,7 @@ def fit(
         tokenizer,
     )
     model.precision = precision
-    model.to(device)
+    distributed.spread(model.to(device))
     run = begin(
         args,
         data={str(data.path): data.digest for of in sets.values() for data in of},

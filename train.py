@@ -34,6 +34,12 @@ class Diverged(UserError):
     exit_code = 1
 
 
+class TooLittleMemory(UserError):
+    """A batch did not fit."""
+
+    exit_code = 1
+
+
 class Stopped(KeyboardInterrupt):
     """Training was asked to stop, and has. Its message says how to go on."""
 
@@ -106,9 +112,12 @@ def begin(args: Namespace, **facts: Any) -> Run:
         facts: what else `config.json` records.
 
     Raises:
-        UserError: as `Run.begin`; a process that does not see the state to go on with.
+        UserError: as `Run.begin`; a process that has other data, or does not see the state to go on
+            with.
     """
     run: Run | None = None
+    if distributed.first(lambda: facts["data"]) != facts["data"]:
+        raise UserError("the data files are not the same in all processes: copy the first one's")
 
     def make() -> None:
         nonlocal run
@@ -231,7 +240,7 @@ def memory_for(batch: Any) -> Iterator[None]:
         if not out_of_memory(error):
             raise
         rows, width = batch.input_ids.shape
-        raise UserError(
+        raise TooLittleMemory(
             f"out of memory on {batch.input_ids.device} with {rows} sentences of {width} tokens in"
             " a batch: try a smaller --batch_size, and --accumulate for as many rows a step"
         ) from None
@@ -395,7 +404,7 @@ def train(
             # A copy: PyTorch takes a view for all that it is a view of.
             set_random_states(model.device, [states[mine].clone() for states in kept])
             step, rows, since_best = (int(facts[name]) for name in ("step", "rows", "since_best"))
-            due, best = bool(facts["due"]), facts["best"]
+            due, best, finished = bool(facts["due"]), facts["best"], bool(facts["finished"])
             if best is not None:
                 best = {**best, "score": float(best["score"]), "step": int(best["step"])}
         except UserError:
@@ -407,7 +416,7 @@ def train(
         if not same:
             distributed.own_stream(args.seed, step)
         run.state = tensors = None
-        if facts["finished"]:
+        if finished:
             return best
 
     def finite() -> bool:

@@ -290,15 +290,12 @@ def work_on(benchmark: Benchmark, args: Namespace) -> None:
     except (Missing, MemoryError) as error:
         sys.stderr.write(f"{error or 'too little memory'}\n")
         sys.exit(SKIPPED)
-    except RuntimeError as error:
+    except Exception as error:  # a peer's too, whose process may have left the project
         if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
             traceback.print_exc()
             sys.exit(1)
         sys.stderr.write("too little memory\n")
         sys.exit(SKIPPED)
-    except Exception:  # a peer's too, whose process may have left the project
-        traceback.print_exc()
-        sys.exit(1)
     print(f"\n{json.dumps(figures)}")
 
 

@@ -49,9 +49,16 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
     add("--model", default="all-MiniLM-L6-v2", help="a folder, a hub id, or all-MiniLM-L6-v2")
     add("--data_dir", type=Path, default=Path("data/sample"), help="folder of the csv files")
     add("--device", choices=["cpu", "cuda"], default="cpu", help="of those that can run on both")
-    add("--results", type=Path, default=ROOT / "benchmarks/results", help="folder of the records")
+    add(
+        "--results",
+        type=Path,
+        help="folder of the records (default: benchmarks/results, and none with --quick)",
+    )
     add("--readme", type=Path, default=ROOT / "README.md", help="file with the two markers")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.results is None and not args.quick:
+        args.results = ROOT / "benchmarks/results"
+    return args
 
 
 def command(name: str, args: Namespace) -> list[str]:
@@ -73,7 +80,8 @@ def run(name: str, args: Namespace) -> bool:
         return False
     *tables, record = done.stdout.splitlines()
     print("\n".join(tables), flush=True)
-    write_json(args.results / f"{name}.json", json.loads(record))
+    if args.results:
+        write_json(args.results / f"{name}.json", json.loads(record))
     return True
 
 
@@ -148,9 +156,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run, and rewrite; exit code 1 where a benchmark failed."""
     args = parse(argv)
     names = [name for name in BENCHMARKS if name in (args.only or BENCHMARKS)]
-    around(args.readme)  # a file without markers is refused now, not hours later
+    if args.results:
+        around(args.readme)  # a file without markers is refused now, not hours later
     failed = [name for name in names if not run(name, args)]
-    records = read_records(args.results)
+    records = read_records(args.results) if args.results else []
     if records:
         rewrite(args.readme, section(records))
     if failed:

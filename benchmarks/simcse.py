@@ -91,6 +91,7 @@ def peer_sentence_transformers(args: Namespace) -> Work:
     from train import prepare
 
     _, dtype = prepare(0, args.device, "auto")
+    torch.set_deterministic_debug_mode("default")  # which the peer does not ask for
     triples = list(zip(*read_triples(args.data_dir / FILE, args.rows), strict=True))
     size = partial(sized, [load(args)], args)
     leave_project()

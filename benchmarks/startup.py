@@ -23,7 +23,7 @@ from benchmarks.harness import ROOT, TEXTS, Benchmark, Claim, Work, main
 from options import script
 
 PEER = """
-import csv, sys
+import csv, os, sys
 import torch, transformers
 folder, path, rows, batch_size = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 tokenizer = transformers.BertTokenizerFast.from_pretrained(folder)
@@ -36,6 +36,7 @@ labels = torch.tensor([int(float(row["sentiment"])) for row in data[:batch_size]
 optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5, fused=True)
 model(**batch, labels=labels).loss.backward()
 optimizer.step()
+os._exit(0)  # ours is not waited for either, once it has made its step
 """
 
 

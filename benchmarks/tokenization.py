@@ -26,7 +26,12 @@ def peer_tokenize(args: Namespace) -> Work:
 
     texts = sentences(args)
     tokenizer = transformers.BertTokenizerFast.from_pretrained(args.model)
-    return Work(lambda: flat(tokenizer(texts, truncation=True)["input_ids"]), len(texts))
+    settings = {"return_attention_mask": False, "return_token_type_ids": False}
+
+    def tokenise() -> Any:
+        return flat(tokenizer(texts, truncation=True, **settings)["input_ids"])
+
+    return Work(tokenise, len(texts))
 
 
 def ours_tokenize(args: Namespace) -> Work:

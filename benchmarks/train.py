@@ -62,6 +62,8 @@ def token_counts(sets: Sequence[Any]) -> list[int]:
 
 def sized(sets: Sequence[Any], args: Namespace, config: Any, pooling: str) -> dict[str, Any]:
     """How much work a pass over the sets is: what `Work` asks for."""
+    if len({len(data) for data in sets}) > 1:  # an epoch is a pass over the smallest
+        raise ValueError("--rows is more than the smallest file has: give fewer")
     lengths, rows = token_counts(sets), sum(map(len, sets))
     return {
         "units": rows,
@@ -177,6 +179,7 @@ def peer_sentence_transformers(args: Namespace) -> Work:
     from train import prepare
 
     _, dtype = prepare(0, args.device, "auto")
+    torch.set_deterministic_debug_mode("default")  # which the peer does not ask for
     sets = load(args, PAIRS)
     leave_project()
     import sentence_transformers as st

@@ -82,6 +82,7 @@ def test_claims_name_contestants_and_figures(file):
     benchmark = importlib.import_module(f"benchmarks.{file}").BENCHMARK
     for claim in benchmark.claims:
         assert {claim.ours, claim.peer or claim.ours} <= set(benchmark.contestants)
+        assert claim.metric in ("rate", "seconds", "memory", "quotient", "growth")
         assert not claim.target or claim.target.split()[0] in (">=", "<=", "<")
     assert benchmark.doc.splitlines()[2].strip().startswith(f"python benchmarks/{file}.py")
 

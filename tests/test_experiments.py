@@ -92,6 +92,7 @@ def row(task, difference, low, high, p, first="a", second="b"):
         "p_corrected": p,
         "seeds": 3,
         "floor": False,
+        "apart": True,
     }
     return {**names, "difference": difference, "low": low, "high": high}
 
@@ -142,6 +143,9 @@ def test_verdicts_by_hand(signs, most, rows, expected):
     if rows:
         verdict, figures = report.judge(claim, [*rows[:-1], {**rows[-1], "seeds": 2}])
         assert verdict == "cannot be told" and figures.startswith("fewer than 3 seeds; ")
+        overlapping = [{**r, "apart": False} for r in rows]
+        if 0 not in signs.values():
+            assert report.judge(claim, overlapping)[0] == "cannot be told" or most
         verdict, figures = report.judge(claim, [{**r, "floor": True} for r in rows])
         assert verdict != "stands" and "neither better than the commonest class" in figures
 
