@@ -16,7 +16,9 @@ and no decay the two are the same function.
 
 import math
 import threading
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from typing import Any
 
@@ -25,6 +27,8 @@ import torch
 from torch import Tensor, nn
 
 PIECE = 1 << 18  # numbers that a thread updates at a time
+# (p, g, m, v), and the numbers that `written_update` takes beside them.
+Update = tuple[tuple[Tensor, ...], tuple[float, ...]]
 
 
 def unmarked(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -92,29 +96,31 @@ class AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        fast: list[tuple[tuple[Tensor, ...], tuple[float, ...]]] = []
         for group in self.param_groups:
             for index, parameter in enumerate(group["params"]):
-                if parameter.grad is None:
-                    continue
-                if parameter.grad.is_sparse:
+                if parameter.grad is not None and parameter.grad.is_sparse:
                     names = group.get("param_names")
                     name = names[index] if names else f"of shape {tuple(parameter.shape)}"
                     raise ValueError(
                         f"AdamW: parameter {name} has a sparse gradient, whose moments it cannot"
                         " keep: build its embedding with sparse=False"
                     )
-                tensors, numbers = self._prepare(parameter, group, scale)
-                if can_be_fast(tensors):
-                    fast.append((tensors, numbers))
-                else:
-                    written_update(*tensors, *numbers)
-        fast_updates(fast)
+        fast_updates(self._fast_ones(scale))
         return loss
 
-    def _prepare(
-        self, parameter: Tensor, group: dict[str, Any], scale: float
-    ) -> tuple[tuple[Tensor, ...], tuple[float, ...]]:
+    def _fast_ones(self, scale: float) -> Iterator[Update]:
+        """What `fast_updates` can do; the other updates are done on the way."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                update = self._prepare(parameter, group, scale)
+                if can_be_fast(update[0]):
+                    yield update
+                else:
+                    written_update(*update[0], *update[1])
+
+    def _prepare(self, parameter: Tensor, group: dict[str, Any], scale: float) -> Update:
         """What an update of `parameter` reads and writes, and with which numbers."""
         state = self.state[parameter]
         if not state:
@@ -201,7 +207,7 @@ def written_update(
 def can_be_fast(tensors: tuple[Tensor, ...]) -> bool:
     """Whether `fast_updates` takes these: plain single or double precision, in the CPU's memory."""
     return all(
-        t.device.type == "cpu"
+        t.is_cpu
         and t.dtype in (torch.float32, torch.float64)
         and t.is_contiguous()
         and not t.is_neg()
@@ -209,39 +215,60 @@ def can_be_fast(tensors: tuple[Tensor, ...]) -> bool:
     )
 
 
-def fast_updates(updates: Sequence[tuple[tuple[Tensor, ...], tuple[float, ...]]]) -> None:
-    """`written_update` of each (tensors, numbers), in one pass over memory, on PyTorch's cores."""
-    if not updates:
-        return
-    pieces = []
-    for tensors, (scale, beta1, beta2, step_size, eps, decay) in updates:
-        arrays = [tensor.view(-1).numpy() for tensor in tensors]
-        # Taken in double precision: 1 - 0.999 in single precision has four digits.
-        numbers = scale, beta1, 1 - beta1, beta2, 1 - beta2, step_size * (1 - decay), eps, decay
-        numbers = [arrays[0].dtype.type(number) for number in numbers]
-        update = compiled_update(arrays[0].dtype.name)
-        for start in range(0, arrays[0].size, PIECE):
-            slices = [array[start : start + PIECE] for array in arrays]
-            pieces.append((update, *slices, *numbers))
+def fast_updates(updates: Iterable[Update]) -> None:
+    """`written_update` of each, in one pass over memory, on PyTorch's cores.
+
+    The other threads begin with the first pieces while this one still prepares the next.
+    """
+    pieces: deque[tuple] = deque()
+    written: list[Tensor] = []
+    threads: list[threading.Thread] = []
+    all_there = threading.Event()
+    known: dict[Any, tuple] = {}  # as most parameters have the same numbers
+    size = 0
 
     def work() -> None:
-        while pieces:
+        while True:
             try:
-                update, *piece = pieces.pop()
-            except IndexError:  # another thread has taken the last
-                return
-            update(*piece)
+                update, *piece = pieces.popleft()
+            except IndexError:
+                if all_there.is_set():
+                    return
+                time.sleep(1e-5)
+            else:
+                update(*piece)
 
-    whole = sum(piece[1].size for piece in pieces)
-    count = min(torch.get_num_threads(), 1 + whole // PIECE)
-    threads = [threading.Thread(target=work) for _ in range(count - 1)]
-    for thread in threads:
-        thread.start()
-    work()
-    for thread in threads:
-        thread.join()
-    written = [tensor for (p, _, m, v), _ in updates for tensor in (p, m, v)]
-    torch.autograd.graph.increment_version(written)  # as PyTorch's own operations in place do
+    try:
+        for tensors, numbers in updates:
+            key = tensors[0].dtype, numbers
+            if key not in known:
+                known[key] = _compiled(*key)
+            update, converted = known[key]
+            arrays = [tensor.numpy().reshape(-1) for tensor in tensors]
+            for start in range(0, arrays[0].size, PIECE):
+                slices = [array[start : start + PIECE] for array in arrays]
+                pieces.append((update, *slices, *converted))
+            written += (tensors[0], *tensors[2:])
+            size += arrays[0].size
+            if len(threads) < min(torch.get_num_threads() - 1, size // PIECE):
+                threads.append(threading.Thread(target=work))
+                threads[-1].start()
+    finally:
+        all_there.set()
+        work()
+        for thread in threads:
+            thread.join()
+    if written:  # as PyTorch's own operations in place say
+        torch.autograd.graph.increment_version(written)
+
+
+def _compiled(dtype: torch.dtype, numbers: tuple[float, ...]) -> tuple[Callable, list[Any]]:
+    """The compiled loop for a dtype, and its numbers in that dtype."""
+    scale, beta1, beta2, step_size, eps, decay = numbers
+    # Taken in double precision: 1 - 0.999 in single precision has four digits.
+    given = scale, beta1, 1 - beta1, beta2, 1 - beta2, step_size * (1 - decay), eps, decay
+    name = str(dtype).removeprefix("torch.")
+    return compiled_update(name), [np.dtype(name).type(number) for number in given]
 
 
 @cache
