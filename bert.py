@@ -319,7 +319,7 @@ class BertModel(nn.Module):
         """Embeddings (B, T, D) and mask (B, T) -> the last layer's hidden states (B, T, D)."""
         # -1e9 rather than -inf: a row of padding alone stays finite, and bfloat16 holds it.
         bias = (1.0 - attention_mask[:, None, None, :].to(hidden_states.dtype)) * -1e9
-        packing = Packing(attention_mask) if packed else None
+        packing = Packing(attention_mask) if packed and not attention_mask.all() else None
         hidden_states = packing.pack(hidden_states) if packing else hidden_states
         for layer in self.layers[:-1]:
             hidden_states = layer(hidden_states, bias, packing)
