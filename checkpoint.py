@@ -585,6 +585,8 @@ class Run:
             raise UserError(f"--run_dir {path}: cannot be used ({error.strerror})") from None
         if not used:
             return None
+        if not path.is_dir():
+            raise UserError(f"--run_dir {path}: a file; name a new folder")
         if not resume:
             raise UserError(
                 f"--run_dir {path}: already in use; name a new folder, or add --resume to go on"

@@ -361,6 +361,10 @@ def alone(runs: Path) -> Iterator[None]:
 
 def run(args: argparse.Namespace) -> None:
     """Run the jobs of some tables that have no record yet, one after the other."""
+    from checkpoint import UserError
+
+    if not args.data_dir.is_dir():
+        raise UserError(f"--data_dir {args.data_dir}: no such folder")
     records = args.out / "records"
     records.mkdir(parents=True, exist_ok=True)
     with alone(args.runs):

@@ -244,7 +244,8 @@ def predict_texts(record: Record, texts: Sequence[str], device: str | None) -> N
     tasks = [task for task in find_tasks(list(model.heads)) if len(task.texts) == len(texts)]
     if not tasks:
         raise UserError(
-            f"{record.folder}: no task for {len(texts)} --text; it has {', '.join(model.heads)}"
+            f"{record.folder}: no task for {len(texts)} --text; it has"
+            f" {', '.join(model.heads) or 'none at all, as a contrastive run'}"
         )
     for task in tasks:
         joint = len(texts) > model.embeddings_per_row(task)

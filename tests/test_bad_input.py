@@ -452,7 +452,7 @@ def test_a_million_rows_take_memory_in_proportion(tmp_path):
         cwd=ROOT,
         capture_output=True,
         encoding="utf-8",
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     size, few, everything = map(int, done.stdout.split())
