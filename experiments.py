@@ -280,7 +280,8 @@ LESSONS = (
     " {probe-concat sts} when probing, with the weighted dot product to {probe sts}, which is"
     " {probe - probe-concat sts} more: a linear layer over two vectors side by side cannot ask if"
     " they agree; one over their product can. Fine-tuned: {finetune-concat sts} and"
-    " {finetune sts}, a difference of {finetune - finetune-concat sts}.",
+    " {finetune sts}, a difference of {finetune - finetune-concat sts}. Paraphrase, a question of"
+    " yes or no, does not need the product: {finetune - finetune-concat para} when fine-tuned.",
     "**More contrast on NLI.** At the paper's temperature of 1, which tells candidates apart only"
     " weakly, it changes STS by {probe-simcse - probe sts} when probing and by"
     " {finetune-simcse - finetune sts} after fine-tuning; at SimCSE's 0.05 STS comes to"
@@ -289,8 +290,8 @@ LESSONS = (
     " {slow sts}; heads at 1e-2: {slow-bert sts}; BERT at 5e-5: {finetune sts}; the mean of all"
     " tokens rather than the pooler: {mean-dot sts}; the cosine as STS's decoder:"
     " {mean-cosine sts}; BERT at 1e-4: {mean-cosine-fast sts}.",
-    "**Advice.** Give a pair's decoder a product or a cosine, not two vectors side by side, as long"
-    " as the encoder below is frozen. Train each variant with several seeds and look whether their"
+    "**Advice.** For degrees of similarity give the decoder a product or a cosine, not two vectors"
+    " side by side. Train each variant with several seeds and look whether their"
     " figures lie apart. Before that, look whether a task's models are better than its commonest"
     " class: where they are not, nothing that is done to them shows.",
 )

@@ -4,6 +4,7 @@ A record is one finished run (`experiments.record`); a table names cells, and ea
 a seed. Nothing here trains, and every figure comes from the records and the gold labels.
 """
 
+import itertools
 import json
 import re
 from collections.abc import Collection, Sequence
@@ -217,7 +218,11 @@ def conditions(records: Records) -> str:
 
     rows = "; ".join(f"{split}: {listed(counts[split])}" for split in ("train", "dev"))
     seeds = sorted({len(of) for of in records.values()})
-    return f"**Rows, {rows}. Seeds of a cell: {' or '.join(map(str, seeds))}.**"
+    given = [r["command"].partition(".py ")[2].split() for of in records.values() for r in of]
+    shared = itertools.takewhile(lambda words: len(set(words)) == 1, zip(*given, strict=False))
+    flags = " ".join(words[0] for words in shared).removesuffix(" --no_test")
+    all_with = f" All were run with `{flags}`." if flags.startswith("--") else ""
+    return f"**Rows, {rows}. Seeds of a cell: {' or '.join(map(str, seeds))}.{all_with}**"
 
 
 def judge(claim: Claim, compared: Sequence[dict[str, Any]]) -> tuple[str, str]:

@@ -253,7 +253,7 @@ def test_every_table_runs_and_is_reported(grid, tmp_path, run_script, monkeypatc
     assert "--option pretrain --epochs 10 --model" in text
     assert "Do the tasks' gradients conflict?" in text
     assert "train: sst 24, para 24, sts 24, nli 24; dev: sst 24, para 24, sts 24." in text
-    assert "Seeds of a cell: 1 or 2." in text
+    assert "Seeds of a cell: 1 or 2. All were run with `--epochs 1 --batch_size 16 " in text
     assert text.count(report.SHARED_NOTE) == 2  # table1 and temperature
     for cell in report.MAPPED:
         assert f"![{cell}](map-{cell}.png)" in text
