@@ -586,7 +586,7 @@ class Run:
         if not used:
             return None
         if not path.is_dir():
-            raise UserError(f"--run_dir {path}: a file; name a new folder")
+            raise UserError(f"--run_dir {path}: already in use, by a file; name a new folder")
         if not resume:
             raise UserError(
                 f"--run_dir {path}: already in use; name a new folder, or add --resume to go on"

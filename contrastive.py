@@ -275,7 +275,7 @@ def fit(args: Namespace) -> dict[str, Any]:
     with closing(run):
         for of in (sentences, dev):
             if run.writes:
-                of.save_tokens(run.path / "tokens")
+                of.save_tokens()
         return carry_out(args, model, mixture, dev, run)
 
 

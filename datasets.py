@@ -278,7 +278,7 @@ class Sentences:
         joint: whether two sentences become one sequence, "[CLS] a [SEP] b [SEP]".
         unit: what messages call the rows.
         least: rows of the smallest batch for training; a shorter last one joins the one before.
-        tokens: a folder where `save_tokens` may have left these sentences' token ids.
+        tokens: a folder where `save_tokens` leaves these sentences' token ids, or has left them.
 
     Attributes: `truncated` (rows with a sentence beyond the model's limit), `width` (embeddings a
     row), `lengths` (tokens of each row's longest sequence), `labels` (none here), `digest` (the
@@ -309,8 +309,8 @@ class Sentences:
         self.ids: list[list[np.ndarray]] = [[] for _ in range(self.width)]
         self.first_lengths: list[int] | None = [] if joint else None
         self.truncated = 0
-        self.tokens_name = _tokens_name(columns, tokenizer, joint)
-        if tokens is None or not self._recall(tokens, len(columns[0]), tokenizer.vocab_size):
+        self.tokens = tokens and tokens / _tokens_name(columns, tokenizer, joint)
+        if not self.tokens or not self._recall(len(columns[0]), tokenizer.vocab_size):
             for start in range(0, len(columns[0]), TOKENISED_AT_ONCE):
                 chunk = [column[start : start + TOKENISED_AT_ONCE] for column in columns]
                 self._tokenise(chunk, tokenizer)
@@ -327,9 +327,9 @@ class Sentences:
             ids.extend(np.array(e.ids, dtype=np.int32) for e in encodings)
         self.truncated += sum(any(e.overflowing for e in row) for row in zip(*encoded, strict=True))
 
-    def save_tokens(self, folder: Path) -> None:
-        """Leave the token ids in a folder, for who reads the same sentences again."""
-        if (folder / self.tokens_name).exists():
+    def save_tokens(self) -> None:
+        """Leave the token ids in the folder `tokens`, for who reads the same sentences again."""
+        if self.tokens.exists():
             return
         tensors = {"truncated": torch.tensor([self.truncated])}
         for k, column in enumerate(self.ids):
@@ -337,12 +337,12 @@ class Sentences:
             tensors[f"lengths.{k}"] = torch.tensor([len(ids) for ids in column])
         if self.first_lengths is not None:
             tensors["first_lengths"] = torch.tensor(self.first_lengths)
-        write_tensors(folder / self.tokens_name, tensors)
+        write_tensors(self.tokens, tensors)
 
-    def _recall(self, folder: Path, rows: int, vocab_size: int) -> bool:
+    def _recall(self, rows: int, vocab_size: int) -> bool:
         """Take up what `save_tokens` left; False where it is not there, or damaged."""
         try:
-            found = {name: t.numpy() for name, t in read_tensors(folder / self.tokens_name).items()}
+            found = {name: t.numpy() for name, t in read_tensors(self.tokens).items()}
             columns = []
             for k in range(self.width):
                 flat, lengths = found[f"ids.{k}"], found[f"lengths.{k}"]
@@ -432,13 +432,13 @@ class Sentences:
 
 def _tokens_name(columns: Sequence[Sequence[str]], tokenizer: BertTokenizer, joint: bool) -> str:
     """A file name for all that decides the token ids of these sentences."""
-    digest = hashlib.sha256(f"{joint} {tokenizer.fingerprint()}".encode())
+    found = hashlib.sha256(f"{joint} {tokenizer.fingerprint()}".encode())
     for column in columns:
         for text in column:  # each after its length, or two could look like one
             encoded = text.encode("utf-8", "surrogatepass")
-            digest.update(b"%d " % len(encoded) + encoded)
-        digest.update(b"end ")
-    return digest.hexdigest()[:32] + ".safetensors"
+            found.update(b"%d " % len(encoded) + encoded)
+        found.update(b"end ")
+    return found.hexdigest()[:32] + ".safetensors"
 
 
 class TaskData(Sentences):

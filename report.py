@@ -4,10 +4,9 @@ A record is one finished run (`experiments.record`); a table names cells, and ea
 a seed. Nothing here trains, and every figure comes from the records and the gold labels.
 """
 
-import itertools
 import json
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -37,6 +36,12 @@ SHARED_NOTE = (
     "What starts from `NAME-seedN` takes the encoder of that cell and seed. Where there are more"
     " probes than encoders, they take these in turn: ± then is of fewer encoders than probes."
 )
+
+
+class Cell(Protocol):
+    """`experiments.Cell`."""
+
+    flags: str
 
 
 class Table(Protocol):
@@ -204,7 +209,7 @@ def latex(table: Table, records: Records, compared: list[dict[str, Any]]) -> str
     return "\n".join([*lines, ""])
 
 
-def conditions(records: Records) -> str:
+def conditions(records: Records, cells: Mapping[str, Cell]) -> str:
     """How many rows the runs were trained and judged on, and with how many seeds."""
     counts: dict[str, dict[str, set[int]]] = {}
     for record in (record for of in records.values() for record in of):
@@ -218,11 +223,17 @@ def conditions(records: Records) -> str:
 
     rows = "; ".join(f"{split}: {listed(counts[split])}" for split in ("train", "dev"))
     seeds = sorted({len(of) for of in records.values()})
-    given = [r["command"].partition(".py ")[2].split() for of in records.values() for r in of]
-    shared = itertools.takewhile(lambda words: len(set(words)) == 1, zip(*given, strict=False))
-    flags = " ".join(words[0] for words in shared).removesuffix(" --no_test")
-    all_with = f" All were run with `{flags}`." if flags.startswith("--") else ""
-    return f"**Rows, {rows}. Seeds of a cell: {' or '.join(map(str, seeds))}.{all_with}**"
+    flags = {
+        given_flags(r["command"], cells[cell].flags) for cell, of in records.items() for r in of
+    }
+    given = f" Flags for all: {' or '.join(sorted(flags))}." if flags != {""} else ""
+    return f"**Rows, {rows}. Seeds of a cell: {' or '.join(map(str, seeds))}.{given}**"
+
+
+def given_flags(command: str, own: str) -> str:
+    """The `--flags` of `experiments.py run` in a recorded command, before the cell's own."""
+    found = command.partition(".py ")[2].partition(own)[0].strip()
+    return found and f"`{found}`"
 
 
 def judge(claim: Claim, compared: Sequence[dict[str, Any]]) -> tuple[str, str]:
@@ -303,7 +314,7 @@ def report(
     tables: dict[str, Table],
     claims: Sequence[Claim],
     lessons: Sequence[str],
-    cells: Collection[str],
+    cells: Mapping[str, Cell],
     out: Path,
     data_dir: Path,
     runs: Path,
@@ -318,7 +329,7 @@ def report(
     parts = ["# Results", "", "Written by `python experiments.py report`."]
     if any("all-MiniLM-L6-v2" in r["command"] for of in records.values() for r in of):
         parts += ["", EMBEDDED_NOTE]
-    parts += ["", conditions(records)]
+    parts += ["", conditions(records, cells)]
     compared = {name: comparisons(table, records, data_dir) for name, table in shown.items()}
     parts += ["", "## The paper's claims", ""]
     parts += [

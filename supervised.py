@@ -112,7 +112,7 @@ def fit(
     with closing(run):
         for data in (data for of in sets.values() for data in of):
             if run.writes:
-                data.save_tokens(run.path / "tokens")
+                data.save_tokens()
         return carry_out(args, model, sets, outputs, run)
 
 

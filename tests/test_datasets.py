@@ -167,8 +167,8 @@ def test_token_ids_that_were_left_are_taken_up(tiny, data, tokenizer, tmp_path, 
     def load(tokens, tokenizer=tokenizer, **more):
         return TaskData(path, task, tokenizer, encoding, tokens=tokens, **more)
 
-    first = load(tmp_path / "none")
-    first.save_tokens(tmp_path)
+    first = load(tmp_path)
+    first.save_tokens()
     [file] = tmp_path.iterdir()
     encoded = []
 
