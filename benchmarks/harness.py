@@ -329,9 +329,9 @@ def parse(benchmark: Benchmark, argv: Sequence[str] | None) -> Namespace:
         parser.error(f"--only {args.only}: not a regular expression ({error})")
     if not args.names:
         parser.error(f"--only {args.only}: there are {', '.join(benchmark.contestants)}")
-    folders = {str(getattr(args, "data_dir", "")): "DATA"}  # of this machine alone
-    folders = {path: name for path, name in folders.items() if Path(path).is_absolute()}
-    said = [folders.get(word, word) for word in words]
+    folder = getattr(args, "data_dir", ROOT)
+    mine = ROOT not in (folder.resolve() / "file").parents  # of this machine alone
+    said = ["DATA" if mine and word == str(folder) else word for word in words]
     args.command = shlex.join(["python", f"benchmarks/{Path(benchmark.file).name}", *said])
     return args
 

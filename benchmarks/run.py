@@ -111,8 +111,9 @@ def origin(record: dict[str, Any]) -> list[str]:
     date = f"{record['started'][:10]}, {(record['commit'] or 'no commit')[:7]}"
     date += " with changes" if record["uncommitted_changes"] else ""
     date += ": **--quick, no measurement**" if record["quick"] else ""
+    command = record["command"].replace("|", r"\|")  # a bar would end the cell
     return [
-        f"`{record['command']}`",
+        f"`{command}`",
         where,
         ", ".join([f"Python {record['python']}", *(f"{x} {versions[x]}" for x in libraries)]),
         date,
