@@ -10,14 +10,16 @@ tokenizer does both where the model is uncased, and a cased model is meant to se
 import csv
 import hashlib
 import math
+import random
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
-from typing import TextIO
+from typing import TextIO, TypeVar
 
 import numpy as np
 import torch
@@ -36,6 +38,7 @@ LONGEST = 10**6  # characters of a line or a field; what is longer is no csv fil
 NOT_TEXT = re.compile("[\0\udc80-\udcff]")  # NUL, and (by surrogateescape) bytes beyond UTF-8
 
 csv.field_size_limit(LONGEST)
+Row = TypeVar("Row")
 
 
 # ---------------------------------------------------------------------------- reading
@@ -158,7 +161,7 @@ def read(
         path: the file.
         task: says which columns hold the id, the sentences and the label.
         labelled: whether rows carry labels, None where the header decides.
-        limit: read this many rows and stop.
+        limit: give so many of the rows (`some`).
 
     Returns:
         The examples in file order, and the number of rows left out for want of a label.
@@ -166,39 +169,58 @@ def read(
     Raises:
         UserError: what cannot be read, by file and line.
     """
-    examples: list[Example] = []
     unlabelled = 0
-    lines: dict[str, int] = {}  # id -> where it is
-    wanted = ["id", *task.texts, *([task.label] if labelled else [])]
-    optional = [task.label] if labelled is None else []
-    for line, row in read_rows(path, wanted, "\t", optional):
-        if labelled is None:
-            labelled = task.label in row
-        name = row["id"]
-        if not name.strip() or not name.isprintable():
-            raise UserError(
-                f"{path}, line {line}: id is {name[:40]!r}; give the row a printable id"
-            )
-        if lines.setdefault(name, line) != line:
-            raise UserError(
-                f"{path}, line {line}: id {name[:40]!r} is line {lines[name]}'s; give each its own"
-            )
-        label = None
-        if labelled:
-            try:
-                label = _label(row[task.label], task)
-            except UserError as error:
-                raise UserError(f"{path}, line {line}: {error}") from None
-            if label is None:
-                unlabelled += 1
-                continue
-        examples.append(Example(name, tuple([row[column] for column in task.texts]), label))
-        if len(examples) == limit:
-            break
+
+    def all_examples() -> Iterator[Example]:
+        nonlocal unlabelled, labelled
+        lines: dict[str, int] = {}  # id -> where it is
+        wanted = ["id", *task.texts, *([task.label] if labelled else [])]
+        optional = [task.label] if labelled is None else []
+        for line, row in read_rows(path, wanted, "\t", optional):
+            if labelled is None:
+                labelled = task.label in row
+            name = row["id"]
+            if not name.strip() or not name.isprintable():
+                raise UserError(
+                    f"{path}, line {line}: id is {name[:40]!r}; give the row a printable id"
+                )
+            if lines.setdefault(name, line) != line:
+                raise UserError(
+                    f"{path}, line {line}: id {name[:40]!r} is line {lines[name]}'s; give each its"
+                    " own"
+                )
+            label = None
+            if labelled:
+                try:
+                    label = _label(row[task.label], task)
+                except UserError as error:
+                    raise UserError(f"{path}, line {line}: {error}") from None
+                if label is None:
+                    unlabelled += 1
+                    continue
+            yield Example(name, tuple([row[column] for column in task.texts]), label)
+
+    examples = some(all_examples(), limit)
     if not examples:
         what = f"none of its {unlabelled} rows has a label" if unlabelled else "no rows"
         raise UserError(f"{path}: {what}; expected a header and at least one row")
     return examples, unlabelled
+
+
+def some(rows: Iterable[Row], limit: int | None) -> list[Row]:
+    """All rows, or `limit` of them, in their order: any as likely as any other, always the same.
+
+    The first ones would not do: the course's SST has its positive sentences first. No more than
+    `limit` rows are held (Vitter 1985, https://doi.org/10.1145/3147.3165, algorithm R).
+    """
+    kept: list[tuple[int, Row]] = []
+    rng = random.Random(0)
+    for number, row in enumerate(rows):
+        if limit is None or number < limit:
+            kept.append((number, row))
+        elif (place := rng.randrange(number + 1)) < limit:
+            kept[place] = number, row
+    return [row for _, row in sorted(kept, key=itemgetter(0))]
 
 
 def _label(text: str, task: Task) -> float | None:
@@ -482,16 +504,18 @@ def read_triples(path: Path, limit: int | None = None) -> list[tuple[str, ...]]:
     Raises:
         UserError: what cannot be read, by file and line; a sentence that is empty.
     """
-    triples: list[tuple[str, ...]] = []
-    for line, row in read_rows(path, NLI_COLUMNS, ","):
-        for column in NLI_COLUMNS:
-            if not row[column].strip():
-                raise UserError(
-                    f"{path}, line {line}: {column} is empty; a triple needs its three sentences"
-                )
-        triples.append(tuple(row[column] for column in NLI_COLUMNS))
-        if len(triples) == limit:
-            break
+
+    def all_triples() -> Iterator[tuple[str, ...]]:
+        for line, row in read_rows(path, NLI_COLUMNS, ","):
+            for column in NLI_COLUMNS:
+                if not row[column].strip():
+                    raise UserError(
+                        f"{path}, line {line}: {column} is empty; a triple needs its three"
+                        " sentences"
+                    )
+            yield tuple(row[column] for column in NLI_COLUMNS)
+
+    triples = some(all_triples(), limit)
     if not triples:
         raise UserError(f"{path}: no rows; expected a header and at least one row")
     return triples

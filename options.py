@@ -116,7 +116,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="of matrix products; auto: bf16 where it is faster",
     )
-    add("--limit", type=number(int, 1), help="rows read of each file, to try things")
+    add("--limit", type=number(int, 1), help="rows of each file, always the same random ones")
     add("--eval_every", type=COUNT, default=0, help="also evaluate every so many steps")
     add(
         "--save_every",

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import stats
 from torch import Tensor
 
 import bert
@@ -277,6 +276,8 @@ def compare(
     options = {"n_resamples": resamples, "batch": 64, "rng": rng, "vectorized": True}
     if np.array_equal(first, second):
         return Comparison(0.0, 0.0, 0.0, 1.0)
+    from scipy import stats  # half a second, of those only who compare
+
     boot = stats.bootstrap(
         samples, difference, paired=True, method="percentile", confidence_level=0.95, **options
     )

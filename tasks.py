@@ -25,8 +25,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy import stats
-from sklearn import metrics
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -53,6 +51,8 @@ def class_report(classes: int, predicted: np.ndarray, gold: np.ndarray) -> dict[
 
     Macro F1 is over the classes that occur; the matrix has all of them.
     """
+    from sklearn import metrics  # a second, which the first training step need not wait for
+
     return {
         "accuracy": float(metrics.accuracy_score(gold, predicted)),
         "macro_f1": float(metrics.f1_score(gold, predicted, average="macro")),
@@ -64,6 +64,8 @@ def correlation_report(predicted: np.ndarray, gold: np.ndarray) -> dict[str, obj
     """Pearson's r (the headline) and Spearman's rho; 0 where they are undefined, for a constant."""
     if len(gold) < 2 or np.ptp(predicted) == 0 or np.ptp(gold) == 0:
         return {"pearson": 0.0, "spearman": 0.0}
+    from scipy import stats  # a second, which the first training step need not wait for
+
     return {
         "pearson": float(stats.pearsonr(predicted, gold).statistic),
         "spearman": float(stats.spearmanr(predicted, gold).statistic),

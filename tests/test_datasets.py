@@ -12,9 +12,10 @@ from conftest import write_csv
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from scipy import stats
 
 from checkpoint import UserError
-from datasets import Mixture, Sentences, TaskData, read
+from datasets import Mixture, Sentences, TaskData, read, some
 from tasks import TASKS
 from tokenizer import BertTokenizer
 
@@ -69,9 +70,23 @@ def test_rows_without_a_label_are_counted_and_left_out(tmp_path, tokenizer):
     assert "1 without a label" in str(data)
 
 
-def test_limit_reads_the_first_rows(data):
-    examples, _ = read(data / "ids-sst-train.csv", TASKS["sst"], limit=7)
-    assert [e.id for e in examples] == [f"ids-sst-train.csv-{i}" for i in range(7)]
+def test_limit_keeps_rows_of_the_whole_file_in_order(data):
+    everything, _ = read(data / "ids-sst-train.csv", TASKS["sst"])
+    places = {example: place for place, example in enumerate(everything)}
+    for limit in (1, 7, len(everything) - 1, len(everything), len(everything) + 1):
+        few, _ = read(data / "ids-sst-train.csv", TASKS["sst"], limit=limit)
+        assert few == read(data / "ids-sst-train.csv", TASKS["sst"], limit=limit)[0]
+        assert len(few) == min(limit, len(everything))
+        found = [places[example] for example in few]
+        assert found == sorted(set(found))
+        assert limit != 7 or found[-1] > 7
+
+
+def test_limit_is_as_likely_to_keep_any_row():
+    """A file that is sorted by label, as the course's SST is, keeps its shares."""
+    kept = some(range(100_000), 2_000)
+    tenths = np.bincount(np.array(kept) // 10_000, minlength=10)
+    assert stats.chisquare(tenths).pvalue > 0.01
 
 
 HEADER = "\tid\tsentence1\tsentence2\tsimilarity\n"
