@@ -62,9 +62,9 @@ class Table:
 PROBE, FINE = "--no_test --option pretrain --epochs 10", "--no_test --option finetune"
 CONCAT = "--para_decoder concat --sts_decoder concat"
 CELLS: dict[str, Cell] = {
-    # The paper's SimCSE has no temperature, which is 1.
-    "simcse": Cell("--temperature 1", "simcse.py"),
-    "simcse-t0.05": Cell("--temperature 0.05", "simcse.py"),
+    # The paper's SimCSE has no temperature, which is 1; contrast wants batches as large as its.
+    "simcse": Cell("--batch_size 32 --temperature 1", "simcse.py"),
+    "simcse-t0.05": Cell("--batch_size 32 --temperature 0.05", "simcse.py"),
     "probe": Cell(PROBE),
     "finetune": Cell(f"{FINE} --measure_conflict 100"),
     "probe-simcse": Cell(PROBE, start="simcse"),

@@ -460,7 +460,8 @@ class MultitaskBERT(nn.Module):
         if isinstance(texts, str):
             raise TypeError("encode takes a list of str; for one sentence, encode([text])[0]")
         was_training = self.training
-        self.eval()
+        if was_training or self.bert.training:  # going through all modules takes a tenth of a call
+            self.eval()
         texts = list(texts)
         vectors = np.empty((len(texts), self.bert.config.hidden_size), dtype=np.float32)
         order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
@@ -471,7 +472,8 @@ class MultitaskBERT(nn.Module):
             )
             batch = {key: value.to(self.device) for key, value in batch.items()}
             vectors[rows] = self.embed(**batch).cpu().numpy()
-        self.train(was_training)
+        if was_training:
+            self.train()
         return vectors
 
     def save_pretrained(self, folder: str | Path) -> None:
