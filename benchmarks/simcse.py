@@ -21,7 +21,7 @@ if __name__ == "__main__":  # in this folder there is a train.py too
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from benchmarks.harness import LR, TEXTS, Benchmark, Claim, Work, leave_project, main, need
-from benchmarks.train import named, sized, trainer_settings
+from benchmarks.train import default_dtype, named, sized, trainer_settings
 from options import script
 
 FILE = "nli_for_simcse.csv"
@@ -85,13 +85,9 @@ def peer_plain(args: Namespace) -> Work:
 def peer_sentence_transformers(args: Namespace) -> Work:
     """`SentenceTransformerTrainer`, from text."""
     need("accelerate", "datasets")
-    import torch
-
     from datasets import NLI_COLUMNS, read_triples
-    from train import prepare
 
-    _, dtype = prepare(0, args.device, "auto")
-    torch.set_deterministic_debug_mode("default")  # which the peer does not ask for
+    dtype = default_dtype(args)
     triples = list(zip(*read_triples(args.data_dir / FILE, args.rows), strict=True))
     size = partial(sized, [load(args)], args)
     leave_project()
@@ -103,13 +99,11 @@ def peer_sentence_transformers(args: Namespace) -> Work:
     model = st.SentenceTransformer(args.model, device=args.device)
     trainer = st.SentenceTransformerTrainer(
         model,
-        st.SentenceTransformerTrainingArguments(
-            **trainer_settings(args), bf16=dtype == torch.bfloat16
-        ),
+        st.SentenceTransformerTrainingArguments(**trainer_settings(args), bf16=dtype == "bfloat16"),
         train_dataset=datasets.Dataset.from_dict(dict(zip(NLI_COLUMNS, triples, strict=True))),
         loss=losses.MultipleNegativesRankingLoss(model, scale=1 / TEMPERATURE),
     )
-    return Work(trainer.train, **size(model[0].auto_model.config, "mean"), dtype=named(dtype))
+    return Work(trainer.train, **size(model[0].auto_model.config, "mean"), dtype=dtype)
 
 
 def ours_simcse(args: Namespace, precision: str, from_text: bool = False) -> Work:

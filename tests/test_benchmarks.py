@@ -13,7 +13,7 @@ import torch
 from conftest import GOOD, NOUNS
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import encode, evaluate, harness, run, tokenization, train
+from benchmarks import breakdown, encode, evaluate, harness, run, tokenization, train
 from benchmarks.harness import Benchmark, Claim, Missing, Wrong
 from bert import BertConfig, BertModel, BertSelfAttention, written_attention
 from checkpoint import UserError
@@ -109,7 +109,7 @@ def test_encode_end_to_end_against_sentence_transformers(encoded):
 def test_the_trainers_of_others_run_or_are_skipped(tiny, data, tmp_path):
     command = [sys.executable, str(harness.ROOT / "benchmarks/train.py"), "--quick", "--rows", "16"]
     command += ["--model", str(tiny), "--data_dir", str(data), "--scratch", str(tmp_path)]
-    names = ("SST, Trainer, bf16", "pairs, sentence-transformers, auto")
+    names = ("SST, Trainer, auto", "pairs, sentence-transformers, auto")
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     started = [subprocess.Popen([*command, "--worker", name], **pipes) for name in names]
     for process in started:
@@ -119,6 +119,20 @@ def test_the_trainers_of_others_run_or_are_skipped(tiny, data, tmp_path):
         else:
             assert process.returncode == 0, said
             assert json.loads(printed.splitlines()[-1])["rate"] > 0
+
+
+def test_breakdown_accounts_for_every_millisecond(tiny, data, run_script):
+    flags = ("--model", tiny, "--data_dir", data, "--rows", 32, "--batch_size", 8)
+    code, printed, said = run_script(breakdown, *flags)
+    assert code == 0, said
+    rows = [line.strip("| ").split(" | ") for line in printed.splitlines() if line[0] == "|"][2:]
+    for column in (1, 3):
+        *parts, whole = (float(row[column]) for row in rows)
+        assert sum(parts) == pytest.approx(whole, abs=0.05 * len(parts))
+        products, adamw = parts[:2]
+        assert products > 0 and adamw > 0 and min(parts) >= 0
+    code, _, said = run_script(breakdown, "--data_dir", data / "nothing")
+    assert code == 2 and "no such folder" in said
 
 
 @pytest.mark.parametrize("name", run.BENCHMARKS)
