@@ -601,7 +601,8 @@ class Run:
                 f"--resume: {path} was made by another version of this software, or by another"
                 f" script: only one of them knows --{unknown[0]}; start a new --run_dir"
             )
-        apart = [name for name in now if was[name] != now[name]]
+        # How often the state is saved changes no result.
+        apart = [name for name in now if was[name] != now[name] and name != "save_every"]
         if apart:
             listed = ", ".join(
                 f"--{name} was {was[name]} and is {now[name]}" for name in sorted(apart)

@@ -108,6 +108,8 @@ def read_record(folder: Path) -> Record:
     if not path.is_file():
         raise UserError(f"{folder}: no run folder; expected one with config.json and best/")
     config = read_json(path)
+    if "model_type" in config:
+        raise UserError(f"{folder}: a model; name the run folder that it is in, with its record")
     try:
         arguments = config["arguments"]
         threads = config["hardware"]["threads"]
@@ -266,6 +268,11 @@ def predict_texts(record: Record, texts: Sequence[str], device: str | None) -> N
 def submit(record: Record, out: Path, data_dir: Path | None) -> None:
     """Pack the run's prediction files for the leaderboard, if they are as it wants them."""
     check_new_file(out)
+    if limit := record.arguments["limit"]:
+        raise UserError(
+            f"{record.folder}: a run with --limit {limit}, which predicted so many rows of each"
+            " file; the leaderboard wants all of them"
+        )
     files: dict[str, Path] = {}
     notes: list[str] = []
     for task in find_tasks(LEADERBOARD):

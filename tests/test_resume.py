@@ -285,6 +285,12 @@ def test_other_arguments_are_refused_by_name(stopped, tmp_path, run_script):
     assert contents(tmp_path / "run") == before
 
 
+def test_how_often_the_state_is_saved_may_change(stopped, tmp_path, run_script):
+    code, _, err = run_script(multitask_classifier, *stopped, "--resume", "--save_every", 3)
+    assert code == 0, err
+    assert (tmp_path / "run/result.json").exists()
+
+
 def test_a_finished_run_is_left_alone(stopped, tmp_path, run_script):
     assert run_script(multitask_classifier, *stopped, "--resume")[0] == 0
     before = contents(tmp_path / "run")

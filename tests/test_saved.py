@@ -295,7 +295,7 @@ def test_faults_of_what_is_submitted(copy, tmp_path, run_script, name, change, e
 
 def test_submissions_of_half_a_run(runs, copy, tmp_path, run_script):
     """Rows left out by --limit, no file, other data, and a run without the tasks."""
-    for name, expected in (("joint", "10 rows, but"), ("lpft", "names no dev file of sst")):
+    for name, expected in (("joint", "with --limit 10"), ("lpft", "names no dev file of sst")):
         assert expected in refused(run_script, runs / name, "--submit", tmp_path / "x.zip")
     other = write_data(tmp_path / "data", {"dev": 16, "test": 8}, seed=1)
     ask(run_script, copy, "--submit", tmp_path / "same ids.zip", "--data_dir", other)
@@ -387,7 +387,7 @@ def test_bad_flags(run_script, flags, expected):
 
 def test_folders_and_tasks_that_are_not_there(runs, data, tmp_path, run_script):
     assert "no run folder" in refused(run_script, tmp_path / "nowhere")
-    assert "no record of a run" in refused(run_script, runs / "probe" / "best")
+    assert "best: a model; name the run folder" in refused(run_script, runs / "probe" / "best")
     flags = ["--data", data / "ids-sst-dev.csv", "--out", tmp_path / "o.csv"]
     for name in ("cfimdb", "nli"):
         line = refused(run_script, runs / "probe", *flags, "--task", name)
