@@ -213,10 +213,12 @@ def some(rows: Iterable[Row], limit: int | None) -> list[Row]:
     The first ones would not do: the course's SST has its positive sentences first. No more than
     `limit` rows are held (Vitter 1985, https://doi.org/10.1145/3147.3165, algorithm R).
     """
+    if limit is None:
+        return list(rows)
     kept: list[tuple[int, Row]] = []
     rng = random.Random(0)
     for number, row in enumerate(rows):
-        if limit is None or number < limit:
+        if number < limit:
             kept.append((number, row))
         elif (place := rng.randrange(number + 1)) < limit:
             kept[place] = number, row

@@ -31,6 +31,7 @@ EMBEDDED_NOTE = (
     " of the same does, not what contrast does to plain BERT.**"
 )
 LEAST_SEEDS = 3  # of each cell, for a verdict
+RECORDED_TO = 1e-3  # predictions are rounded in a record
 MARGIN = 0.02  # accuracy or r; a difference surely smaller is none
 SHARED_NOTE = (
     "What starts from `NAME-seedN` takes the encoder of that cell and seed. Where there are more"
@@ -115,6 +116,8 @@ def comparisons(table: Table, records: Records, data_dir: Path) -> list[dict[str
                     f"--data_dir {data_dir}: {task} has {len(gold[task, size])} dev rows, but the"
                     f" records of {first} {size}: name the data that they were made on"
                 )
+            for of in groups:
+                check_gold(of, task, gold[task, size], data_dir)
             predicted = [np.array([r["predictions"][task] for r in of]) for of in groups]
             result = compare(gold[task, size], *predicted, correlation=not TASKS[task].whole)
             names = {"first": first, "second": second, "task": task}
@@ -127,6 +130,19 @@ def comparisons(table: Table, records: Records, data_dir: Path) -> list[dict[str
     for row, p in zip(found, holm([row["p"] for row in found]), strict=True):
         row["p_corrected"] = p
     return found
+
+
+def check_gold(of: Sequence[dict[str, Any]], task: str, gold: np.ndarray, data_dir: Path) -> None:
+    """UserError unless the records' predictions and these labels give the recorded figures."""
+    for record in of:
+        recorded = headline(record["dev"][task])
+        again = headline(TASKS[task].report(np.array(record["predictions"][task]), gold))
+        if abs(again - recorded) > RECORDED_TO:
+            raise UserError(
+                f"--data_dir {data_dir}: the record of {record['cell']}, seed {record['seed']}, has"
+                f" {recorded:.4f} for {task}, and on these dev rows it is {again:.4f}: name the"
+                " data that it was made on, or run it anew"
+            )
 
 
 def at_floor(gold: np.ndarray, predicted: Sequence[np.ndarray], classes: bool) -> bool:
@@ -226,14 +242,18 @@ def conditions(records: Records, cells: Mapping[str, Cell]) -> str:
     flags = {
         given_flags(r["command"], cells[cell].flags) for cell, of in records.items() for r in of
     }
-    given = f" Flags for all: {' or '.join(sorted(flags))}." if flags != {""} else ""
+    given = ""
+    if flags != {""}:
+        given = f" Flags for all, where a cell has no other: {' or '.join(sorted(flags))}."
     return f"**Rows, {rows}. Seeds of a cell: {' or '.join(map(str, seeds))}.{given}**"
 
 
 def given_flags(command: str, own: str) -> str:
     """The `--flags` of `experiments.py run` in a recorded command, before the cell's own."""
-    found = command.partition(".py ")[2].partition(own)[0].strip()
-    return found and f"`{found}`"
+    found, there, _ = command.partition(".py ")[2].partition(own)
+    if not there:
+        raise UserError(f"records: made by `{command}`, but its cell has `{own}`: run it anew")
+    return f"`{found.strip()}`" if found.strip() else ""
 
 
 def judge(claim: Claim, compared: Sequence[dict[str, Any]]) -> tuple[str, str]:

@@ -109,7 +109,7 @@ def read_record(folder: Path) -> Record:
         raise UserError(f"{folder}: no run folder; expected one with config.json and best/")
     config = read_json(path)
     if "model_type" in config:
-        raise UserError(f"{folder}: a model; name the run folder that it is in, with its record")
+        raise UserError(f"{folder}: a model, not a run; name a run folder")
     try:
         arguments = config["arguments"]
         threads = config["hardware"]["threads"]
@@ -192,7 +192,12 @@ def compare_runs(first: Record, second: Record, data_dir: Path | None) -> None:
     found: list[tuple[str, Comparison]] = []
     for task in find_tasks(both):
         path = first.file(task, "dev", data_dir)
-        examples, _ = read(path, task, limit=first.arguments["limit"])
+        examples, others = (
+            read(path, task, limit=r.arguments["limit"])[0] for r in (first, second)
+        )
+        if examples != others:
+            one, other = (f"{r.folder} had --limit {r.arguments['limit']}" for r in (first, second))
+            raise UserError(f"{one}, {other}: they predicted other rows of {path}")
         gold = np.array([example.label for example in examples])
         predicted = [
             read_predictions(record.predictions(task, "dev"), task, examples, path)
@@ -268,11 +273,6 @@ def predict_texts(record: Record, texts: Sequence[str], device: str | None) -> N
 def submit(record: Record, out: Path, data_dir: Path | None) -> None:
     """Pack the run's prediction files for the leaderboard, if they are as it wants them."""
     check_new_file(out)
-    if limit := record.arguments["limit"]:
-        raise UserError(
-            f"{record.folder}: a run with --limit {limit}, which predicted so many rows of each"
-            " file; the leaderboard wants all of them"
-        )
     files: dict[str, Path] = {}
     notes: list[str] = []
     for task in find_tasks(LEADERBOARD):
@@ -280,6 +280,12 @@ def submit(record: Record, out: Path, data_dir: Path | None) -> None:
             path = record.predictions(task, split)
             source = record.file(task, split, data_dir)
             examples, _ = read(source, task, labelled=split == "dev")
+            limit = record.arguments["limit"]
+            if limit is not None and limit < len(examples):
+                raise UserError(
+                    f"{record.folder}: had --limit {limit}, but {source} has {len(examples)} rows,"
+                    " and the leaderboard wants all: make a run without"
+                )
             read_predictions(path, task, examples, source)
             files[f"predictions/{task.name}-{split}-output.csv"] = path
             notes.append(f"{path}: {len(examples):,} predictions, in the order of {source}")

@@ -4,8 +4,8 @@
 
 Both are those of `train.py`, on SST in fp32, under PyTorch's profiler, which makes every operation
 a little slower. An operation's time is its own, without those that it calls; "Python, and the rest"
-is what no operation accounts for. Products of linear layers are what no implementation can do
-without: their share is the most that all other work can cost.
+is what no operation accounts for. The products of linear layers are what no implementation can do
+without.
 """
 
 import re
@@ -33,7 +33,7 @@ KINDS = {
     "LayerNorm": r"layer_norm",
     "attention": r"aten::_?(bmm|baddbmm|softmax|scaled_dot_product|efficient_attention|flash)",
     "dropout": r"dropout|bernoulli|random_|aten::ge_",
-    "embeddings, leaving padding out": r"embedding|index|nonzero",
+    "embeddings, leaving padding out": r"embedding|index|aten::nonzero",
     "gradients' norm": r"norm",
 }
 OTHER, REST = "other operations", "Python, and the rest"
@@ -50,7 +50,7 @@ def measure(make: Callable[[Namespace], Work], args: Namespace) -> Counter[str]:
         started = time.perf_counter()
         work.run()
         seconds = time.perf_counter() - started
-    steps = -(-args.rows // args.batch_size)
+    steps = -(-work.units // args.batch_size)
     found: Counter[str] = Counter()
     for event in profiled.key_averages():
         kinds = (kind for kind, pattern in KINDS.items() if re.search(pattern, event.key))

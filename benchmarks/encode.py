@@ -131,11 +131,11 @@ def products(args: Namespace) -> Work:
 
     from bert import BertModel
 
-    bert = BertModel.from_pretrained(args.model)
+    bert = BertModel.from_pretrained(args.model).to(args.device)
     weights = [weight for layer in bert.layers for weight in layer.parameters() if weight.ndim == 2]
     lengths = token_counts(args, sentences(args)[:ALONE])
     inputs = {
-        (length, size): torch.randn(length, size)
+        (length, size): torch.randn(length, size, device=args.device)
         for length in set(lengths)
         for size in {weight.size(1) for weight in weights}
     }

@@ -254,7 +254,7 @@ def test_every_table_runs_and_is_reported(grid, tmp_path, run_script, monkeypatc
     assert "Do the tasks' gradients conflict?" in text
     assert "train: sst 24, para 24, sts 24, nli 24; dev: sst 24, para 24, sts 24." in text
     given = "`--epochs 1 --batch_size 16 --precision fp32 --limit 24`"
-    assert f"Seeds of a cell: 1 or 2. Flags for all: {given}.**" in text
+    assert f"Seeds of a cell: 1 or 2. Flags for all, where a cell has no other: {given}.**" in text
     assert text.count(report.SHARED_NOTE) == 2  # table1 and temperature
     for cell in report.MAPPED:
         assert f"![{cell}](map-{cell}.png)" in text
@@ -264,6 +264,22 @@ def test_every_table_runs_and_is_reported(grid, tmp_path, run_script, monkeypatc
     for table in experiments.TABLES:
         assert (out / f"{table}.png").read_bytes().startswith(b"\x89PNG")
         assert (out / f"{table}.tex").read_text(encoding="utf-8").startswith(r"\begin{tabular}")
+    # Other labels are noticed, and so is a cell that has changed since.
+    dev = tmp_path / "data/quora-dev.csv"
+    was = dev.read_text(encoding="utf-8")
+    header, *rows = was.splitlines(keepends=True)
+    flipped = [row.replace("\t1.0\n", "\t0\n") for row in rows]
+    assert flipped != rows
+    dev.write_text("".join([header, *flipped]), encoding="utf-8")
+    code, _, err = run_script(experiments, "report", *reported)
+    assert code == 2 and "for para, and on these dev rows it is" in err
+    dev.write_text(was, encoding="utf-8")
+    path = out / "records/simcse-seed1.json"
+    stale = {**json.loads(path.read_text(encoding="utf-8"))}
+    stale["command"] = stale["command"].replace("--temperature 1", "--temperature 2")
+    path.write_text(json.dumps(stale), encoding="utf-8")
+    code, _, err = run_script(experiments, "report", *reported)
+    assert code == 2 and "but its cell has `--batch_size 32 --temperature 1`" in err
     # No sentence of the data is in a record.
     examples, _ = read(SAMPLE / "ids-sst-dev.csv", TASKS["sst"], limit=24)
     for path in out.rglob("*.json"):

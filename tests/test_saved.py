@@ -239,6 +239,18 @@ def test_what_is_submitted(runs, tmp_path, run_script):
     assert "a.zip: exists, and is not overwritten" in line
 
 
+def test_a_limit_above_the_files_sizes_is_none(copy, runs, tmp_path, run_script):
+    config = json.loads((copy / "config.json").read_text(encoding="utf-8"))
+    config["arguments"]["limit"] = 10**6
+    (copy / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    ask(run_script, copy, "--submit", tmp_path / "a.zip")
+    ask(run_script, copy, "--compare", runs / "probe")
+    config["arguments"]["limit"] = 10
+    (copy / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    line = refused(run_script, copy, "--compare", runs / "probe")
+    assert f"{copy} had --limit 10, {runs / 'probe'} had --limit None" in line
+
+
 def swap(text: str, one: str, other: str) -> str:
     assert one in text
     return text.replace(one, other, 1)
@@ -295,7 +307,7 @@ def test_faults_of_what_is_submitted(copy, tmp_path, run_script, name, change, e
 
 def test_submissions_of_half_a_run(runs, copy, tmp_path, run_script):
     """Rows left out by --limit, no file, other data, and a run without the tasks."""
-    for name, expected in (("joint", "with --limit 10"), ("lpft", "names no dev file of sst")):
+    for name, expected in (("joint", "had --limit 10, but"), ("lpft", "names no dev file of sst")):
         assert expected in refused(run_script, runs / name, "--submit", tmp_path / "x.zip")
     other = write_data(tmp_path / "data", {"dev": 16, "test": 8}, seed=1)
     ask(run_script, copy, "--submit", tmp_path / "same ids.zip", "--data_dir", other)
@@ -359,7 +371,7 @@ def test_comparisons_that_cannot_be(runs, tmp_path, run_script):
     line = refused(run_script, runs / "probe", "--compare", runs / "lpft")
     assert "have no task in common" in line
     line = refused(run_script, runs / "probe", "--compare", runs / "joint")
-    assert "10 rows, but" in line
+    assert "they predicted other rows" in line
     line = refused(run_script, runs / "simcse", "--compare", runs / "probe")
     assert "sts-dev-output.csv: no predictions" in line
     assert "no run folder" in refused(run_script, runs / "probe", "--compare", tmp_path)
@@ -387,7 +399,7 @@ def test_bad_flags(run_script, flags, expected):
 
 def test_folders_and_tasks_that_are_not_there(runs, data, tmp_path, run_script):
     assert "no run folder" in refused(run_script, tmp_path / "nowhere")
-    assert "best: a model; name the run folder" in refused(run_script, runs / "probe" / "best")
+    assert "best: a model, not a run" in refused(run_script, runs / "probe" / "best")
     flags = ["--data", data / "ids-sst-dev.csv", "--out", tmp_path / "o.csv"]
     for name in ("cfimdb", "nli"):
         line = refused(run_script, runs / "probe", *flags, "--task", name)
