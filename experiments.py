@@ -286,6 +286,13 @@ LESSONS = (
     " weakly, it changes STS by {probe-simcse - probe sts} when probing and by"
     " {finetune-simcse - finetune sts} after fine-tuning; at SimCSE's 0.05 STS comes to"
     " {probe-simcse-t0.05 sts} and {finetune-simcse-t0.05 sts}.",
+    "**What one task costs another.** With sentiment left out STS changes by"
+    " {without-sst - finetune sts} and paraphrase by {without-sst - finetune para}; with paraphrase"
+    " left out sentiment by {without-para - finetune sst} and STS by {without-para - finetune sts};"
+    " with STS left out sentiment by {without-sts - finetune sst} and paraphrase by"
+    " {without-sts - finetune para}. PCGrad instead of the sum of all gradients changes sentiment"
+    " by {pcgrad - sum sst}, paraphrase by {pcgrad - sum para}, STS by {pcgrad - sum sts}. How the"
+    " gradients themselves lie to each other stands under the tables.",
     "**From the paper's STS figure upwards, one change at a time.** Heads at 1e-3 and BERT at 1e-5:"
     " {slow sts}; heads at 1e-2: {slow-bert sts}; BERT at 5e-5: {finetune sts}; the mean of all"
     " tokens rather than the pooler: {mean-dot sts}; the cosine as STS's decoder:"

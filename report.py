@@ -5,6 +5,7 @@ a seed. Nothing here trains, and every figure comes from the records and the gol
 """
 
 import json
+import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -286,16 +287,22 @@ def judge(claim: Claim, compared: Sequence[dict[str, Any]]) -> tuple[str, str]:
         floor = any(row["floor"] for row, _ in rows)
         votes.append(0 if floor else 1 if beyond_all else -1 if beaten else 0)
     verdict = "falls" if -1 in votes else "stands" if set(votes) == {1} else "cannot be told"
-    parts = []
-    if min(row["seeds"] for row, _ in rows) < LEAST_SEEDS:
-        verdict = "cannot be told"
-        parts.append(f"fewer than {LEAST_SEEDS} seeds")
-    for row, _ in rows:
+    said: dict[str, list[str]] = {}
+    for row, sign in rows:
         interval = f"{row['low']:+.3f} to {row['high']:+.3f}, p {p_value(row['p_corrected'])}"
         where = f"{row['first']} - {row['second']}"
         floor = ", neither better than the commonest class" if row["floor"] else ""
-        parts.append(f"{row['task']} {row['difference']:+.3f} ({interval}{floor}; {where})")
-    return verdict, "; ".join(parts) + "."
+        counts = claim.most in (None, row["task"])
+        said.setdefault(WORDS[_vote(row, sign)] if counts else "Beside it", []).append(
+            f"{row['task']} {row['difference']:+.3f} ({interval}{floor}; {where})"
+        )
+    figures = " ".join(f"{word}: {'; '.join(of)}." for word, of in said.items())
+    if min(row["seeds"] for row, _ in rows) < LEAST_SEEDS:
+        return "cannot be told", f"Fewer than {LEAST_SEEDS} seeds. {figures}"
+    return verdict, figures
+
+
+WORDS = {1: "As claimed", -1: "Against it", 0: "Not to be told"}  # by `_vote`
 
 
 def _vote(row: dict[str, Any], sign: int) -> int:
@@ -458,6 +465,9 @@ def conflict_report(runs: Sequence[list[dict[str, Any]]], out: Path) -> str:
     def mean(of: np.ndarray) -> float:
         return float(np.mean(of[~np.isnan(of)])) if not np.isnan(of).all() else float("nan")
 
+    def negative(of: np.ndarray) -> float:
+        return mean(np.where(np.isnan(of), np.nan, of < 0))
+
     drawing, panels = axes(width=7, height=0.32 * len(parts) + 1)
     grid = np.array([[mean(values(part, pair)) for pair in pairs] for part in parts])
     image = panels[0].imshow(grid, cmap="RdBu", vmin=-1, vmax=1, aspect="auto")
@@ -485,22 +495,48 @@ def conflict_report(runs: Sequence[list[dict[str, Any]]], out: Path) -> str:
 
     lines = ["## Do the tasks' gradients conflict?", ""]
     count = sum(map(len, runs))
-    lines += [f"Measured {count} times in {len(runs)} runs, over all of BERT's parameters.", ""]
-    lines += ["| pair | mean cosine | negative | negative, by part | magnitude similarity |"]
-    lines += ["|---|---|---|---|---|"]
+    table = [
+        "| pair | mean cosine | 95% interval | negative | negative, by part | like magnitude |",
+        "|---|---|---|---|---|---|",
+    ]
+    intervals = {pair: interval(values("overall", pair)) for pair in pairs}
     for pair in pairs:
         cosine, magnitude = values("overall", pair), values("overall", pair, "magnitude")
-        share = np.mean(cosine[~np.isnan(cosine)] < 0) if not np.isnan(cosine).all() else np.nan
+        low, high = intervals[pair]
         by_part = np.concatenate([values(part, pair) for part in parts])
-        part_share = np.mean(by_part[~np.isnan(by_part)] < 0)
         shown = pair.replace("|", r"\|")
-        lines.append(
-            f"| {shown} | {mean(cosine):+.3f} | {share:.0%} | {part_share:.0%}"
-            f" | {mean(magnitude):.3f} |"
+        table.append(
+            f"| {shown} | {mean(cosine):+.3f} | {low:+.3f} to {high:+.3f} | {negative(cosine):.0%}"
+            f" | {negative(by_part):.0%} | {mean(magnitude):.3f} |"
         )
-    lines += ["", "A pair a\\|a is two batches of one task: the noise floor."]
+    across = [pair for pair in pairs if len(set(pair.split("|"))) == 2]
+    below = [pair.replace("|", " and ") for pair in across if intervals[pair][1] < 0]
+    above = [pair.replace("|", " and ") for pair in across if intervals[pair][0] > 0]
+    largest = max(abs(mean(values("overall", pair))) for pair in across)
+    lines += [
+        f"Measured {count} times in {len(runs)} runs, over all of BERT's parameters; intervals are"
+        " over the measurements (Student's t). A pair of tasks whose mean cosine is surely below 0:"
+        f" {', '.join(below) or 'none'}; surely above 0: {', '.join(above) or 'none'}. The largest"
+        f" mean cosine of two tasks is {largest:.3f} in absolute value: 0 is a right angle, where"
+        " a step for the one task does nothing for or against the other.",
+        "",
+        *table,
+        "",
+        "A pair a\\|a is two batches of one task: the noise floor.",
+    ]
     lines += ["", "![by layer](conflict-layers.png)", "![over steps](conflict-steps.png)"]
     return "\n".join(lines)
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """The 95% interval of a mean by Student's t, NaN left out; all there is, of fewer than two."""
+    from scipy import stats
+
+    values = values[~np.isnan(values)]
+    if len(values) < 2 or not np.ptp(values):
+        return (-math.inf, math.inf) if len(values) < 2 else (values[0], values[0])
+    low, high = stats.t.interval(0.95, len(values) - 1, values.mean(), stats.sem(values))
+    return float(low), float(high)
 
 
 def plot_conflict(run: Path) -> None:

@@ -1,6 +1,7 @@
 """Tables end to end on tiny data, and the statistics against scipy and by hand."""
 
 import json
+import math
 import re
 import shutil
 import signal
@@ -142,12 +143,36 @@ def test_verdicts_by_hand(signs, most, rows, expected):
     assert all(f"{r['difference']:+.3f}" in figures for r in rows)
     if rows:
         verdict, figures = report.judge(claim, [*rows[:-1], {**rows[-1], "seeds": 2}])
-        assert verdict == "cannot be told" and figures.startswith("fewer than 3 seeds; ")
+        assert verdict == "cannot be told" and figures.startswith("Fewer than 3 seeds. ")
         overlapping = [{**r, "apart": False} for r in rows]
         if 0 not in signs.values():
             assert report.judge(claim, overlapping)[0] != "stands"
         verdict, figures = report.judge(claim, [{**r, "floor": True} for r in rows])
         assert verdict != "stands" and "neither better than the commonest class" in figures
+
+
+def test_the_answer_on_conflict_names_the_pairs_that_are_sure(tmp_path):
+    """Three measurements of a pair that points apart, of one that agrees, and of one between."""
+
+    def point(step, *cosines):
+        pairs = ("sst|para", "sst|sts", "para|sts", "sst|sst")
+        found = {p: {"cosine": c, "magnitude": 0.5} for p, c in zip(pairs, cosines, strict=True)}
+        return {"step": step, "parts": {"pooler": found, "overall": found}}
+
+    run = [
+        point(0, -0.3, 0.1, 0.2, None),
+        point(100, -0.2, 0.2, -0.2, None),
+        point(200, -0.4, 0.3, 0.0, None),
+    ]
+    text = report.conflict_report([run], tmp_path)
+    assert "surely below 0: sst and para; surely above 0: none." in text
+    # 4.303: of Student's t with 2 degrees of freedom, 97.5%.
+    reach = 4.302653 * 0.1 / 3**0.5
+    assert f"| -0.300 | {-0.3 - reach:+.3f} to {-0.3 + reach:+.3f} | 100% | 100% | 0.500 |" in text
+    assert "is 0.300 in absolute value" in text
+    text = report.conflict_report([run, run], tmp_path)
+    assert "surely below 0: sst and para; surely above 0: sst and sts." in text
+    assert report.interval(np.array([0.1, np.nan])) == (-math.inf, math.inf)
 
 
 def test_models_at_the_floor():
