@@ -300,7 +300,7 @@ LESSONS = (
     " 1e-3 and BERT at 1e-5: {slow-concat sts}; the weighted dot product: {slow sts}; heads at"
     " 1e-2: {slow-bert sts}; BERT at 5e-5: {finetune sts}; the mean of all tokens rather than the"
     " pooler: {mean-dot sts}; the cosine as STS's decoder: {mean-cosine sts}; BERT at 1e-4:"
-    " {mean-cosine-fast sts}. Decoder and pooling decide; the learning rates matter less.",
+    " {mean-cosine-fast sts}.",
     "**Advice.** For degrees of similarity give the decoder a product or a cosine, not two vectors"
     " side by side. Train each variant with several seeds and look whether their"
     " figures lie apart. Before that, look whether a task's models are better than its commonest"

@@ -533,8 +533,10 @@ def interval(values: np.ndarray) -> tuple[float, float]:
     from scipy import stats
 
     values = values[~np.isnan(values)]
-    if len(values) < 2 or not np.ptp(values):
-        return (-math.inf, math.inf) if len(values) < 2 else (values[0], values[0])
+    if len(values) < 2:
+        return -math.inf, math.inf
+    if not np.ptp(values):
+        return float(values[0]), float(values[0])
     low, high = stats.t.interval(0.95, len(values) - 1, values.mean(), stats.sem(values))
     return float(low), float(high)
 
