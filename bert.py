@@ -176,19 +176,24 @@ class Packing:
 
     Everything but attention treats each token by itself, so padding there is work for nothing: a
     fifth of a batch of question pairs, a third of SimCSE's triples.
+
+    With `multiple`, N is rounded up to one, and the rows past the tokens are of no use: oneDNN,
+    which multiplies in bf16 on CPUs, compiles a product anew for each N that it meets.
     """
 
-    def __init__(self, attention_mask: Tensor):
+    def __init__(self, attention_mask: Tensor, multiple: int = 1):
         self.shape = attention_mask.shape
-        self.places = attention_mask.flatten().nonzero().squeeze(1)  # (N,), of B * T
+        self.places = attention_mask.flatten().nonzero().squeeze(1)  # of the tokens, of B * T
+        self.filled = F.pad(self.places, (0, -len(self.places) % multiple))  # (N,)
 
     def pack(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (N, D)."""
-        return x.flatten(0, 1).index_select(0, self.places)
+        return x.flatten(0, 1).index_select(0, self.filled)
 
     def unpack(self, x: Tensor) -> Tensor:
         """(N, D) -> (B, T, D), 0 at padding."""
-        rows = x.new_zeros(self.shape.numel(), x.size(-1)).index_copy(0, self.places, x)
+        rows = x.new_zeros(self.shape.numel(), x.size(-1))
+        rows = rows.index_copy(0, self.places, x[: len(self.places)])
         return rows.unflatten(0, self.shape)
 
 
@@ -319,7 +324,10 @@ class BertModel(nn.Module):
         """Embeddings (B, T, D) and mask (B, T) -> the last layer's hidden states (B, T, D)."""
         # -1e9 rather than -inf: a row of padding alone stays finite, and bfloat16 holds it.
         bias = (1.0 - attention_mask[:, None, None, :].to(hidden_states.dtype)) * -1e9
-        packing = Packing(attention_mask) if packed and not attention_mask.all() else None
+        packing = None
+        if packed and not attention_mask.all():
+            half = torch.is_autocast_enabled("cpu") or hidden_states.dtype == torch.bfloat16
+            packing = Packing(attention_mask, 64 if half else 1)
         hidden_states = packing.pack(hidden_states) if packing else hidden_states
         for layer in self.layers[:-1]:
             hidden_states = layer(hidden_states, bias, packing)
@@ -494,5 +502,6 @@ def pool(output: dict[str, Tensor], attention_mask: Tensor, how: str) -> Tensor:
         return hidden_states[:, 0]
     if how == "mean":
         mask = attention_mask[:, :, None].to(hidden_states.dtype)
-        return (hidden_states * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+        wide = torch.promote_types(mask.dtype, torch.float32)
+        return (hidden_states * mask).sum(1, dtype=wide) / mask.sum(1, dtype=wide).clamp(min=1)
     raise ValueError(f"pooling {how!r}: expected one of {', '.join(POOLINGS)}")

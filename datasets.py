@@ -28,11 +28,10 @@ from torch import Tensor
 import distributed
 from checkpoint import UserError, check_file, digest, read_tensors, unchanged, write_tensors
 from tasks import Task
-from tokenizer import BertTokenizer
+from tokenizer import TOKENISED_AT_ONCE, BertTokenizer
 
 POOL = 50  # batches that are sorted by length together: 3-5% padding, and shuffling stays thorough
 DELIMITERS = {"\t": "tab", ",": "comma"}
-TOKENISED_AT_ONCE = 8192  # rows; bounds the memory of the tokenizer's own objects
 
 LONGEST = 10**6  # characters of a line or a field; what is longer is no csv file of sentences
 NOT_TEXT = re.compile("[\0\udc80-\udcff]")  # NUL, and (by surrogateescape) bytes beyond UTF-8

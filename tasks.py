@@ -41,7 +41,7 @@ from checkpoint import (
     write_tensors,
 )
 from exchange import write_modules
-from tokenizer import BertTokenizer
+from tokenizer import TOKENISED_AT_ONCE, BertTokenizer
 
 # ---------------------------------------------------------------------------- the table of tasks
 
@@ -294,6 +294,11 @@ PAIR_ENCODINGS = ("separate", "joint")
 # ---------------------------------------------------------------------------- the model
 
 
+def pad_rows(rows: Sequence[Tensor], value: int = 0) -> Tensor:
+    """Rows of different lengths, each (t,) -> (B, T), filled up with `value`."""
+    return nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value)
+
+
 class MultitaskBERT(nn.Module):
     """One BERT, and a head for each task.
 
@@ -307,7 +312,8 @@ class MultitaskBERT(nn.Module):
         tokenizer: needed by `encode` and `save_pretrained` only.
 
     `precision` is the dtype in which the encoder multiplies matrices: torch.float32, or
-    torch.bfloat16 by autocast (weights, embeddings handed on, heads and losses stay float32).
+    torch.bfloat16, by autocast (weights, embeddings handed on, heads and losses stay float32);
+    where nothing is trained, by a copy of the encoder in bf16.
     """
 
     def __init__(
@@ -336,6 +342,7 @@ class MultitaskBERT(nn.Module):
         self.pair_encoding = pair_encoding
         self.tokenizer = tokenizer
         self.precision = torch.float32
+        self._rounded: tuple[list[tuple[int, int]], BertModel] | None = None
         self.decoders = {}
         self.heads = nn.ModuleDict()
         for task in tasks:
@@ -361,6 +368,7 @@ class MultitaskBERT(nn.Module):
         """Switch dropout on or off; a frozen encoder has none."""
         super().train(mode)
         self.bert.train(mode and self.bert.word_embedding.weight.requires_grad)
+        self._rounded = None  # what is written into `parameter.data` is not counted as a change
         return self
 
     def embeddings_per_row(self, task: Task) -> int:
@@ -381,14 +389,30 @@ class MultitaskBERT(nn.Module):
     ) -> Tensor:
         """Token ids (B, T) -> embeddings (B, D), float32, by the model's pooling or another."""
         pooling = pooling or self.pooling
-        with torch.autocast(
-            input_ids.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16
-        ):
+        device, half = input_ids.device.type, self.precision == torch.bfloat16
+        # What neither trains nor draws dropout may as well be rounded once, not at each product.
+        rounded = half and not torch.is_grad_enabled() and not self.bert.training
+        bert = self.rounded_bert() if rounded else self.bert
+        with torch.autocast(device, torch.bfloat16, enabled=half and not rounded):
             first = None if pooling == "mean" else 1
             # To count the tokens, a GPU would have to be waited for.
-            packed = input_ids.device.type == "cpu"
-            output = self.bert(input_ids, attention_mask, token_type_ids, first, packed)
+            output = bert(input_ids, attention_mask, token_type_ids, first, packed=device == "cpu")
             return pool(output, attention_mask, pooling).float()
+
+    def rounded_bert(self) -> BertModel:
+        """The encoder with weights and hidden states in bf16, for evaluation.
+
+        It is kept until a weight or the mode changes, and takes half of the encoder's memory.
+        """
+        named = dict(self.bert.named_parameters())
+        weights = [(p.data_ptr(), not p.is_inference() and p._version) for p in named.values()]
+        if self._rounded is None or self._rounded[0] != weights:
+            with torch.device("meta"):
+                bert = BertModel(self.bert.config)
+            half = {name: p.detach().to(torch.bfloat16) for name, p in named.items()}
+            bert.load_state_dict(half, assign=True)
+            self._rounded = weights, bert.eval()
+        return self._rounded[1]
 
     def decode(self, task: str, embeddings: Tensor) -> Tensor:
         """Embeddings of a task's rows -> logits (B, C).
@@ -446,10 +470,9 @@ class MultitaskBERT(nn.Module):
                 a, b = a[: kept[0]], b[: kept[1]]
             rows.append(torch.cat([cls, a, sep, b, sep]))
             types.append((torch.arange(len(rows[-1]), device=a.device) >= len(a) + 2).long())
-        pad_rows = nn.utils.rnn.pad_sequence
-        input_ids = pad_rows(rows, batch_first=True, padding_value=self.bert.config.pad_token_id)
-        mask = pad_rows([torch.ones_like(row) for row in rows], batch_first=True)
-        return self(task, input_ids, mask, pad_rows(types, batch_first=True))
+        input_ids = pad_rows(rows, self.bert.config.pad_token_id)
+        mask = pad_rows([torch.ones_like(row) for row in rows])
+        return self(task, input_ids, mask, pad_rows(types))
 
     @torch.inference_mode()
     def encode(self, texts: Sequence[str], batch_size: int = 64) -> np.ndarray:
@@ -465,14 +488,17 @@ class MultitaskBERT(nn.Module):
             self.eval()
         texts = list(texts)
         vectors = np.empty((len(texts), self.bert.config.hidden_size), dtype=np.float32)
-        order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
+        ids = []
+        for start in range(0, len(texts), TOKENISED_AT_ONCE):
+            chunk = texts[start : start + TOKENISED_AT_ONCE]
+            encodings = self.tokenizer.encode_batch(chunk, max_length=self.tokenizer.max_length)
+            ids += [torch.tensor(encoding.ids) for encoding in encodings]
+        order = sorted(range(len(texts)), key=lambda i: -len(ids[i]))
         for start in range(0, len(texts), batch_size):
             rows = order[start : start + batch_size]
-            batch = self.tokenizer(
-                [texts[i] for i in rows], padding=True, truncation=True, return_tensors="pt"
-            )
-            batch = {key: value.to(self.device) for key, value in batch.items()}
-            vectors[rows] = self.embed(**batch).cpu().numpy()
+            input_ids = pad_rows([ids[i] for i in rows], self.bert.config.pad_token_id)
+            mask = pad_rows([torch.ones_like(ids[i]) for i in rows])
+            vectors[rows] = self.embed(input_ids.to(self.device), mask.to(self.device)).cpu()
         if was_training:
             self.train()
         return vectors

@@ -60,6 +60,7 @@ STEPS = {
     ("pre_tokenizer", "type"): "BertPreTokenizer",
 }
 LARGEST_VOCABULARY = 10**6  # tokens; LaBSE's, the largest known, has half as many
+TOKENISED_AT_ONCE = 8192  # texts; bounds the memory of the library's own objects
 LARGEST_ADDED = 10**6  # characters of all added tokens, of which 10^6 take the library 5 s
 # A vocabulary, the flags of the text's clean-up by the names of tokenizer.json, added tokens.
 Source = tuple[dict[str, int], dict[str, Any], list[dict[str, Any]]]

@@ -23,6 +23,7 @@ from bert import (
     BertModel,
     BertSelfAttention,
     Dropout,
+    Packing,
     dropout,
     fast_attention,
     hub_name,
@@ -426,6 +427,36 @@ def test_without_padding_tokens_come_out_the_same(layers, lengths, first, seed):
         found.append([states.detach(), output["pooler_output"].detach(), *grads])
     for padded, packed in zip(*found, strict=True):
         torch.testing.assert_close(packed, padded, rtol=0, atol=1e-10)
+
+
+@settings(deadline=None, max_examples=25, derandomize=True)
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=9), st.integers(0, 2**31))
+def test_rows_are_filled_up_for_bf16_and_nothing_is_changed_by_them(lengths, seed):
+    """Products see few numbers of rows; what fills them up reaches no output and no gradient."""
+    mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+    x = torch.randn(*mask.shape, 3, generator=torch.Generator().manual_seed(seed))
+    whole = (x * mask[:, :, None]).requires_grad_()
+    packing = Packing(mask, multiple=8)
+    rows = packing.pack(whole)
+    assert len(rows) % 8 == 0 and 0 <= len(rows) - sum(lengths) < 8
+    assert torch.equal(packing.unpack(rows), whole)
+    packing.unpack(rows.exp()).sum().backward()
+    assert torch.equal(whole.grad, whole.detach().exp() * mask[:, :, None])
+
+
+@pytest.mark.parametrize("half", ["autocast", "weights"])
+def test_bf16_multiplies_full_groups_of_rows(half):
+    model = BertModel(BertConfig(**SMALL)).eval()
+    ids = torch.tensor([[5, 6, 7], [8, 9, 0]])
+    seen = []
+    model.layers[0].intermediate.register_forward_hook(lambda m, i, out: seen.append(out.shape[0]))
+    expected = model(ids, ids.sign(), packed=True)["last_hidden_state"]
+    model = model.bfloat16() if half == "weights" else model
+    with torch.autocast("cpu", torch.bfloat16, enabled=half == "autocast"):
+        found = model(ids, ids.sign(), packed=True)["last_hidden_state"]
+    assert seen == [5, 64]
+    torch.testing.assert_close(found.float(), expected, atol=0.05, rtol=0.05)
+    assert (found[1, 2] == 0).all()
 
 
 @settings(deadline=None, max_examples=25, derandomize=True)

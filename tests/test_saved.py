@@ -192,7 +192,8 @@ def test_any_sentences_in_any_row(runs, tmp_path, rows):
 def test_texts_and_their_probabilities(runs, run_script, name):
     """One text: the tasks of one sentence; two: those of pairs."""
     model = MultitaskBERT.from_pretrained(runs / name)
-    model.precision = {"joint": torch.bfloat16}.get(name, torch.float32)
+    precision = json.loads((runs / name / "config.json").read_text(encoding="utf-8"))["precision"]
+    model.precision = getattr(torch, precision)
     batch = model.tokenizer(["a great film !"], return_tensors="pt")
     ids, mask = batch["input_ids"], batch["attention_mask"]
     other = model.tokenizer(["the cat"], return_tensors="pt")

@@ -15,6 +15,7 @@ from torch import nn
 import multitask_classifier
 from bert import BertModel
 from checkpoint import UserError
+from optimizer import AdamW
 from tasks import HEADS, TASKS, MultitaskBERT, Task, find_tasks
 from tokenizer import BertTokenizer
 
@@ -260,6 +261,45 @@ def test_bf16_keeps_weights_embeddings_and_logits_in_fp32(tiny):
     logits.sum().backward()
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
+
+
+def test_evaluation_in_bf16_takes_a_rounded_copy_until_a_weight_changes(tiny):
+    model = model_of(tiny).eval()
+    texts = ["the film is great", "a dog", "the film"]
+    exact = model.encode(texts)
+    model.precision = torch.bfloat16
+    rounded = model.encode(texts)
+    copy = model.rounded_bert()
+    assert {p.dtype for p in copy.parameters()} == {torch.bfloat16}
+    assert rounded.dtype == np.float32 and not np.array_equal(rounded, exact)
+    cosines = (rounded * exact).sum(1) / np.linalg.norm(rounded, axis=1)
+    assert (cosines / np.linalg.norm(exact, axis=1) > 0.999).all()
+    model.encode(texts)
+    assert model.rounded_bert() is copy
+
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    AdamW(model.parameters(), lr=0.1).step()
+    changed = model.encode(texts)
+    assert model.rounded_bert() is not copy and not np.allclose(changed, rounded, atol=0.01)
+    for p in model.parameters():
+        p.data.neg_()  # as old optimizers write, which no counter notices
+    model.train().eval()
+    assert not np.allclose(model.encode(texts), changed, atol=0.01)
+    changed = model.encode(texts)
+    model.precision = torch.float32
+    np.testing.assert_allclose(changed, model.encode(texts), atol=0.05)
+
+
+@pytest.mark.parametrize(("training", "grad", "copied"), [(0, 0, 1), (0, 1, 0), (1, 0, 0)])
+def test_what_trains_or_draws_dropout_keeps_its_weights(tiny, training, grad, copied):
+    """Gradient caching embeds without gradients first, with the dropout that it will have."""
+    model = model_of(tiny).train(bool(training))
+    model.precision = torch.bfloat16
+    batch = model.tokenizer(["the film is great"], return_tensors="pt")
+    with torch.set_grad_enabled(bool(grad)):
+        model.embed(batch["input_ids"], batch["attention_mask"])
+    assert (model._rounded is not None) == copied
 
 
 # ---------------------------------------------------------------------------- a fifth task
