@@ -50,10 +50,11 @@ class AdamW(torch.optim.Optimizer):
         weight_decay: decoupled weight decay, at least 0.
         correct_bias: False leaves out the bias correction (a = lr), as the first BERT code did.
 
-    Half-precision parameters keep their moments in float32 and are rounded once a step.
+    Half-precision parameters keep their moments in float32 and are rounded once a step. Of a sparse
+    gradient (`nn.Embedding(sparse=True)`) the missing rows count as 0, as in a dense one.
 
     Raises:
-        ValueError: a hyperparameter out of range, by name; in `step`, a sparse gradient.
+        ValueError: a hyperparameter out of range, by name.
     """
 
     def __init__(
@@ -96,15 +97,6 @@ class AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            for index, parameter in enumerate(group["params"]):
-                if parameter.grad is not None and parameter.grad.is_sparse:
-                    names = group.get("param_names")
-                    name = names[index] if names else f"of shape {tuple(parameter.shape)}"
-                    raise ValueError(
-                        f"AdamW: parameter {name} has a sparse gradient, whose moments it cannot"
-                        " keep: build its embedding with sparse=False"
-                    )
         fast_updates(self._fast_ones(scale))
         return loss
 
@@ -114,11 +106,11 @@ class AdamW(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
-                update = self._prepare(parameter, group, scale)
-                if can_be_fast(update[0]):
-                    yield update
+                tensors, numbers = self._prepare(parameter, group, scale)
+                if can_be_fast(tensors):
+                    yield tensors, numbers
                 else:
-                    written_update(*update[0], *update[1])
+                    written_update(*(tensor.to_dense() for tensor in tensors), *numbers)
 
     def _prepare(self, parameter: Tensor, group: dict[str, Any], scale: float) -> Update:
         """What an update of `parameter` reads and writes, and with which numbers."""
@@ -206,6 +198,10 @@ def written_update(
 
 def can_be_fast(tensors: tuple[Tensor, ...]) -> bool:
     """Whether `fast_updates` takes these: plain single or double precision, in the CPU's memory."""
+    if tensors[1].is_sparse:
+        tensors = (tensors[0], tensors[1].coalesce().values(), *tensors[2:])
+        if any(tensor.ndim != 2 for tensor in tensors):
+            return False
     return all(
         t.is_cpu
         and t.dtype in (torch.float32, torch.float64)
@@ -213,6 +209,29 @@ def can_be_fast(tensors: tuple[Tensor, ...]) -> bool:
         and not t.is_neg()
         for t in tensors
     )
+
+
+def pieces_of(tensors: tuple[Tensor, ...]) -> Iterator[tuple[np.ndarray, ...]]:
+    """(p, g, m, v) as arrays of about `PIECE` numbers each, (n,); by rows for a sparse gradient.
+
+    Of such, p, m and v are (n, D); g holds the rows that there are, then one of zeros for all
+    others; and a fifth array says which of them is whose, (n,).
+    """
+    gradient = tensors[1]
+    if not gradient.is_sparse:
+        arrays = [tensor.numpy().reshape(-1) for tensor in tensors]
+        for start in range(0, arrays[0].size, PIECE):
+            yield tuple(array[start : start + PIECE] for array in arrays)
+        return
+    gradient = gradient.coalesce()
+    values = nn.functional.pad(gradient.values(), (0, 0, 0, 1)).numpy()
+    p, m, v = (tensor.numpy() for tensor in (tensors[0], *tensors[2:]))
+    which = np.full(len(p), len(values) - 1)
+    which[gradient.indices()[0].numpy()] = np.arange(len(values) - 1)
+    rows = max(1, PIECE // max(1, p.shape[1]))
+    for start in range(0, len(p), rows):
+        part = slice(start, start + rows)
+        yield p[part], values, m[part], v[part], which[part]
 
 
 def fast_updates(updates: Iterable[Update]) -> None:
@@ -240,16 +259,13 @@ def fast_updates(updates: Iterable[Update]) -> None:
 
     try:
         for tensors, numbers in updates:
-            key = tensors[0].dtype, numbers
+            key = tensors[0].dtype, tensors[1].is_sparse, numbers
             if key not in known:
                 known[key] = _compiled(*key)
             update, converted = known[key]
-            arrays = [tensor.numpy().reshape(-1) for tensor in tensors]
-            for start in range(0, arrays[0].size, PIECE):
-                slices = [array[start : start + PIECE] for array in arrays]
-                pieces.append((update, *slices, *converted))
+            pieces.extend((update, *piece, *converted) for piece in pieces_of(tensors))
             written += (tensors[0], *tensors[2:])
-            size += arrays[0].size
+            size += tensors[0].numel()
             if len(threads) < min(torch.get_num_threads() - 1, size // PIECE):
                 threads.append(threading.Thread(target=work))
                 threads[-1].start()
@@ -262,19 +278,21 @@ def fast_updates(updates: Iterable[Update]) -> None:
         torch.autograd.graph.increment_version(written)
 
 
-def _compiled(dtype: torch.dtype, numbers: tuple[float, ...]) -> tuple[Callable, list[Any]]:
-    """The compiled loop for a dtype, and its numbers in that dtype."""
+def _compiled(
+    dtype: torch.dtype, sparse: bool, numbers: tuple[float, ...]
+) -> tuple[Callable, list[Any]]:
+    """The compiled loop for a dtype and a kind of gradient, and its numbers in that dtype."""
     scale, beta1, beta2, step_size, eps, decay = numbers
     # Taken in double precision: 1 - 0.999 in single precision has four digits.
     given = scale, beta1, 1 - beta1, beta2, 1 - beta2, step_size * (1 - decay), eps, decay
     name = str(dtype).removeprefix("torch.")
-    return compiled_update(name), [np.dtype(name).type(number) for number in given]
+    update = compiled_row_updates(name) if sparse else compiled_update(name)
+    return update, [np.dtype(name).type(number) for number in given]
 
 
 @cache
 def compiled_update(dtype: str) -> Callable[..., None]:
     """`written_update` number by number, as machine code that leaves the interpreter free."""
-    import numba  # half a second, of those only who train
 
     def update(p, g, m, v, scale, beta1, new1, beta2, new2, step_size, eps, decay):
         for i in range(p.size):
@@ -283,13 +301,35 @@ def compiled_update(dtype: str) -> Callable[..., None]:
             v[i] = beta2 * v[i] + new2 * x * x
             p[i] -= step_size * (m[i] / (np.sqrt(v[i]) + eps)) + decay * p[i]
 
+    return _machine_code(update, dtype, dimensions=1)
+
+
+@cache
+def compiled_row_updates(dtype: str) -> Callable[..., None]:
+    """`compiled_update` row by row, `which` saying whose gradient is where."""
+    update = compiled_update(dtype)
+
+    def updates(p, g, m, v, which, scale, beta1, new1, beta2, new2, step_size, eps, decay):
+        numbers = scale, beta1, new1, beta2, new2, step_size, eps, decay
+        for r in range(len(p)):
+            update(p[r], g[which[r]], m[r], v[r], *numbers)
+
+    return _machine_code(updates, dtype, dimensions=2)
+
+
+def _machine_code(loop: Callable[..., None], dtype: str, dimensions: int) -> Callable[..., None]:
+    """The loop compiled for arrays of so many dimensions."""
+    import numba  # half a second, of those only who train
+
     number = getattr(numba, dtype)
-    signature = numba.void(*[number[::1]] * 4, *[number] * 8)
+    arrays = [numba.types.Array(number, dimensions, "C")] * 4
+    which = [numba.int64[::1]] * (dimensions - 1)
+    signature = numba.void(*arrays, *which, *[number] * 8)
     options = {"nogil": True, "error_model": "numpy"}
     try:
-        return numba.njit(signature, **options, cache=True)(update)
+        return numba.njit(signature, **options, cache=True)(loop)
     except Exception:  # the machine code of last time is damaged, or there is no place to keep it
-        return numba.njit(signature, **options)(update)
+        return numba.njit(signature, **options)(loop)
 
 
 def check_hyperparameters(group: dict[str, Any]) -> None:

@@ -395,8 +395,8 @@ class MultitaskBERT(nn.Module):
         bert = self.rounded_bert() if rounded else self.bert
         with torch.autocast(device, torch.bfloat16, enabled=half and not rounded):
             first = None if pooling == "mean" else 1
-            # To count the tokens, a GPU would have to be waited for.
-            output = bert(input_ids, attention_mask, token_type_ids, first, packed=device == "cpu")
+            packed = device == "cpu"  # to count the tokens, a GPU would have to be waited for
+            output = bert(input_ids, attention_mask, token_type_ids, first, packed)
             return pool(output, attention_mask, pooling).float()
 
     def rounded_bert(self) -> BertModel:

@@ -4,6 +4,7 @@ import json
 import shutil
 from argparse import Namespace
 from collections import Counter
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -142,7 +143,7 @@ def test_gradients_are_clipped_and_the_log_has_the_norm_before(tiny, data, tmp_p
 
     def spy(scale):
         grads = [p.grad for p in toy.model.parameters() if p.grad is not None]
-        norms.append(scale * torch.cat([g.flatten() for g in grads]).norm().item())
+        norms.append(scale * torch.cat([g.to_dense().flatten() for g in grads]).norm().item())
         step(scale=scale)
 
     toy.optimizers["bert"].step = spy
@@ -150,6 +151,30 @@ def test_gradients_are_clipped_and_the_log_has_the_norm_before(tiny, data, tmp_p
     toy.train(OneTask([toy.sets[0].batch(np.arange(8))]))
     assert norms[0] == pytest.approx(0.01, rel=1e-3)
     assert log_of(tmp_path / "run", "train")[0]["grad_norm"] > 0.1
+
+
+def test_gradients_of_the_rows_looked_up_train_as_those_of_all(tiny, data, tmp_path, monkeypatch):
+    weights, seen = {}, []
+    for kind in ("sparse", "dense"):
+        if kind == "dense":
+            monkeypatch.setattr("train.sparse_embeddings", lambda model: nullcontext())
+        toy = Toy(tiny, data, tmp_path / kind, clip=0.1)
+        words = toy.model.bert.word_embedding
+        step = toy.optimizers["bert"].step
+
+        def spy(scale, step=step, words=words):
+            seen.append(words.weight.grad.is_sparse)
+            step(scale=scale)
+
+        monkeypatch.setattr(toy.optimizers["bert"], "step", spy)
+        toy.train(Mixture(toy.sets, 8, 1, epochs=1, accumulate=2))
+        assert not words.sparse
+        weights[kind] = toy.model.state_dict()
+        norms = [record["grad_norm"] for record in log_of(tmp_path / kind, "train")]
+        weights[kind]["norms"] = torch.tensor(norms)
+    assert seen == [True] * (len(seen) // 2) + [False] * (len(seen) // 2)
+    for name, value in weights["dense"].items():
+        torch.testing.assert_close(weights["sparse"][name], value, atol=2e-5, rtol=1e-5)
 
 
 def test_without_clipping_the_whole_gradient_counts(tiny, data, tmp_path, monkeypatch):
