@@ -22,7 +22,7 @@ from tasks import TASKS, MultitaskBERT
 
 TASK_NAMES = {"sst": "Sentiment, accuracy", "para": "Paraphrase, accuracy", "sts": "STS, Pearson"}
 RECORDED = {
-    *("cell", "seed", "command", "commit", "rows", "dev", "overall", "curve"),
+    *("cell", "seed", "command", "commit", "precision", "rows", "dev", "overall", "curve"),
     *("conflict", "predictions"),
 }
 Records = dict[str, list[dict[str, Any]]]  # cell -> its runs, by seed
@@ -183,7 +183,7 @@ def markdown(table: Table, records: Records, compared: list[dict[str, Any]]) -> 
         lines.append(
             f"| {heading} | {row['task']} | {row['difference']:+.3f} | {interval} | {shown} |"
         )
-    lines += ["", "| column | seeds | commit | command |", "|---|---|---|---|"]
+    lines += ["", "| column | seeds | precision | commit | command |", "|---|---|---|---|---|"]
     for cell, heading in table.cells.items():
         of = records.get(cell, [])
         seeds = " ".join(str(record["seed"]) for record in of) or "none"
@@ -191,8 +191,9 @@ def markdown(table: Table, records: Records, compared: list[dict[str, Any]]) -> 
         commits = (
             " ".join(f"{(commit or '-')[:7]}{mark}" for commit, mark in changed.items()) or "-"
         )
+        precisions = " ".join(sorted({record["precision"] for record in of})) or "-"
         line = f"`{of[0]['command']}`" if of else "missing"
-        lines.append(f"| {heading} | {seeds} | {commits} | {line} |")
+        lines.append(f"| {heading} | {seeds} | {precisions} | {commits} | {line} |")
     commands = [record["command"] for cell in table.cells for record in records.get(cell, [])]
     if any("/best --data_dir" in command for command in commands):
         lines += ["", SHARED_NOTE]
