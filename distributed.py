@@ -261,7 +261,7 @@ def reduced(
 
 def _sum(parameters: Sequence[nn.Parameter]) -> None:
     """Replace the gradients of these parameters by their sums over all processes."""
-    parts = [torch.zeros_like(p) if p.grad is None else p.grad.to_dense() for p in parameters]
+    parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     flat = total(torch.cat([part.flatten() for part in parts]))
     for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
         p.grad = part.view_as(p)

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-PIECE = 1 << 18  # numbers that a thread updates at a time
+PIECE = 1 << 20  # numbers that a thread updates at a time
 # (p, g, m, v), and the numbers that `written_update` takes beside them.
 Update = tuple[tuple[Tensor, ...], tuple[float, ...]]
 
@@ -212,16 +212,16 @@ def can_be_fast(tensors: tuple[Tensor, ...]) -> bool:
 
 
 def pieces_of(tensors: tuple[Tensor, ...]) -> Iterator[tuple[np.ndarray, ...]]:
-    """(p, g, m, v) as arrays of about `PIECE` numbers each, (n,); by rows for a sparse gradient.
+    """(p, g, m, v) as arrays of about `PIECE` numbers each, and which rows of g are whose.
 
-    Of such, p, m and v are (n, D); g holds the rows that there are, then one of zeros for all
-    others; and a fifth array says which of them is whose, (n,).
+    p, m and v are (n, D), the last is (n,). Of a dense gradient a piece is one row, whatever shape
+    it has; of a sparse one g holds the rows that there are, then one of zeros for all others.
     """
     gradient = tensors[1]
     if not gradient.is_sparse:
-        arrays = [tensor.numpy().reshape(-1) for tensor in tensors]
+        arrays = [tensor.numpy().reshape(1, -1) for tensor in tensors]
         for start in range(0, arrays[0].size, PIECE):
-            yield tuple(array[start : start + PIECE] for array in arrays)
+            yield *(array[:, start : start + PIECE] for array in arrays), FIRST
         return
     gradient = gradient.coalesce()
     values = nn.functional.pad(gradient.values(), (0, 0, 0, 1)).numpy()
@@ -232,6 +232,9 @@ def pieces_of(tensors: tuple[Tensor, ...]) -> Iterator[tuple[np.ndarray, ...]]:
     for start in range(0, len(p), rows):
         part = slice(start, start + rows)
         yield p[part], values, m[part], v[part], which[part]
+
+
+FIRST = np.zeros(1, dtype=np.int64)
 
 
 def fast_updates(updates: Iterable[Update]) -> None:
@@ -259,7 +262,7 @@ def fast_updates(updates: Iterable[Update]) -> None:
 
     try:
         for tensors, numbers in updates:
-            key = tensors[0].dtype, tensors[1].is_sparse, numbers
+            key = tensors[0].dtype, numbers
             if key not in known:
                 known[key] = _compiled(*key)
             update, converted = known[key]
@@ -278,58 +281,36 @@ def fast_updates(updates: Iterable[Update]) -> None:
         torch.autograd.graph.increment_version(written)
 
 
-def _compiled(
-    dtype: torch.dtype, sparse: bool, numbers: tuple[float, ...]
-) -> tuple[Callable, list[Any]]:
-    """The compiled loop for a dtype and a kind of gradient, and its numbers in that dtype."""
+def _compiled(dtype: torch.dtype, numbers: tuple[float, ...]) -> tuple[Callable, list[Any]]:
+    """The compiled loop for a dtype, and its numbers in that dtype."""
     scale, beta1, beta2, step_size, eps, decay = numbers
     # Taken in double precision: 1 - 0.999 in single precision has four digits.
     given = scale, beta1, 1 - beta1, beta2, 1 - beta2, step_size * (1 - decay), eps, decay
     name = str(dtype).removeprefix("torch.")
-    update = compiled_row_updates(name) if sparse else compiled_update(name)
-    return update, [np.dtype(name).type(number) for number in given]
+    return compiled_update(name), [np.dtype(name).type(number) for number in given]
 
 
 @cache
 def compiled_update(dtype: str) -> Callable[..., None]:
     """`written_update` number by number, as machine code that leaves the interpreter free."""
-
-    def update(p, g, m, v, scale, beta1, new1, beta2, new2, step_size, eps, decay):
-        for i in range(p.size):
-            x = g[i] * scale
-            m[i] = beta1 * m[i] + new1 * x
-            v[i] = beta2 * v[i] + new2 * x * x
-            p[i] -= step_size * (m[i] / (np.sqrt(v[i]) + eps)) + decay * p[i]
-
-    return _machine_code(update, dtype, dimensions=1)
-
-
-@cache
-def compiled_row_updates(dtype: str) -> Callable[..., None]:
-    """`compiled_update` row by row, `which` saying whose gradient is where."""
-    update = compiled_update(dtype)
-
-    def updates(p, g, m, v, which, scale, beta1, new1, beta2, new2, step_size, eps, decay):
-        numbers = scale, beta1, new1, beta2, new2, step_size, eps, decay
-        for r in range(len(p)):
-            update(p[r], g[which[r]], m[r], v[r], *numbers)
-
-    return _machine_code(updates, dtype, dimensions=2)
-
-
-def _machine_code(loop: Callable[..., None], dtype: str, dimensions: int) -> Callable[..., None]:
-    """The loop compiled for arrays of so many dimensions."""
     import numba  # half a second, of those only who train
 
+    def update(p, g, m, v, which, scale, beta1, new1, beta2, new2, step_size, eps, decay):
+        for row in range(len(p)):
+            p1, g1, m1, v1 = p[row], g[which[row]], m[row], v[row]
+            for i in range(len(p1)):
+                x = g1[i] * scale
+                m1[i] = beta1 * m1[i] + new1 * x
+                v1[i] = beta2 * v1[i] + new2 * x * x
+                p1[i] -= step_size * (m1[i] / (np.sqrt(v1[i]) + eps)) + decay * p1[i]
+
     number = getattr(numba, dtype)
-    arrays = [numba.types.Array(number, dimensions, "C")] * 4
-    which = [numba.int64[::1]] * (dimensions - 1)
-    signature = numba.void(*arrays, *which, *[number] * 8)
+    signature = numba.void(*[number[:, ::1]] * 4, numba.int64[::1], *[number] * 8)
     options = {"nogil": True, "error_model": "numpy"}
     try:
-        return numba.njit(signature, **options, cache=True)(loop)
+        return numba.njit(signature, **options, cache=True)(update)
     except Exception:  # the machine code of last time is damaged, or there is no place to keep it
-        return numba.njit(signature, **options)(loop)
+        return numba.njit(signature, **options)(update)
 
 
 def check_hyperparameters(group: dict[str, Any]) -> None:

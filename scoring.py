@@ -18,6 +18,7 @@ from torch import Tensor
 
 import bert
 import distributed
+import tasks
 from checkpoint import UserError, read_tensors, write_tensors, write_text
 from datasets import Batch, Example, Sentences, TaskData
 from tasks import TASKS, MultitaskBERT, Task
@@ -49,7 +50,9 @@ class FrozenEmbeddings:
         # All that decides what the encoder makes of tokens; it has no dropout.
         config = replace(model.bert.config, hidden_dropout_prob=0, attention_probs_dropout_prob=0)
         settings = (config, model.pooling, model.precision, torch.__version__)
-        self.encoder = hashlib.sha256(repr(settings).encode() + Path(bert.__file__).read_bytes())
+        self.encoder = hashlib.sha256(repr(settings).encode())
+        for module in (bert, tasks):
+            self.encoder.update(Path(module.__file__).read_bytes())
         for name, tensor in model.bert.state_dict().items():
             self.encoder.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
 

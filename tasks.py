@@ -390,7 +390,7 @@ class MultitaskBERT(nn.Module):
         """Token ids (B, T) -> embeddings (B, D), float32, by the model's pooling or another."""
         pooling = pooling or self.pooling
         device, half = input_ids.device.type, self.precision == torch.bfloat16
-        # What neither trains nor draws dropout may as well be rounded once, not at each product.
+        # What neither trains nor draws dropout can do with weights that were rounded before.
         rounded = half and not torch.is_grad_enabled() and not self.bert.training
         bert = self.rounded_bert() if rounded else self.bert
         with torch.autocast(device, torch.bfloat16, enabled=half and not rounded):
@@ -400,19 +400,23 @@ class MultitaskBERT(nn.Module):
             return pool(output, attention_mask, pooling).float()
 
     def rounded_bert(self) -> BertModel:
-        """The encoder with weights and hidden states in bf16, for evaluation.
+        """The encoder in bf16, hidden states and LayerNorm too, for evaluation.
 
-        It is kept until a weight or the mode changes, and takes half of the encoder's memory.
+        It is a model of its own, without the hooks of `bert`, and takes half of its memory. It is
+        made anew when a weight or the mode has changed; who writes into `parameter.data`, or
+        broadcasts into it, switches the mode (`train`, `eval`) after that.
         """
         named = dict(self.bert.named_parameters())
-        weights = [(p.data_ptr(), not p.is_inference() and p._version) for p in named.values()]
-        if self._rounded is None or self._rounded[0] != weights:
-            with torch.device("meta"):
-                bert = BertModel(self.bert.config)
-            half = {name: p.detach().to(torch.bfloat16) for name, p in named.items()}
-            bert.load_state_dict(half, assign=True)
-            self._rounded = weights, bert.eval()
-        return self._rounded[1]
+        counted = not any(p.is_inference() for p in named.values())
+        weights = [(p.data_ptr(), p._version) for p in named.values()] if counted else None
+        if self._rounded is not None and counted and self._rounded[0] == weights:
+            return self._rounded[1]
+        with torch.device("meta"):
+            bert = BertModel(self.bert.config)
+        half = {name: p.detach().to(torch.bfloat16) for name, p in named.items()}
+        bert.load_state_dict(half, assign=True)
+        self._rounded = (weights, bert.eval()) if counted else None
+        return bert
 
     def decode(self, task: str, embeddings: Tensor) -> Tensor:
         """Embeddings of a task's rows -> logits (B, C).
@@ -492,12 +496,13 @@ class MultitaskBERT(nn.Module):
         for start in range(0, len(texts), TOKENISED_AT_ONCE):
             chunk = texts[start : start + TOKENISED_AT_ONCE]
             encodings = self.tokenizer.encode_batch(chunk, max_length=self.tokenizer.max_length)
-            ids += [torch.tensor(encoding.ids) for encoding in encodings]
+            ids += [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
         order = sorted(range(len(texts)), key=lambda i: -len(ids[i]))
         for start in range(0, len(texts), batch_size):
             rows = order[start : start + batch_size]
-            input_ids = pad_rows([ids[i] for i in rows], self.bert.config.pad_token_id)
-            mask = pad_rows([torch.ones_like(ids[i]) for i in rows])
+            sentences = [torch.from_numpy(ids[i]).long() for i in rows]
+            input_ids = pad_rows(sentences, self.bert.config.pad_token_id)
+            mask = pad_rows([torch.ones_like(sentence) for sentence in sentences])
             vectors[rows] = self.embed(input_ids.to(self.device), mask.to(self.device)).cpu()
         if was_training:
             self.train()

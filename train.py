@@ -227,31 +227,37 @@ def summed(loss_fn: Callable[[Any], Tensor]) -> Callable[[Sequence[Any]], float]
 
 @contextmanager
 def sparse_embeddings(model: nn.Module) -> Iterator[None]:
-    """The gradient of an embedding then holds only the rows that a batch looked up.
+    """The gradient of an embedding then holds each row that was looked up, once, and no other.
 
-    As a dense one it would be as large as the vocabulary, which takes a tenth of a step on a CPU to
-    clear and to read. GPUs clear it faster than they find the rows.
+    As a dense one it would be as large as the vocabulary, which takes a tenth of a small step on a
+    CPU to clear and to read. On GPUs that was not measured, and several processes add dense ones.
     """
     embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    for module in embeddings:
-        module.sparse = module.weight.is_cpu
+
+    def coalesce(parameter: nn.Parameter) -> None:
+        if parameter.grad.is_sparse:
+            parameter.grad = parameter.grad.coalesce()
+
+    hooks = []
+    if distributed.size() == 1:
+        for module in embeddings:
+            module.sparse = module.weight.is_cpu
+            if module.weight.requires_grad:
+                hooks.append(module.weight.register_post_accumulate_grad_hook(coalesce))
     try:
         yield
     finally:
+        for hook in hooks:
+            hook.remove()
         for module in embeddings:
             module.sparse = False
 
 
 def total_norm(parameters: Sequence[nn.Parameter]) -> float:
-    """The L2 norm of all gradients together; sparse ones are left coalesced."""
-    found = []
-    for parameter in parameters:
-        if parameter.grad is not None and parameter.grad.is_sparse:
-            parameter.grad = parameter.grad.coalesce()
-            found.append(parameter.grad.values())
-        elif parameter.grad is not None:
-            found.append(parameter.grad)
-    return nn.utils.get_total_norm(found).item()
+    """The L2 norm of all gradients together, sparse ones coalesced."""
+    found = (parameter.grad for parameter in parameters)
+    found = (gradient for gradient in found if gradient is not None)
+    return nn.utils.get_total_norm([g.values() if g.is_sparse else g for g in found]).item()
 
 
 def out_of_memory(error: Exception) -> bool:

@@ -206,8 +206,8 @@ print(round(parameter[0].item(), 3), torch.get_num_threads())
 """
 
 
-@pytest.mark.parametrize("state", ["missing", "damaged", "a file"])
-def test_machine_code_that_cannot_be_kept_or_read_is_made_anew(tmp_path, state):
+@pytest.mark.parametrize("state", ["missing", "whole", "damaged", "a file"])
+def test_machine_code_is_kept_and_where_it_cannot_be_made_anew(tmp_path, state):
     """A cache of numba's that is damaged or of no use stops nobody; PyTorch keeps its threads."""
     cache = tmp_path / "cache"
     if state == "a file":
@@ -223,9 +223,12 @@ def test_machine_code_that_cannot_be_kept_or_read_is_made_anew(tmp_path, state):
         assert done.stdout == "0.5 1\n"
 
     run()
+    files = {path: path.read_bytes() for path in cache.rglob("*") if path.is_file()}
+    assert bool(files) == (state != "a file")
+    if state == "whole":
+        run()  # which adds nothing
+        assert files == {path: path.read_bytes() for path in cache.rglob("*") if path.is_file()}
     if state == "damaged":
-        files = [path for path in cache.rglob("*") if path.is_file()]
-        assert files
         for path in files:
             path.write_bytes(b"")
         run()

@@ -22,7 +22,7 @@ from optimizer import AdamW, parameter_groups
 from scoring import embed, predict
 from tasks import TASKS, MultitaskBERT
 from tokenizer import BertTokenizer
-from train import Diverged, prepare, summed, train
+from train import Diverged, prepare, sparse_embeddings, summed, train
 
 
 def job(tiny, data, run_dir, *more) -> list:
@@ -175,6 +175,21 @@ def test_gradients_of_the_rows_looked_up_train_as_those_of_all(tiny, data, tmp_p
     assert seen == [True] * (len(seen) // 2) + [False] * (len(seen) // 2)
     for name, value in weights["dense"].items():
         torch.testing.assert_close(weights["sparse"][name], value, atol=2e-5, rtol=1e-5)
+
+
+def test_accumulated_rows_are_held_once_and_the_embeddings_left_as_they_were(tiny, data, tmp_path):
+    toy = Toy(tiny, data, tmp_path / "run")
+    words = toy.model.bert.word_embedding
+    with pytest.raises(KeyboardInterrupt), sparse_embeddings(toy.model):
+        for start in (0, 8, 0):
+            toy.loss(toy.sets[0].batch(np.arange(start, start + 8))).sum().backward()
+            assert words.weight.grad.is_coalesced()
+        seen = np.unique(np.concatenate(toy.sets[0].ids[0][:16]))
+        assert words.weight.grad.indices()[0].tolist() == seen.tolist()
+        raise KeyboardInterrupt
+    toy.model.zero_grad()
+    toy.loss(toy.sets[0].batch(np.arange(8))).sum().backward()
+    assert not words.weight.grad.is_sparse
 
 
 def test_without_clipping_the_whole_gradient_counts(tiny, data, tmp_path, monkeypatch):
