@@ -26,7 +26,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-PIECE = 1 << 20  # numbers that a thread updates at a time
+PIECE = 1 << 21  # numbers that a thread updates at a time
+FIRST = np.zeros(1, dtype=np.int64)
 # (p, g, m, v), and the numbers that `written_update` takes beside them.
 Update = tuple[tuple[Tensor, ...], tuple[float, ...]]
 
@@ -232,9 +233,6 @@ def pieces_of(tensors: tuple[Tensor, ...]) -> Iterator[tuple[np.ndarray, ...]]:
     for start in range(0, len(p), rows):
         part = slice(start, start + rows)
         yield p[part], values, m[part], v[part], which[part]
-
-
-FIRST = np.zeros(1, dtype=np.int64)
 
 
 def fast_updates(updates: Iterable[Update]) -> None:
