@@ -34,6 +34,7 @@ EMBEDDED_NOTE = (
 LEAST_SEEDS = 3  # of each cell, for a verdict
 RECORDED_TO = 1e-3  # predictions are rounded in a record
 MARGIN = 0.02  # accuracy or r; a difference surely smaller is none
+CHANGED_NOTE = "+: in a copy with changes that were not committed."
 SHARED_NOTE = (
     "What starts from `NAME-seedN` takes the encoder of that cell and seed. Where there are more"
     " probes than encoders, they take these in turn: ± then is of fewer encoders than probes."
@@ -197,6 +198,8 @@ def markdown(table: Table, records: Records, compared: list[dict[str, Any]]) -> 
     commands = [record["command"] for cell in table.cells for record in records.get(cell, [])]
     if any("/best --data_dir" in command for command in commands):
         lines += ["", SHARED_NOTE]
+    if any(r.get("uncommitted_changes") for cell in table.cells for r in records.get(cell, [])):
+        lines += ["", CHANGED_NOTE]
     return "\n".join([*lines, ""])
 
 
@@ -292,15 +295,25 @@ def judge(claim: Claim, compared: Sequence[dict[str, Any]]) -> tuple[str, str]:
     for row, sign in rows:
         interval = f"{row['low']:+.3f} to {row['high']:+.3f}, p {p_value(row['p_corrected'])}"
         where = f"{row['first']} - {row['second']}"
-        floor = ", neither better than the commonest class" if row["floor"] else ""
         counts = claim.most in (None, row["task"])
-        said.setdefault(WORDS[_vote(row, sign)] if counts else "Beside it", []).append(
-            f"{row['task']} {row['difference']:+.3f} ({interval}{floor}; {where})"
+        said.setdefault(WORDS[_vote(row, sign)] if counts else "For comparison", []).append(
+            f"{row['task']} {row['difference']:+.3f} ({interval}{doubt(row)}; {where})"
         )
     figures = " ".join(f"{word}: {'; '.join(of)}." for word, of in said.items())
     if min(row["seeds"] for row, _ in rows) < LEAST_SEEDS:
         return "cannot be told", f"Fewer than {LEAST_SEEDS} seeds. {figures}"
     return verdict, figures
+
+
+def doubt(row: dict[str, Any]) -> str:
+    """What its interval and its p do not say of a difference, for a parenthesis."""
+    if row["floor"]:
+        return ", neither better than the commonest class"
+    if row["seeds"] < 2:
+        return ", one seed"
+    if row["p_corrected"] < LEVEL and not row["apart"]:
+        return ", but the seeds overlap"
+    return f", surely within {MARGIN}" if max(-row["low"], row["high"]) <= MARGIN else ""
 
 
 WORDS = {1: "As claimed", -1: "Against it", 0: "Not to be told"}  # by `_vote`
@@ -328,7 +341,8 @@ def fill(text: str, records: Records, compared: Sequence[dict[str, Any]]) -> str
     def difference(match: re.Match) -> str:
         for row in compared:
             if (row["first"], row["second"], row["task"]) == match.groups():
-                return f"{row['difference']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f})"
+                interval = f"{row['low']:+.3f} to {row['high']:+.3f}"
+                return f"{row['difference']:+.3f} ({interval}{doubt(row)})"
         return "missing"
 
     def mean(match: re.Match) -> str:
@@ -362,8 +376,9 @@ def report(
     parts += ["", "## The paper's claims", ""]
     parts += [
         "Each figure is a difference with its 95% interval over dev rows. It counts where"
-        f" p < {LEVEL} and the seeds of the one lie wholly above those of the other"
-        " (`report.judge`)."
+        f" p < {LEVEL} (Holm's correction, within a table) and the seeds of the one lie wholly"
+        " above those of the other (`report.judge`). ± is the deviation over seeds. The paper is"
+        ' "Evaluating fine-tuning methods for robust multi-task sentence embeddings".'
     ]
     for claim in claims:
         verdict, figures = judge(claim, compared.get(claim.table, []))
@@ -376,7 +391,8 @@ def report(
         write_text(out / f"{name}.tex", latex(table, records, compared[name]))
         plot_bars(table, records, out / f"{name}.png")
     plot_curves(records, out / "curves.png")
-    parts += ["", "## Learning curves", "", "![dev score over steps](curves.png)"]
+    parts += ["", "## Learning curves", "", "Of the cells that were evaluated more than once."]
+    parts += ["", "![dev score over steps](curves.png)"]
     measured = [r["conflict"] for of in records.values() for r in of if r["conflict"]]
     if measured:
         parts += ["", conflict_report(measured, out)]
@@ -434,18 +450,24 @@ def plot_bars(table: Table, records: Records, path: Path) -> None:
 
 
 def plot_curves(records: Records, path: Path) -> None:
-    """The overall score on dev over training steps, a line a cell, averaged over seeds."""
+    """The overall score on dev over training steps, a line a cell, averaged over seeds.
+
+    A cell that was evaluated once has no curve.
+    """
     drawing, panels = axes(width=9, height=5)
     for cell, of in records.items():
         if of[0]["overall"] is None:  # contrastive pre-training has another score
             continue
-        curves = [[p for p in r["curve"] if p["stage"] != "probe"] for r in of]
+        curves = [r["curve"] for r in of]
         length = min(map(len, curves))
+        if length < 2:
+            continue
         steps = [point["step"] for point in curves[0][:length]]
         scores = np.array([[point["score"] for point in c[:length]] for c in curves])
         panels[0].plot(steps, scores.mean(axis=0), marker="o", label=cell)
     panels[0].set(xlabel="step", ylabel="overall score, dev")
-    panels[0].legend(fontsize="small", ncols=2)
+    if panels[0].lines:
+        panels[0].legend(fontsize="small", ncols=2)
     save(drawing, path)
 
 
@@ -515,15 +537,20 @@ def conflict_report(runs: Sequence[list[dict[str, Any]]], out: Path) -> str:
     above = [pair.replace("|", " and ") for pair in across if intervals[pair][0] > 0]
     largest = max(abs(mean(values("overall", pair))) for pair in across)
     lines += [
-        f"Measured {count} times in {len(runs)} runs, over all of BERT's parameters; intervals are"
-        " over the measurements (Student's t). A pair of tasks whose mean cosine is surely below 0:"
-        f" {', '.join(below) or 'none'}; surely above 0: {', '.join(above) or 'none'}. The largest"
-        f" mean cosine of two tasks is {largest:.3f} in absolute value: 0 is a right angle, where"
-        " a step for the one task does nothing for or against the other.",
+        f"Measurements: {count}, in {len(runs)} runs, over all of BERT's parameters. Intervals are"
+        " over the measurements (Student's t), as if those of one run were independent. Pairs of"
+        f" tasks whose mean cosine is surely below 0: {', '.join(below) or 'none'}; surely above 0:"
+        f" {', '.join(above) or 'none'}. The largest mean cosine of two tasks is {largest:.3f} in"
+        " absolute value: 0 is a right angle, where a step for the one task does nothing for or"
+        " against the other.",
         "",
         *table,
         "",
-        "A pair a\\|a is two batches of one task: the noise floor.",
+        "A pair a\\|a is two batches of one task: the noise floor. Where it is no higher than what"
+        " two tasks have, batches so small cannot show how the tasks themselves lie to each other."
+        " Negative: the share of measurements with a cosine below 0, over all parameters and over"
+        " each part of the model. Like magnitude: 1 for gradients of one length, near 0 where one"
+        " of them is next to nothing.",
     ]
     lines += ["", "![by layer](conflict-layers.png)", "![over steps](conflict-steps.png)"]
     return "\n".join(lines)
