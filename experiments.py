@@ -312,8 +312,10 @@ LESSONS = (
     "**Advice.** For degrees of similarity give the decoder a product or a cosine, not two vectors"
     " side by side, and take the mean of all tokens (`--pooling mean --sts_decoder cosine`): STS"
     " {mean-cosine - finetune sts}, paraphrase {mean-cosine - finetune para}, sentiment"
-    " {mean-cosine - finetune sst} against the pooler and the dot product. Train each variant with"
-    " several seeds and look whether their figures lie apart. Before that, look whether a task's"
+    " {mean-cosine - finetune sst} against the pooler and the dot product. Where those must stay,"
+    " train the heads first (`--option lpft`): STS {lpft - finetune sts}, paraphrase"
+    " {lpft - finetune para}. Train each variant with several seeds and look whether their figures"
+    " lie apart. Before that, look whether a task's"
     " models are better than its commonest class: where they are not, nothing that is done to them"
     " shows.",
 )
