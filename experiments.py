@@ -173,7 +173,7 @@ TABLES: dict[str, Table] = {
     "ladder": Table(
         "What the low STS figure comes from, one change at a time",
         {
-            "slow-concat": "Concatenate; paper's heads 1e-3, course's BERT 1e-5",
+            "slow-concat": "Concatenate, slow",
             "slow": "Weighted dot",
             "slow-bert": "Heads 1e-2",
             "finetune": "BERT 5e-5",
@@ -299,8 +299,8 @@ LESSONS = (
     " {without-sts - finetune para}. PCGrad instead of the sum of all gradients changes sentiment"
     " by {pcgrad - sum sst}, paraphrase by {pcgrad - sum para}, STS by {pcgrad - sum sts}. How the"
     " gradients themselves lie to each other stands under the tables.",
-    "**STS, one change at a time.** Concatenation, heads at"
-    " 1e-3 and BERT at 1e-5: {slow-concat sts}; the weighted dot product: {slow sts}; heads at"
+    "**STS, one change at a time.** Concatenation, heads at the paper's 1e-3 and BERT at the"
+    " course's 1e-5: {slow-concat sts}; the weighted dot product: {slow sts}; heads at"
     " 1e-2: {slow-bert sts}; BERT at 5e-5: {finetune sts}; the mean of all tokens rather than the"
     " pooler: {mean-dot sts}; the cosine as STS's decoder: {mean-cosine sts}; BERT at 1e-4:"
     " {mean-cosine-fast sts}.",
@@ -315,9 +315,8 @@ LESSONS = (
     " {mean-cosine - finetune sst} against the pooler and the dot product. Where those must stay,"
     " train the heads first (`--option lpft`): STS {lpft - finetune sts}, paraphrase"
     " {lpft - finetune para}. Train each variant with several seeds and look whether their figures"
-    " lie apart. Before that, look whether a task's"
-    " models are better than its commonest class: where they are not, nothing that is done to them"
-    " shows.",
+    " lie apart. Before that, look whether a task's models are better than its commonest class:"
+    " where they are not, nothing that is done to them shows.",
 )
 
 # ---------------------------------------------------------------------------- running
