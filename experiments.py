@@ -313,7 +313,8 @@ LESSONS = (
     " side by side, and take the mean of all tokens (`--pooling mean --sts_decoder cosine`): STS"
     " {mean-cosine - finetune sts}, paraphrase {mean-cosine - finetune para}, sentiment"
     " {mean-cosine - finetune sst} against the pooler and the dot product. Where those must stay,"
-    " train the heads first (`--option lpft`): STS {lpft - finetune sts}, paraphrase"
+    " train the heads until they converge, and all from there (`--option lpft`, many epochs of"
+    " probing and one of fine-tuning here): STS {lpft - finetune sts}, paraphrase"
     " {lpft - finetune para}. Train each variant with several seeds and look whether their figures"
     " lie apart. Before that, look whether a task's models are better than its commonest class:"
     " where they are not, nothing that is done to them shows.",
@@ -448,7 +449,8 @@ def run_alone(args: argparse.Namespace, records: Path) -> None:
                 record(args.runs / str(job), path, job, recorded_command(job, args))
             shutil.rmtree(args.runs / str(job) / "last", ignore_errors=True)  # most of its size
             bar.update()
-    where = f"--out {args.out} --data_dir {args.data_dir} --runs {args.runs}"
+    given = {"--out": args.out, "--data_dir": args.data_dir, "--runs": args.runs}
+    where = shlex.join(str(word) for pair in given.items() for word in pair)
     print(f"records are in {records}; tables: python experiments.py report {where}")
     if failed:
         raise UserError(f"{len(failed)} of {len(waiting)} runs failed ({failed[0]}, ...)")

@@ -458,7 +458,9 @@ def plot_curves(records: Records, path: Path) -> None:
     for cell, of in records.items():
         if of[0]["overall"] is None:  # contrastive pre-training has another score
             continue
-        curves = [r["curve"] for r in of]
+        curves = [
+            [p for p in r["curve"] if p["stage"] != "probe"] for r in of
+        ]  # lpft's first stage
         length = min(map(len, curves))
         if length < 2:
             continue

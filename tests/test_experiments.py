@@ -183,6 +183,43 @@ def test_models_at_the_floor():
     assert not report.at_floor(gold, [constant, constant], False)
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "p", "changed", "expected"),
+    [
+        (0.05, 0.15, 0.001, {}, ""),
+        (0.05, 0.15, 0.001, {"apart": False}, ", but the seeds overlap"),
+        (0.05, 0.15, 0.2, {"apart": False}, ""),
+        (-0.01, 0.02, 0.5, {}, ", surely within 0.02"),
+        (-0.021, 0.01, 0.5, {}, ""),
+        (0.05, 0.15, 0.001, {"seeds": 1}, ", one seed"),
+        (0.05, 0.15, 0.001, {"floor": True}, ", neither better than the commonest class"),
+    ],
+)
+def test_a_difference_names_what_is_to_be_doubted(low, high, p, changed, expected):
+    assert (
+        report.doubt({**row("sts", (low + high) / 2, low, high, p, "a", "b"), **changed})
+        == expected
+    )
+
+
+def test_a_curve_leaves_out_the_first_stage_and_cells_of_one_evaluation(tmp_path, monkeypatch):
+    """Steps begin anew when lpft starts to fine-tune, after as many as a seed's probe took."""
+    drawn = []
+    monkeypatch.setattr(report, "save", lambda drawing, path: drawn.append(drawing.axes[0].lines))
+
+    def run(*stages):
+        points = [{"step": i, "score": i / 10, "stage": stage} for i, stage in enumerate(stages)]
+        return {"overall": 1.0, "curve": points}
+
+    records = {
+        "once": [run("finetune")],
+        "lpft": [run("probe", "probe", "finetune"), run("probe", "finetune")],
+        "twice": [run(None, None)],
+    }
+    report.plot_curves(records, tmp_path / "curves.png")
+    assert [line.get_label() for line in drawn[0]] == ["twice"]
+
+
 def test_figures_are_put_into_text():
     records = {"a": [{"dev": {"sts": {"pearson": r}}} for r in (0.5, 0.7)]}
     rows = [row("sts", 0.1, 0.05, 0.15, 0.001, "a.b-c", "d")]
