@@ -101,7 +101,11 @@ def prepare(
     if precision == "auto":
         fast = {"cpu": cpu_gains_by_bf16, "cuda": gpu_gains_by_bf16, "mps": lambda: False}
         precision = distributed.first(lambda: "bf16" if fast[device]() else "fp32")
-    return torch.device(device), getattr(torch, PRECISIONS.get(precision, precision))
+    dtype = getattr(torch, PRECISIONS.get(precision, precision))
+    # All that oneDNN would do in fp32 is GELU, and what it keeps of that for each number of tokens
+    # lies scattered over memory that the next step's activations could have had.
+    torch.backends.mkldnn.enabled = dtype != torch.float32
+    return torch.device(device), dtype
 
 
 def begin(args: Namespace, **facts: Any) -> Run:

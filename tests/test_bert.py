@@ -24,6 +24,7 @@ from bert import (
     BertSelfAttention,
     Dropout,
     Packing,
+    common_size,
     dropout,
     fast_attention,
     hub_name,
@@ -429,6 +430,17 @@ def test_without_padding_tokens_come_out_the_same(layers, lengths, first, seed):
         torch.testing.assert_close(packed, padded, rtol=0, atol=1e-10)
 
 
+@given(st.integers(0, 10**6))
+def test_a_common_size_is_little_more_and_one_of_few(size):
+    common = common_size(size)
+    assert common % 16 == 0 and size <= common <= max(size + 15, size * 1.25)
+    assert common_size(common) == common
+
+
+def test_there_are_four_common_sizes_an_octave():
+    assert {common_size(n) for n in range(513, 1025)} == {640, 768, 896, 1024}
+
+
 @settings(deadline=None, max_examples=25, derandomize=True)
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=9), st.integers(0, 2**31))
 def test_rows_are_filled_up_for_bf16_and_nothing_is_changed_by_them(lengths, seed):
@@ -436,27 +448,36 @@ def test_rows_are_filled_up_for_bf16_and_nothing_is_changed_by_them(lengths, see
     mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
     x = torch.randn(*mask.shape, 3, generator=torch.Generator().manual_seed(seed))
     whole = (x * mask[:, :, None]).requires_grad_()
-    packing = Packing(mask, multiple=8)
+    packing = Packing(mask, common=True)
     rows = packing.pack(whole)
-    assert len(rows) % 8 == 0 and 0 <= len(rows) - sum(lengths) < 8
+    assert len(rows) == common_size(sum(lengths))
     assert torch.equal(packing.unpack(rows), whole)
     packing.unpack(rows.exp()).sum().backward()
     assert torch.equal(whole.grad, whole.detach().exp() * mask[:, :, None])
 
 
+@pytest.mark.parametrize("first", [None, 1])
 @pytest.mark.parametrize("half", ["autocast", "weights"])
-def test_bf16_multiplies_full_groups_of_rows(half):
+def test_bf16_multiplies_common_sizes(half, first, monkeypatch):
     model = BertModel(BertConfig(**SMALL)).eval()
     ids = torch.tensor([[5, 6, 7], [8, 9, 0]])
-    seen = []
-    model.layers[0].intermediate.register_forward_hook(lambda m, i, out: seen.append(out.shape[0]))
-    expected = model(ids, ids.sign(), packed=True)["last_hidden_state"]
+    rows, keys = [], []
+    model.layers[0].intermediate.register_forward_hook(lambda m, i, out: rows.append(out.shape[0]))
+
+    def attend(query, key, value, bias, rate):
+        keys.append(key.shape[2])
+        return written_attention(query, key, value, bias, rate)
+
+    monkeypatch.setattr(BertSelfAttention, "attend", staticmethod(attend))
+    expected = model(ids, ids.sign(), None, first, packed=True)["last_hidden_state"]
     model = model.bfloat16() if half == "weights" else model
     with torch.autocast("cpu", torch.bfloat16, enabled=half == "autocast"):
-        found = model(ids, ids.sign(), packed=True)["last_hidden_state"]
-    assert seen == [5, 64]
+        found = model(ids, ids.sign(), None, first, packed=True)["last_hidden_state"]
+    assert keys == [3, 3, 16, 16] and rows == [5, 16]
+    assert found.shape == expected.shape
     torch.testing.assert_close(found.float(), expected, atol=0.05, rtol=0.05)
-    assert (found[1, 2] == 0).all()
+    if first is None:
+        assert (found[1, 2] == 0).all()
 
 
 @settings(deadline=None, max_examples=25, derandomize=True)
