@@ -81,7 +81,7 @@ class Surgery:
         found: list[list[Tensor | None]] = []
         for _, own in groupby(batches, key=lambda batch: batch.task):
             loss += self.gradients(list(own))
-            found.append([p.grad if p.grad is None else p.grad.to_dense() for p in self.shared])
+            found.append([p.grad for p in self.shared])
             for parameter in self.shared:
                 parameter.grad = None
         # A task may reach no shared parameter, and no task some of them (the pooler, unused).
@@ -142,7 +142,6 @@ def conflict(
             )
             for key in keys
         }
-        found = {key: [gradient.to_dense() for gradient in of] for key, of in found.items()}
         products[group] = {(a, b): dot(found[a], found[b]) for a, b in wanted}
     products["overall"] = {pair: sum(p[pair] for p in products.values()) for pair in wanted}
     return {

@@ -27,7 +27,6 @@ import torch
 from torch import Tensor, nn
 
 PIECE = 1 << 21  # numbers that a thread updates at a time
-FIRST = np.zeros(1, dtype=np.int64)
 # (p, g, m, v), and the numbers that `written_update` takes beside them.
 Update = tuple[tuple[Tensor, ...], tuple[float, ...]]
 
@@ -51,11 +50,10 @@ class AdamW(torch.optim.Optimizer):
         weight_decay: decoupled weight decay, at least 0.
         correct_bias: False leaves out the bias correction (a = lr), as the first BERT code did.
 
-    Half-precision parameters keep their moments in float32 and are rounded once a step. Of a sparse
-    gradient (`nn.Embedding(sparse=True)`) the missing rows count as 0, as in a dense one.
+    Half-precision parameters keep their moments in float32 and are rounded once a step.
 
     Raises:
-        ValueError: a hyperparameter out of range, by name.
+        ValueError: a hyperparameter out of range, by name; in `step`, a sparse gradient.
     """
 
     def __init__(
@@ -98,6 +96,15 @@ class AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for group in self.param_groups:
+            for index, parameter in enumerate(group["params"]):
+                if parameter.grad is not None and parameter.grad.is_sparse:
+                    names = group.get("param_names")
+                    name = names[index] if names else f"of shape {tuple(parameter.shape)}"
+                    raise ValueError(
+                        f"AdamW: parameter {name} has a sparse gradient, whose moments it cannot"
+                        " keep: build its embedding with sparse=False"
+                    )
         fast_updates(self._fast_ones(scale))
         return loss
 
@@ -107,11 +114,11 @@ class AdamW(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
-                tensors, numbers = self._prepare(parameter, group, scale)
-                if can_be_fast(tensors):
-                    yield tensors, numbers
+                update = self._prepare(parameter, group, scale)
+                if can_be_fast(update[0]):
+                    yield update
                 else:
-                    written_update(*(tensor.to_dense() for tensor in tensors), *numbers)
+                    written_update(*update[0], *update[1])
 
     def _prepare(self, parameter: Tensor, group: dict[str, Any], scale: float) -> Update:
         """What an update of `parameter` reads and writes, and with which numbers."""
@@ -199,10 +206,6 @@ def written_update(
 
 def can_be_fast(tensors: tuple[Tensor, ...]) -> bool:
     """Whether `fast_updates` takes these: plain single or double precision, in the CPU's memory."""
-    if tensors[1].is_sparse:
-        tensors = (tensors[0], tensors[1].coalesce().values(), *tensors[2:])
-        if any(tensor.ndim != 2 for tensor in tensors):
-            return False
     return all(
         t.is_cpu
         and t.dtype in (torch.float32, torch.float64)
@@ -210,29 +213,6 @@ def can_be_fast(tensors: tuple[Tensor, ...]) -> bool:
         and not t.is_neg()
         for t in tensors
     )
-
-
-def pieces_of(tensors: tuple[Tensor, ...]) -> Iterator[tuple[np.ndarray, ...]]:
-    """(p, g, m, v) as arrays of about `PIECE` numbers each, and which rows of g are whose.
-
-    p, m and v are (n, D), the last is (n,). Of a dense gradient a piece is one row, whatever shape
-    it has; of a sparse one g holds the rows that there are, then one of zeros for all others.
-    """
-    gradient = tensors[1]
-    if not gradient.is_sparse:
-        arrays = [tensor.numpy().reshape(1, -1) for tensor in tensors]
-        for start in range(0, arrays[0].size, PIECE):
-            yield *(array[:, start : start + PIECE] for array in arrays), FIRST
-        return
-    gradient = gradient.coalesce()
-    values = nn.functional.pad(gradient.values(), (0, 0, 0, 1)).numpy()
-    p, m, v = (tensor.numpy() for tensor in (tensors[0], *tensors[2:]))
-    which = np.full(len(p), len(values) - 1)
-    which[gradient.indices()[0].numpy()] = np.arange(len(values) - 1)
-    rows = max(1, PIECE // max(1, p.shape[1]))
-    for start in range(0, len(p), rows):
-        part = slice(start, start + rows)
-        yield p[part], values, m[part], v[part], which[part]
 
 
 def fast_updates(updates: Iterable[Update]) -> None:
@@ -264,9 +244,12 @@ def fast_updates(updates: Iterable[Update]) -> None:
             if key not in known:
                 known[key] = _compiled(*key)
             update, converted = known[key]
-            pieces.extend((update, *piece, *converted) for piece in pieces_of(tensors))
+            arrays = [tensor.numpy().reshape(-1) for tensor in tensors]
+            for start in range(0, arrays[0].size, PIECE):
+                slices = [array[start : start + PIECE] for array in arrays]
+                pieces.append((update, *slices, *converted))
             written += (tensors[0], *tensors[2:])
-            size += tensors[0].numel()
+            size += arrays[0].size
             if len(threads) < min(torch.get_num_threads() - 1, size // PIECE):
                 threads.append(threading.Thread(target=work))
                 threads[-1].start()
@@ -293,17 +276,15 @@ def compiled_update(dtype: str) -> Callable[..., None]:
     """`written_update` number by number, as machine code that leaves the interpreter free."""
     import numba  # half a second, of those only who train
 
-    def update(p, g, m, v, which, scale, beta1, new1, beta2, new2, step_size, eps, decay):
-        for row in range(len(p)):
-            p1, g1, m1, v1 = p[row], g[which[row]], m[row], v[row]
-            for i in range(len(p1)):
-                x = g1[i] * scale
-                m1[i] = beta1 * m1[i] + new1 * x
-                v1[i] = beta2 * v1[i] + new2 * x * x
-                p1[i] -= step_size * (m1[i] / (np.sqrt(v1[i]) + eps)) + decay * p1[i]
+    def update(p, g, m, v, scale, beta1, new1, beta2, new2, step_size, eps, decay):
+        for i in range(p.size):
+            x = g[i] * scale
+            m[i] = beta1 * m[i] + new1 * x
+            v[i] = beta2 * v[i] + new2 * x * x
+            p[i] -= step_size * (m[i] / (np.sqrt(v[i]) + eps)) + decay * p[i]
 
     number = getattr(numba, dtype)
-    signature = numba.void(*[number[:, ::1]] * 4, numba.int64[::1], *[number] * 8)
+    signature = numba.void(*[number[::1]] * 4, *[number] * 8)
     options = {"nogil": True, "error_model": "numpy"}
     try:
         return numba.njit(signature, **options, cache=True)(update)

@@ -229,41 +229,6 @@ def summed(loss_fn: Callable[[Any], Tensor]) -> Callable[[Sequence[Any]], float]
     return gradients
 
 
-@contextmanager
-def sparse_embeddings(model: nn.Module) -> Iterator[None]:
-    """The gradient of an embedding then holds each row that was looked up, once, and no other.
-
-    As a dense one it would be as large as the vocabulary: to clear and to read it takes a CPU a
-    twentieth of a step in bf16. GPUs were not measured, and several processes add up dense ones.
-    """
-    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-
-    def coalesce(parameter: nn.Parameter) -> None:
-        if parameter.grad.is_sparse:
-            parameter.grad = parameter.grad.coalesce()
-
-    hooks = []
-    if distributed.size() == 1:
-        for module in embeddings:
-            module.sparse = module.weight.is_cpu
-            if module.weight.requires_grad:
-                hooks.append(module.weight.register_post_accumulate_grad_hook(coalesce))
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module in embeddings:
-            module.sparse = False
-
-
-def total_norm(parameters: Sequence[nn.Parameter]) -> float:
-    """The L2 norm of all gradients together, sparse ones coalesced."""
-    found = (parameter.grad for parameter in parameters)
-    found = (gradient for gradient in found if gradient is not None)
-    return nn.utils.get_total_norm([g.values() if g.is_sparse else g for g in found]).item()
-
-
 def out_of_memory(error: Exception) -> bool:
     """Whether Python, or PyTorch on a GPU or a CPU, says so that there is too little memory."""
     known = (MemoryError, torch.OutOfMemoryError)
@@ -506,7 +471,7 @@ def train(
         batches = [batch.to(model.device) for batch in batches]
         with memory_for(max(batches, key=lambda batch: batch.input_ids.numel())):
             loss = gradients(batches)
-        norm = total_norm(parameters)
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]).item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {norm}"
             names = "; ".join(map(str, batches))
@@ -568,8 +533,7 @@ def train(
     model.train()
     period = Period(args.save_every)
     period.start(step)
-    shown = progress(total, "train", step)
-    with StopSignals() as stop, shown as bar, sparse_embeddings(model):
+    with StopSignals() as stop, progress(total, "train", step) as bar:
         try:
             go()
             save(finished=True)

@@ -33,7 +33,7 @@ KINDS = {
     "LayerNorm": r"layer_norm",
     "attention": r"aten::_?(bmm|baddbmm|softmax|scaled_dot_product|efficient_attention|flash)",
     "dropout": r"dropout|bernoulli|random_|aten::ge_",
-    "embeddings, leaving padding out": r"embedding|index|aten::nonzero|coalesce|sort",
+    "embeddings, leaving padding out": r"embedding|index|aten::nonzero",
     "casts, copies": r"aten::copy_$",
     "gradients' norm": r"norm",
 }

@@ -527,26 +527,14 @@ def test_hyperparameters_at_their_limits_are_accepted(options):
     assert adam.param_groups[0].items() >= options.items()
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(5, 3), (700, 600), (9,), (6, 2, 2)])
-def test_rows_missing_from_a_sparse_gradient_count_as_zero(dtype, shape):
-    """As in the dense one, in matrices to the bit; one comes twice, and a step may have none."""
-    generator = torch.Generator().manual_seed(8)
-    start = drawn(generator, *shape, dtype=dtype)
-    one, other = leaf(start), leaf(start)
-    first, second = (AdamW([p], lr=0.1, weight_decay=0.1) for p in (one, other))
-    for rows in ([0, 2, 2], [], [len(start) - 1, 1], list(range(len(start)))):
-        values = drawn(generator, len(rows), *shape[1:], dtype=dtype)
-        indices = torch.tensor(rows, dtype=torch.long)[None]
-        one.grad = torch.sparse_coo_tensor(indices, values, shape, check_invariants=True)
-        other.grad = one.grad.to_dense()
-        first.step(scale=0.5)
-        second.step(scale=0.5)
-        exact = {"atol": 0, "rtol": 0} if len(shape) == 2 else {"atol": 1e-6, "rtol": 1e-6}
-        torch.testing.assert_close(one, other, **exact)
-        moments = (adam.state_dict()["state"][0]["exp_avg"] for adam in (first, second))
-        torch.testing.assert_close(*moments, **exact)
-    assert not torch.equal(one, start)
+def test_sparse_gradient_is_refused_with_the_name_of_its_parameter():
+    """By its name where the optimizer was given names, else by its shape."""
+    model = nn.ModuleDict({"words": nn.Embedding(9, 4, sparse=True)})
+    model["words"](torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(ValueError, match=r"words\.weight.*sparse"):
+        AdamW(model.named_parameters()).step()
+    with pytest.raises(ValueError, match=r"shape \(9, 4\).*sparse"):
+        AdamW(model.parameters()).step()
 
 
 # ------------------------------------------------------------------ parameter groups

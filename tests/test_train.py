@@ -4,7 +4,6 @@ import json
 import shutil
 from argparse import Namespace
 from collections import Counter
-from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -22,7 +21,7 @@ from optimizer import AdamW, parameter_groups
 from scoring import embed, predict
 from tasks import TASKS, MultitaskBERT
 from tokenizer import BertTokenizer
-from train import Diverged, prepare, sparse_embeddings, summed, train
+from train import Diverged, prepare, summed, train
 
 
 def job(tiny, data, run_dir, *more) -> list:
@@ -143,7 +142,7 @@ def test_gradients_are_clipped_and_the_log_has_the_norm_before(tiny, data, tmp_p
 
     def spy(scale):
         grads = [p.grad for p in toy.model.parameters() if p.grad is not None]
-        norms.append(scale * torch.cat([g.to_dense().flatten() for g in grads]).norm().item())
+        norms.append(scale * torch.cat([g.flatten() for g in grads]).norm().item())
         step(scale=scale)
 
     toy.optimizers["bert"].step = spy
@@ -151,45 +150,6 @@ def test_gradients_are_clipped_and_the_log_has_the_norm_before(tiny, data, tmp_p
     toy.train(OneTask([toy.sets[0].batch(np.arange(8))]))
     assert norms[0] == pytest.approx(0.01, rel=1e-3)
     assert log_of(tmp_path / "run", "train")[0]["grad_norm"] > 0.1
-
-
-def test_gradients_of_the_rows_looked_up_train_as_those_of_all(tiny, data, tmp_path, monkeypatch):
-    weights, seen = {}, []
-    for kind in ("sparse", "dense"):
-        if kind == "dense":
-            monkeypatch.setattr("train.sparse_embeddings", lambda model: nullcontext())
-        toy = Toy(tiny, data, tmp_path / kind, clip=0.1)
-        words = toy.model.bert.word_embedding
-        step = toy.optimizers["bert"].step
-
-        def spy(scale, step=step, words=words):
-            seen.append(words.weight.grad.is_sparse)
-            step(scale=scale)
-
-        monkeypatch.setattr(toy.optimizers["bert"], "step", spy)
-        toy.train(Mixture(toy.sets, 8, 1, epochs=1, accumulate=2))
-        assert not words.sparse
-        weights[kind] = toy.model.state_dict()
-        norms = [record["grad_norm"] for record in log_of(tmp_path / kind, "train")]
-        weights[kind]["norms"] = torch.tensor(norms)
-    assert seen == [True] * (len(seen) // 2) + [False] * (len(seen) // 2)
-    for name, value in weights["dense"].items():
-        torch.testing.assert_close(weights["sparse"][name], value, atol=2e-5, rtol=1e-5)
-
-
-def test_accumulated_rows_are_held_once_and_the_embeddings_left_as_they_were(tiny, data, tmp_path):
-    toy = Toy(tiny, data, tmp_path / "run")
-    words = toy.model.bert.word_embedding
-    with pytest.raises(KeyboardInterrupt), sparse_embeddings(toy.model):
-        for start in (0, 8, 0):
-            toy.loss(toy.sets[0].batch(np.arange(start, start + 8))).sum().backward()
-            assert words.weight.grad.is_coalesced()
-        seen = np.unique(np.concatenate(toy.sets[0].ids[0][:16]))
-        assert words.weight.grad.indices()[0].tolist() == seen.tolist()
-        raise KeyboardInterrupt
-    toy.model.zero_grad()
-    toy.loss(toy.sets[0].batch(np.arange(8))).sum().backward()
-    assert not words.weight.grad.is_sparse
 
 
 def test_without_clipping_the_whole_gradient_counts(tiny, data, tmp_path, monkeypatch):
