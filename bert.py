@@ -172,12 +172,12 @@ def fast_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, rate
 
 
 def common_size(size: int) -> int:
-    """`size` rounded up to one of four sizes an octave, and to a multiple of 16.
+    """`size` rounded up to one of eight sizes an octave, and to a multiple of 16.
 
     oneDNN, which multiplies in bf16 on CPUs, compiles a product anew for each size that it meets:
     it takes half a millisecond each time, and keeps half a megabyte.
     """
-    step = max(16, 2 ** (size.bit_length() - 3))
+    step = max(16, 2 ** (size.bit_length() - 4))
     return -(-size // step) * step
 
 
@@ -334,11 +334,12 @@ class BertModel(nn.Module):
     ) -> Tensor:
         """Embeddings (B, T, D) and mask (B, T) -> the last layer's hidden states (B, T, D)."""
         length, packing = attention_mask.size(1), None
-        if packed and not attention_mask.all():
-            half = torch.is_autocast_enabled("cpu") or hidden_states.dtype == torch.bfloat16
-            more = common_size(length) - length if half else 0
+        half = torch.is_autocast_enabled("cpu") or hidden_states.dtype == torch.bfloat16
+        if packed and half and len(attention_mask) > 1:
+            more = common_size(length) - length
             attention_mask = F.pad(attention_mask, (0, more))
             hidden_states = F.pad(hidden_states, (0, 0, 0, more))
+        if packed and not attention_mask.all():
             packing = Packing(attention_mask, half)
         # -1e9 rather than -inf: a row of padding alone stays finite, and bfloat16 holds it.
         bias = (1.0 - attention_mask[:, None, None, :].to(hidden_states.dtype)) * -1e9

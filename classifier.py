@@ -17,6 +17,7 @@ ONE_TASK = {
     "leave_out": None,
     "surgery": "none",
     "measure_conflict": 0,
+    "conflict_rows": None,
 }
 
 

@@ -68,6 +68,7 @@ CELLS: dict[str, Cell] = {
     "probe": Cell(LONG),
     "probe-short": Cell(PROBE),
     "finetune": Cell(f"{FINE} --measure_conflict 100"),
+    "measured": Cell(f"{FINE} --measure_conflict 250 --conflict_rows 512"),
     "probe-simcse": Cell(LONG, start="simcse"),
     "finetune-simcse": Cell(FINE, start="simcse"),
     "probe-simcse-t0.05": Cell(LONG, start="simcse-t0.05"),
@@ -208,6 +209,12 @@ TABLES: dict[str, Table] = {
             ("lpft", "finetune"),
             ("pcgrad", "sum"),
         ),
+    ),
+    "conflict": Table(
+        "The same fine-tuning, with more rows in each measurement of conflict",
+        {"finetune": "As many as a step's", "measured": "512"},
+        {},
+        (("measured", "finetune"),),
     ),
 }
 

@@ -6,6 +6,7 @@ A gradient is a list of tensors, one a parameter. Nothing here knows what a task
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
 from itertools import compress, groupby
 from typing import Any
 
@@ -109,14 +110,15 @@ def layer_group(name: str) -> str:
 
 
 def conflict(
-    losses: Mapping[str, Sequence[Callable[[], Tensor]]],
+    losses: Mapping[str, Sequence[Sequence[Callable[[], Tensor]]]],
     named_parameters: Sequence[tuple[str, nn.Parameter]],
 ) -> dict[str, dict[str, dict[str, float | None]]]:
     """How the gradients of tasks lie to each other, part by part of the model and over all of it.
 
     Args:
-        losses: task -> functions that each compute the loss of one batch; the first is compared
-            with the other tasks' firsts, and with the task's own second: the noise floor.
+        losses: task -> two batches, each as functions that compute the parts which its loss is the
+            sum of; the first batch is compared with the other tasks' first ones, and with the
+            task's own second one: the noise floor.
         named_parameters: the shared ones.
 
     Returns:
@@ -126,6 +128,12 @@ def conflict(
 
     Only one part's gradients are held at a time, so every batch is encoded once a part.
     """
+
+    def gradient(batch: Sequence[Callable[[], Tensor]], of: Sequence[nn.Parameter]) -> Gradient:
+        options = {"allow_unused": True, "materialize_grads": True}
+        parts = (torch.autograd.grad(loss(), of, **options) for loss in batch)
+        return reduce(lambda done, part: total([done, part]), parts)
+
     groups: dict[str, list[nn.Parameter]] = {}
     for name, parameter in named_parameters:
         groups.setdefault(layer_group(name), []).append(parameter)
@@ -136,12 +144,7 @@ def conflict(
     wanted = [*pairs, *((key, key) for key in keys)]
     products: dict[str, dict] = {}
     for group, parameters in groups.items():
-        found = {
-            key: torch.autograd.grad(
-                losses[key[0]][key[1]](), parameters, allow_unused=True, materialize_grads=True
-            )
-            for key in keys
-        }
+        found = {key: gradient(losses[key[0]][key[1]], parameters) for key in keys}
         products[group] = {(a, b): dot(found[a], found[b]) for a, b in wanted}
     products["overall"] = {pair: sum(p[pair] for p in products.values()) for pair in wanted}
     return {

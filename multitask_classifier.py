@@ -13,6 +13,7 @@ from typing import Any
 
 from options import (
     COUNT,
+    POSITIVE,
     Parser,
     add_file_flags,
     add_supervised_flags,
@@ -67,6 +68,13 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
         help="every N steps, log how the tasks' gradients lie to each other; 0: never. Two batches"
         " a task are encoded once for each part of BERT, which costs as much as some tens of steps",
     )
+    add(
+        "--conflict_rows",
+        type=POSITIVE,
+        metavar="ROWS",
+        help="of a batch that --measure_conflict takes (default: --batch_size); the more, the less"
+        " of its gradient is chance, and the longer it takes",
+    )
     for task, what in TASK_FLAGS.items():
         add_file_flags(parser, f"{task}_", what)
     args = parser.parse_args(argv)
@@ -85,6 +93,8 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
     for flag in ("leave_out", "surgery", "measure_conflict"):
         if args.option == "pretrain" and getattr(args, flag) not in (None, "none", 0):
             parser.error(f"--{flag} is for training BERT: give --option finetune or lpft")
+    if args.conflict_rows and not args.measure_conflict:
+        parser.error("--conflict_rows is for --measure_conflict N: give that too, or leave it out")
     if args.surgery != "none" and len(args.tasks) < 2:
         parser.error(f"--surgery {args.surgery} needs two tasks or more")
     if args.surgery != "none" and args.sampling != "roundrobin":

@@ -32,6 +32,7 @@ EMBEDDED_NOTE = (
     " of the same does, not what contrast does to plain BERT.**"
 )
 LEAST_SEEDS = 3  # of each cell, for a verdict
+RESAMPLES = 10_000  # of a bootstrap
 RECORDED_TO = 1e-3  # predictions are rounded in a record
 MARGIN = 0.02  # accuracy or r; a difference surely smaller is none
 CHANGED_NOTE = "+: in a copy with changes that were not committed."
@@ -393,9 +394,10 @@ def report(
     plot_curves(records, out / "curves.png")
     parts += ["", "## Learning curves", "", "Of the cells that were evaluated more than once."]
     parts += ["", "![dev score over steps](curves.png)"]
-    measured = [r["conflict"] for of in records.values() for r in of if r["conflict"]]
-    if measured:
-        parts += ["", conflict_report(measured, out)]
+    for name, of in records.items():
+        if measured := [r["conflict"] for r in of if r["conflict"]]:
+            parts += ["", f"## Do the tasks' gradients conflict? `{cells[name].flags}`", ""]
+            parts += [conflict_report(measured, out, f"conflict-{name}")]
     parts += maps(records, out, data_dir, runs)
     write_text(out / "README.md", "\n".join([*parts, ""]))
     print(f"{out}: README.md, {', '.join(f'{name}.tex' for name in shown)}, and plots")
@@ -473,12 +475,13 @@ def plot_curves(records: Records, path: Path) -> None:
     save(drawing, path)
 
 
-def conflict_report(runs: Sequence[list[dict[str, Any]]], out: Path) -> str:
+def conflict_report(runs: Sequence[list[dict[str, Any]]], out: Path, name: str) -> str:
     """Plot what several runs measured of gradient conflict, and say it in a table of Markdown.
 
     Args:
         runs: each a list of {"step", "parts"} (`gradients.conflict`).
-        out: the folder that gets conflict-layers.png and conflict-steps.png.
+        out: the folder that gets `name`-layers.png and `name`-steps.png.
+        name: see `out`.
     """
     parts = [part for part in runs[0][0]["parts"] if part != "overall"]
     pairs = list(runs[0][0]["parts"]["overall"])
@@ -502,7 +505,7 @@ def conflict_report(runs: Sequence[list[dict[str, Any]]], out: Path) -> str:
         panels[0].text(j, i, f"{value:+.2f}", ha="center", va="center", fontsize=7)
     panels[0].set_title("mean cosine of task gradients (a|a: two batches of one task)")
     drawing.colorbar(image)
-    save(drawing, out / "conflict-layers.png")
+    save(drawing, out / f"{name}-layers.png")
 
     drawing, panels = axes(width=9, height=5)
     for pair in pairs:
@@ -516,29 +519,32 @@ def conflict_report(runs: Sequence[list[dict[str, Any]]], out: Path) -> str:
     panels[0].axhline(0, color="black", linewidth=0.5)
     panels[0].set(xlabel="step", ylabel="cosine over all parameters of BERT")
     panels[0].legend()
-    save(drawing, out / "conflict-steps.png")
+    save(drawing, out / f"{name}-steps.png")
 
-    lines = ["## Do the tasks' gradients conflict?", ""]
     count = sum(map(len, runs))
     table = [
-        "| pair | mean cosine | 95% interval | negative | negative, by part | like magnitude |",
-        "|---|---|---|---|---|---|",
+        "| pair | mean cosine | 95% interval | of the tasks themselves | negative"
+        " | negative, by part | like magnitude |",
+        "|---|---|---|---|---|---|---|",
     ]
+    across = [pair for pair in pairs if len(set(pair.split("|"))) == 2]
     intervals = {pair: interval(values("overall", pair)) for pair in pairs}
     for pair in pairs:
         cosine, magnitude = values("overall", pair), values("overall", pair, "magnitude")
         low, high = intervals[pair]
+        reach = f"{low:+.3f} to {high:+.3f}" if math.isfinite(low) else "-"
+        floors = [values("overall", f"{task}|{task}") for task in pair.split("|")]
         by_part = np.concatenate([values(part, pair) for part in parts])
         shown = pair.replace("|", r"\|")
         table.append(
-            f"| {shown} | {mean(cosine):+.3f} | {low:+.3f} to {high:+.3f} | {negative(cosine):.0%}"
-            f" | {negative(by_part):.0%} | {mean(magnitude):.3f} |"
+            f"| {shown} | {mean(cosine):+.3f} | {reach}"
+            f" | {without_chance(cosine, *floors) if pair in across else '-'}"
+            f" | {negative(cosine):.0%} | {negative(by_part):.0%} | {mean(magnitude):.3f} |"
         )
-    across = [pair for pair in pairs if len(set(pair.split("|"))) == 2]
     below = [pair.replace("|", " and ") for pair in across if intervals[pair][1] < 0]
     above = [pair.replace("|", " and ") for pair in across if intervals[pair][0] > 0]
     largest = max(abs(mean(values("overall", pair))) for pair in across)
-    lines += [
+    lines = [
         f"Measurements: {count}, in {len(runs)} runs, over all of BERT's parameters. Intervals are"
         " over the measurements (Student's t), as if those of one run were independent. Pairs of"
         f" tasks whose mean cosine is surely below 0: {', '.join(below) or 'none'}; surely above 0:"
@@ -548,14 +554,42 @@ def conflict_report(runs: Sequence[list[dict[str, Any]]], out: Path) -> str:
         "",
         *table,
         "",
-        "A pair a\\|a is two batches of one task: the noise floor. Where it is no higher than what"
-        " two tasks have, batches so small cannot show how the tasks themselves lie to each other."
+        "A pair a\\|a is two batches of one task: the noise floor. What it lacks to 1 is chance,"
+        " which moves the cosines of two tasks towards 0. Of the tasks themselves: without it, the"
+        " mean cosine divided by the root of both tasks' floors (Spearman 1904), with the 95%"
+        " interval of a bootstrap over the measurements; '-' where a floor is not surely above 0:"
+        " such batches cannot show how the tasks lie to each other."
         " Negative: the share of measurements with a cosine below 0, over all parameters and over"
         " each part of the model. Like magnitude: 1 for gradients of one length, near 0 where one"
         " of them is next to nothing.",
     ]
-    lines += ["", "![by layer](conflict-layers.png)", "![over steps](conflict-steps.png)"]
+    lines += ["", f"![by layer]({name}-layers.png)", f"![over steps]({name}-steps.png)"]
     return "\n".join(lines)
+
+
+def without_chance(cosines: np.ndarray, first: np.ndarray, second: np.ndarray) -> str:
+    """The cosine of two tasks' own gradients, of which batches have some and chance the rest.
+
+    Args:
+        cosines: of a batch's gradient of the one task and of the other, by measurement.
+        first, second: of two batches of the one task, and of the other: the share of a squared
+            gradient that is the task's.
+
+    Two batches' chances are independent, so the mean product of two gradients is that of the tasks'
+    own: for large batches the mean cosine is theirs times the root of both shares ("correction for
+    attenuation", C. Spearman, The proof and measurement of association between two things, 1904).
+    """
+    if interval(first)[0] <= 0 or interval(second)[0] <= 0:
+        return "-"
+
+    def ratio(at: np.ndarray) -> np.ndarray:
+        means = [np.nanmean(of[at], axis=-1) for of in (cosines, first, second)]
+        return means[0] / np.sqrt(np.maximum(means[1] * means[2], 1e-12))
+
+    count = len(cosines)
+    drawn = ratio(np.random.default_rng(0).integers(count, size=(RESAMPLES, count)))
+    low, high = np.nanquantile(drawn, [0.025, 0.975])
+    return f"{ratio(np.arange(count)):+.3f} ({low:+.3f} to {high:+.3f})"
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
@@ -585,7 +619,7 @@ def plot_conflict(run: Path) -> None:
         raise UserError(f"{run / 'log.jsonl'}: has a line that is cut off; remove it") from None
     if not measured:
         raise UserError(f"{run}: nothing was measured; train with --measure_conflict N")
-    print(conflict_report([measured], run))
+    print(conflict_report([measured], run, "conflict"))
     print(f"\n{run}: conflict-layers.png, conflict-steps.png")
 
 

@@ -46,6 +46,7 @@ PROBE = {
     "leave_out": None,
     "surgery": "none",
     "measure_conflict": 0,
+    "conflict_rows": None,
 }
 
 
@@ -262,7 +263,8 @@ class Measured:
 
     It is measured at the step's own weights, on two batches of each task that are drawn for it (a
     pure function of seed and step), without dropout, in fp32 and unclipped. Training goes on as if
-    nothing had been measured.
+    nothing had been measured. A batch has `args.conflict_rows`, by default as many as a step's, and
+    is encoded so many at a time.
     """
 
     def __init__(
@@ -293,22 +295,28 @@ class Measured:
         precision, self.model.precision = self.model.precision, torch.float32
         self.model.eval()
 
-        def batch_loss(batch: Batch) -> Callable[[], Tensor]:
-            return lambda: self.losses(batch).mean()
-
         found = conflict(
-            {data.name: [batch_loss(batch) for batch in self.draw(data)] for data in self.sets},
+            {data.name: [self.parts(data, rows) for rows in self.draw(data)] for data in self.sets},
             list(self.model.bert.named_parameters()),
         )
         self.model.train()
         self.model.precision = precision
         return found
 
-    def draw(self, data: TaskData) -> list[Batch]:
-        """Two batches of a task without a row in common."""
+    def draw(self, data: TaskData) -> list[np.ndarray]:
+        """The row numbers of two batches of a task, none in both."""
         rng = np.random.default_rng([self.args.seed, self.run.step, *data.name.encode()])
-        rows = rng.permutation(len(data))[: 2 * self.args.batch_size]
-        return [data.batch(half).to(self.model.device) for half in np.array_split(rows, 2)]
+        rows = rng.permutation(len(data))[: 2 * (self.args.conflict_rows or self.args.batch_size)]
+        return np.array_split(rows, 2)
+
+    def parts(self, data: TaskData, rows: np.ndarray) -> list[Callable[[], Tensor]]:
+        """The mean loss of these rows as a sum, each part of it over no more rows than a step's."""
+
+        def part(few: np.ndarray) -> Tensor:
+            return self.losses(data.batch(few).to(self.model.device)).sum() / len(rows)
+
+        size = self.args.batch_size
+        return [partial(part, rows[i : i + size]) for i in range(0, len(rows), size)]
 
 
 def output_paths(

@@ -3,6 +3,7 @@
 A step is a list of batches, and a function that makes gradients of them; scripts differ in those.
 """
 
+import ctypes
 import math
 import os
 import random
@@ -105,7 +106,21 @@ def prepare(
     # All that oneDNN would do in fp32 is GELU, and what it keeps of that for each number of tokens
     # lies scattered over memory that the next step's activations could have had.
     torch.backends.mkldnn.enabled = dtype != torch.float32
+    if device == "cpu":
+        keep_memory()
     return torch.device(device), dtype
+
+
+def keep_memory() -> None:
+    """Have glibc, where that is the C library, keep large blocks for the next step.
+
+    It would give those of 32 MB back, and the word embedding's gradient would be new pages at each
+    step: to get and clear them takes up to a twentieth of it, where the model is small.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(-4, 0)  # M_MMAP_MAX: blocks that are mappings of their own
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: free bytes at its end that the heap keeps
 
 
 def begin(args: Namespace, **facts: Any) -> Run:

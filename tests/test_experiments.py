@@ -155,24 +155,50 @@ def test_the_answer_on_conflict_names_the_pairs_that_are_sure(tmp_path):
     """Three measurements of a pair that points apart, of one that agrees, and of one between."""
 
     def point(step, *cosines):
-        pairs = ("sst|para", "sst|sts", "para|sts", "sst|sst")
+        pairs = ("sst|para", "sst|sts", "para|sts", "sst|sst", "para|para", "sts|sts")
         found = {p: {"cosine": c, "magnitude": 0.5} for p, c in zip(pairs, cosines, strict=True)}
         return {"step": step, "parts": {"pooler": found, "overall": found}}
 
     run = [
-        point(0, -0.3, 0.1, 0.2, None),
-        point(100, -0.2, 0.2, -0.2, None),
-        point(200, -0.4, 0.3, 0.0, None),
+        point(0, -0.3, 0.1, 0.2, None, None, None),
+        point(100, -0.2, 0.2, -0.2, None, None, None),
+        point(200, -0.4, 0.3, 0.0, None, None, None),
     ]
-    text = report.conflict_report([run], tmp_path)
+    text = report.conflict_report([run], tmp_path, "conflict")
     assert "surely below 0: sst and para; surely above 0: none." in text
     # 4.303: of Student's t with 2 degrees of freedom, 97.5%.
     reach = 4.302653 * 0.1 / 3**0.5
-    assert f"| -0.300 | {-0.3 - reach:+.3f} to {-0.3 + reach:+.3f} | 100% | 100% | 0.500 |" in text
+    assert (
+        f"| -0.300 | {-0.3 - reach:+.3f} to {-0.3 + reach:+.3f} | - | 100% | 100% | 0.500 |" in text
+    )
     assert "is 0.300 in absolute value" in text
-    text = report.conflict_report([run, run], tmp_path)
+    text = report.conflict_report([run, run], tmp_path, "conflict")
     assert "surely below 0: sst and para; surely above 0: sst and sts." in text
     assert report.interval(np.array([0.1, np.nan])) == (-math.inf, math.inf)
+    assert r"| sst\|para | -0.300 | - | - | 100% |" in report.conflict_report(
+        [run[:1]], tmp_path, "conflict"
+    )
+
+
+@pytest.mark.parametrize("angle", [-0.6, 0.0, 0.9])
+def test_the_cosine_of_the_tasks_is_found_behind_what_chance_adds(angle):
+    """Two tasks' gradients at a known angle, of which batches see as little as a fifth."""
+    rng = np.random.default_rng(5)
+    first, other = np.linalg.qr(rng.normal(size=(2000, 2)))[0].T
+    tasks = {"a": first, "b": angle * first + (1 - angle**2) ** 0.5 * other}
+
+    def cosine(one, two):
+        seen = [tasks[t] + rng.normal(size=2000) * 2 / 2000**0.5 for t in (one, two)]
+        return seen[0] @ seen[1] / np.linalg.norm(seen[0]) / np.linalg.norm(seen[1])
+
+    across, a, b = (
+        np.array([cosine(*pair) for _ in range(40)]) for pair in (("a", "b"), "aa", "bb")
+    )
+    assert a.mean() == pytest.approx(0.2, abs=0.02)
+    found, low, high = map(float, re.findall(r"[+-]\d\.\d+", report.without_chance(across, a, b)))
+    assert found == pytest.approx(angle, abs=0.1)
+    assert low < angle < high and high - low < 0.3
+    assert report.without_chance(across, a, b - b.mean()) == "-"
 
 
 def test_models_at_the_floor():
@@ -313,7 +339,13 @@ def test_every_table_runs_and_is_reported(grid, tmp_path, run_script, monkeypatc
     assert "| sts left out | none | - | - | missing |" in text
     assert "leaving out either helps the other. **Cannot be told.** Runs are missing." in text
     assert "--option pretrain --epochs 10 --model" in text
-    assert "Do the tasks' gradients conflict?" in text
+    for cell in ("finetune", "measured"):
+        flags_of = experiments.CELLS[cell].flags
+        assert f"## Do the tasks' gradients conflict? `{flags_of}`" in text
+        for what in ("layers", "steps"):
+            assert f"(conflict-{cell}-{what}.png)" in text
+            image = (out / f"conflict-{cell}-{what}.png").read_bytes()
+            assert image.startswith(b"\x89PNG")
     assert "train: sst 24, para 24, sts 24, nli 24; dev: sst 24, para 24, sts 24." in text
     given = "`--epochs 1 --batch_size 16 --precision fp32 --limit 24`"
     assert f"Seeds of a cell: 1 or 2. Flags for all, where a cell has no other: {given}.**" in text

@@ -56,7 +56,7 @@ def test_sizes_beyond_float32_do_no_harm():
         torch.testing.assert_close(pcgrad([one, other])[0], torch.zeros(2))
     big = torch.nn.Parameter(torch.zeros(2))
     loss = lambda: (big * 1e20).sum()  # noqa: E731
-    found = conflict({"a": [loss, loss]}, [("pooler.a", big)])
+    found = conflict({"a": [[loss], [loss]]}, [("pooler.a", big)])
     assert found["overall"]["a|a"] == pytest.approx({"cosine": 1, "magnitude": 1})
 
 
@@ -154,7 +154,7 @@ def test_every_parameter_has_its_part():
 
 
 def test_conflict_by_hand():
-    """loss = g . p has the gradient g, whatever p is."""
+    """loss = g . p has the gradient g, whatever p is; that of a batch is the sum of its parts'."""
     named = [(name, torch.nn.Parameter(torch.zeros(2))) for name in ("pooler.a", "word_embedding")]
 
     def loss(*numbers):
@@ -164,8 +164,11 @@ def test_conflict_by_hand():
 
     found = conflict(
         {
-            "a": [loss([3.0, 0.0], [0.0, 0.0]), loss([0.0, 1.0], [1.0, 0.0])],
-            "b": [loss([-4.0, 4.0], [1.0, 1.0]), loss([-4.0, 4.0], [2.0, 2.0])],
+            "a": [
+                [loss([1.0, 5.0], [0.0, 0.0]), loss([2.0, -5.0], [0.0, 0.0])],
+                [loss([0.0, 1.0], [1.0, 0.0])],
+            ],
+            "b": [[loss([-4.0, 4.0], [1.0, 1.0])], [loss([-4.0, 4.0], [2.0, 2.0])]],
         },
         named,
     )
@@ -188,7 +191,7 @@ def test_conflict_against_whole_gradients(tiny, data, tmp_path):
     losses = losses_of(toy)
     batches = {s.name: [s.batch(np.arange(k, k + 4)) for k in (0, 4)] for s in toy.sets}
     found = conflict(
-        {name: [lambda b=b: losses(b).mean() for b in two] for name, two in batches.items()},
+        {name: [[lambda b=b: losses(b).mean()] for b in two] for name, two in batches.items()},
         list(toy.model.bert.named_parameters()),
     )
     whole = {}
@@ -286,7 +289,7 @@ def test_what_is_measured_is_fp32_and_without_dropout(tiny, data, tmp_path, monk
         seen.append((batch, toy.model.training, found.detach()))
         return found
 
-    args = Namespace(measure_conflict=1, seed=1, batch_size=4)
+    args = Namespace(measure_conflict=1, conflict_rows=None, seed=1, batch_size=4)
     supervised.Measured(lambda batches: 0.0, losses, toy.model, toy.sets, toy.run, args)([])
     assert toy.model.training and toy.model.precision == torch.bfloat16
     toy.model.precision = torch.float32
@@ -295,6 +298,33 @@ def test_what_is_measured_is_fp32_and_without_dropout(tiny, data, tmp_path, monk
     for batch, training, found in seen:
         assert not training
         torch.testing.assert_close(found, losses_of(toy)(batch).detach(), rtol=0, atol=0)
+
+
+def test_more_rows_than_a_step_has_are_measured_some_at_a_time(tiny, data, tmp_path):
+    toy = Toy(tiny, data, tmp_path / "run")
+    seen = []
+
+    def losses(batch):
+        seen.append(batch.rows)
+        return losses_of(toy)(batch)
+
+    def measured(batch_size, conflict_rows):
+        seen.clear()
+        args = Namespace(
+            measure_conflict=1, conflict_rows=conflict_rows, seed=1, batch_size=batch_size
+        )
+        return supervised.Measured(None, losses, toy.model, toy.sets, toy.run, args).measure()
+
+    expected = measured(10, None)
+    found = measured(4, 10)
+    assert {len(rows) for rows in seen} == {4, 2}
+    few = [rows.tolist() for rows in seen[:3]]
+    assert len({row for rows in few for row in rows}) == 10
+    for part, pairs in found.items():
+        for pair, figures in pairs.items():
+            assert figures == pytest.approx(expected[part][pair], abs=1e-5)
+    measured(4, 10**6)
+    assert sum(map(len, seen[: len(seen) // len(found)])) <= sum(map(len, toy.sets))
 
 
 def test_pcgrad_and_sum_train_differently(tiny, data, tmp_path, run_script):
@@ -362,6 +392,7 @@ def test_lpft_probes_first_and_goes_on_from_those_heads(
         (["--surgery", "pcgrad"], "--surgery is for training BERT"),
         (["--measure_conflict", "5"], "--measure_conflict is for training BERT"),
         (["--option", "finetune", "--measure_conflict", "-1"], "--measure_conflict"),
+        (["--option", "finetune", "--conflict_rows", "9"], "is for --measure_conflict N"),
         (["--option", "finetune", "--surgery", "vaccine"], "--surgery"),
         (["--option", "finetune", "--surgery", "sum", "--tasks", "sst"], "needs two tasks or more"),
         (

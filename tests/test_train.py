@@ -1,6 +1,8 @@
 """What the training loop and the job around it promise."""
 
+import ctypes
 import json
+import resource
 import shutil
 from argparse import Namespace
 from collections import Counter
@@ -450,6 +452,19 @@ def test_device_and_precision():
     assert device.type == ("cuda" if torch.cuda.is_available() else "cpu")
     assert dtype == torch.float32 and not torch.backends.mkldnn.enabled
     assert prepare(1, "cpu", "bf16")[1] == torch.bfloat16 and torch.backends.mkldnn.enabled
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="another C library")
+def test_memory_that_is_freed_is_had_again():
+    """Blocks as large as a gradient of all words: the kernel is not asked for pages each time."""
+    prepare(1, "cpu", "fp32")
+
+    def new_pages():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(12 * 2**20)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    assert min(new_pages() for _ in range(6)) < 1000  # of 12,288
 
 
 @pytest.mark.parametrize(
