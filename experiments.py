@@ -68,7 +68,7 @@ CELLS: dict[str, Cell] = {
     "probe": Cell(LONG),
     "probe-short": Cell(PROBE),
     "finetune": Cell(f"{FINE} --measure_conflict 100"),
-    "measured": Cell(f"{FINE} --measure_conflict 250 --conflict_rows 512"),
+    "measured": Cell(f"{FINE} --measure_conflict 250 --conflict_rows 1000"),
     "probe-simcse": Cell(LONG, start="simcse"),
     "finetune-simcse": Cell(FINE, start="simcse"),
     "probe-simcse-t0.05": Cell(LONG, start="simcse-t0.05"),
@@ -212,7 +212,7 @@ TABLES: dict[str, Table] = {
     ),
     "conflict": Table(
         "The same fine-tuning, with more rows in each measurement of conflict",
-        {"finetune": "As many as a step's", "measured": "512"},
+        {"finetune": "As many as a step's", "measured": "1,000"},
         {},
         (("measured", "finetune"),),
     ),

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
-from itertools import compress, groupby
+from itertools import compress, groupby, islice
 from typing import Any
 
 import torch
@@ -126,7 +126,8 @@ def conflict(
         2 |a| |b| / (|a|^2 + |b|^2) (Yu et al. 2020, definition 2); None where a gradient is 0, or
         not finite.
 
-    Only one part's gradients are held at a time, so every batch is encoded once a part.
+    Batches are encoded several times, each time for as many parts as have, together, no more
+    parameters than the largest has: no more gradients are held at a time than that part's.
     """
 
     def gradient(batch: Sequence[Callable[[], Tensor]], of: Sequence[nn.Parameter]) -> Gradient:
@@ -143,14 +144,30 @@ def conflict(
     keys = sorted({key for pair in pairs for key in pair})
     wanted = [*pairs, *((key, key) for key in keys)]
     products: dict[str, dict] = {}
-    for group, parameters in groups.items():
-        found = {key: gradient(losses[key[0]][key[1]], parameters) for key in keys}
-        products[group] = {(a, b): dot(found[a], found[b]) for a, b in wanted}
+    for together in bundles({name: sum(p.numel() for p in of) for name, of in groups.items()}):
+        parameters = [p for name in together for p in groups[name]]
+        found = {key: iter(gradient(losses[key[0]][key[1]], parameters)) for key in keys}
+        for name in together:
+            own = {key: [*islice(of, len(groups[name]))] for key, of in found.items()}
+            products[name] = {(a, b): dot(own[a], own[b]) for a, b in wanted}
     products["overall"] = {pair: sum(p[pair] for p in products.values()) for pair in wanted}
     return {
         group: {f"{a[0]}|{b[0]}": _similarity(of, a, b) for a, b in pairs}
         for group, of in products.items()
     }
+
+
+def bundles(sizes: Mapping[str, int]) -> list[list[str]]:
+    """The names in their order, in lists whose sizes add up to no more than the largest's."""
+    found: list[list[str]] = []
+    room = 0
+    for name, size in sizes.items():
+        if size > room:
+            found.append([])
+            room = max(sizes.values())
+        found[-1].append(name)
+        room -= size
+    return found
 
 
 def negative(parts: Mapping[str, Mapping[str, Mapping[str, float | None]]]) -> dict[str, float]:

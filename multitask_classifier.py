@@ -66,7 +66,7 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
         default=0,
         metavar="N",
         help="every N steps, log how the tasks' gradients lie to each other; 0: never. Two batches"
-        " a task are encoded once for each part of BERT, which costs as much as some tens of steps",
+        " a task are encoded some times each, which costs as much as some tens of steps",
     )
     add(
         "--conflict_rows",

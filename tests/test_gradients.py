@@ -14,7 +14,7 @@ from test_train import Toy, files_of, job, log_of, result_of
 import multitask_classifier
 import supervised
 from bert import BertConfig, BertModel
-from gradients import Surgery, conflict, dot, layer_group, negative, pcgrad, project, total
+from gradients import Surgery, bundles, conflict, dot, layer_group, negative, pcgrad, project, total
 from scoring import embed
 from tasks import TASKS, MultitaskBERT
 from train import summed
@@ -151,6 +151,16 @@ def test_every_parameter_has_its_part():
     assert len(parts["layer 1 attention"]) == 10  # query, key, value, output, LayerNorm
     assert len(parts["layer 0 feed-forward"]) == 6
     assert len(parts["embeddings"]) == 5
+
+
+@given(st.dictionaries(st.text(), st.integers(1, 99), min_size=1))
+def test_bundles_are_no_larger_than_the_largest_and_as_few_as_their_order_allows(sizes):
+    found = bundles(sizes)
+    assert [name for bundle in found for name in bundle] == list(sizes)
+    weights = [sum(sizes[name] for name in bundle) for bundle in found]
+    assert max(weights) <= max(sizes.values())
+    for weight, following in zip(weights, found[1:], strict=False):
+        assert weight + sizes[following[0]] > max(sizes.values())
 
 
 def test_conflict_by_hand():
