@@ -335,7 +335,7 @@ class BertModel(nn.Module):
         """Embeddings (B, T, D) and mask (B, T) -> the last layer's hidden states (B, T, D)."""
         length, packing = attention_mask.size(1), None
         half = torch.is_autocast_enabled("cpu") or hidden_states.dtype == torch.bfloat16
-        if packed and half and len(attention_mask) > 1:
+        if packed and half and len(attention_mask) > 1:  # alone it would have to be packed for that
             more = common_size(length) - length
             attention_mask = F.pad(attention_mask, (0, more))
             hidden_states = F.pad(hidden_states, (0, 0, 0, more))
@@ -367,7 +367,8 @@ class BertModel(nn.Module):
                 where None.
             first: the last layer computes the first so many tokens only; 1 is all that the pooler
                 reads, and saves most of a layer. The others come out the same.
-            packed: compute no padding: its hidden states are then 0, and the tokens' the same.
+            packed: compute no padding (in bf16 little): its hidden states are then 0, and the
+                tokens' the same.
 
         Returns:
             `last_hidden_state` (B, T, D) and `pooler_output` (B, D), tanh(W h_[CLS] + b).

@@ -122,9 +122,9 @@ def conflict(
         named_parameters: the shared ones.
 
     Returns:
-        part (`layer_group`, and "overall") -> "a|b" -> "cosine", and "magnitude", the similarity
-        2 |a| |b| / (|a|^2 + |b|^2) (Yu et al. 2020, definition 2); None where a gradient is 0, or
-        not finite.
+        part (`layer_group`, and "overall") -> "a|b" -> "cosine", "product", the inner one, and
+        "magnitude", the similarity 2 |a| |b| / (|a|^2 + |b|^2) (Yu et al. 2020, definition 2); None
+        where a gradient is 0, or not finite.
 
     Batches are encoded several times, each time for as many parts as have, together, no more
     parameters than the largest has: no more gradients are held at a time than that part's.
@@ -182,6 +182,10 @@ def negative(parts: Mapping[str, Mapping[str, Mapping[str, float | None]]]) -> d
 def _similarity(products: dict, a: tuple, b: tuple) -> dict[str, float | None]:
     squares = products[a, a], products[b, b]
     if not (min(squares) > 0 and max(squares) < math.inf):
-        return {"cosine": None, "magnitude": None}
+        return {"cosine": None, "product": None, "magnitude": None}
     lengths = math.sqrt(squares[0]) * math.sqrt(squares[1])
-    return {"cosine": products[a, b] / lengths, "magnitude": 2 * lengths / sum(squares)}
+    return {
+        "cosine": products[a, b] / lengths,
+        "product": products[a, b],
+        "magnitude": 2 * lengths / sum(squares),
+    }

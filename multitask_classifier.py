@@ -66,14 +66,14 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
         default=0,
         metavar="N",
         help="every N steps, log how the tasks' gradients lie to each other; 0: never. Two batches"
-        " a task are encoded some times each, which costs as much as some tens of steps",
+        " a task are encoded two to eight times each, layers together as memory allows",
     )
     add(
         "--conflict_rows",
         type=POSITIVE,
         metavar="ROWS",
-        help="of a batch that --measure_conflict takes (default: --batch_size); the more, the less"
-        " of its gradient is chance, and the longer it takes",
+        help="of a batch that --measure_conflict takes (default: --batch_size; at most half of the"
+        " training set): the more, the less of its gradient is chance, and the longer it takes",
     )
     for task, what in TASK_FLAGS.items():
         add_file_flags(parser, f"{task}_", what)
@@ -95,6 +95,8 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
             parser.error(f"--{flag} is for training BERT: give --option finetune or lpft")
     if args.conflict_rows and not args.measure_conflict:
         parser.error("--conflict_rows is for --measure_conflict N: give that too, or leave it out")
+    if args.measure_conflict and len(args.tasks) < 2:
+        parser.error("--measure_conflict needs two tasks or more")
     if args.surgery != "none" and len(args.tasks) < 2:
         parser.error(f"--surgery {args.surgery} needs two tasks or more")
     if args.surgery != "none" and args.sampling != "roundrobin":

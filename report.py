@@ -32,7 +32,7 @@ EMBEDDED_NOTE = (
     " of the same does, not what contrast does to plain BERT.**"
 )
 LEAST_SEEDS = 3  # of each cell, for a verdict
-RESAMPLES = 10_000  # of a bootstrap
+RESAMPLES = 2_000  # of a bootstrap
 RECORDED_TO = 1e-3  # predictions are rounded in a record
 MARGIN = 0.02  # accuracy or r; a difference surely smaller is none
 CHANGED_NOTE = "+: in a copy with changes that were not committed."
@@ -487,7 +487,7 @@ def conflict_report(runs: Sequence[list[dict[str, Any]]], out: Path, name: str) 
     pairs = list(runs[0][0]["parts"]["overall"])
 
     def values(part: str, pair: str, key: str = "cosine", of: Sequence = runs) -> np.ndarray:
-        found = [point["parts"][part][pair][key] for run in of for point in run]
+        found = [point["parts"][part][pair].get(key) for run in of for point in run]
         return np.array([np.nan if value is None else value for value in found])
 
     def mean(of: np.ndarray) -> float:
@@ -533,31 +533,32 @@ def conflict_report(runs: Sequence[list[dict[str, Any]]], out: Path, name: str) 
         cosine, magnitude = values("overall", pair), values("overall", pair, "magnitude")
         low, high = intervals[pair]
         reach = f"{low:+.3f} to {high:+.3f}" if math.isfinite(low) else "-"
-        floors = [values("overall", f"{task}|{task}") for task in pair.split("|")]
+        names = [pair, *(f"{task}|{task}" for task in pair.split("|"))]
+        own = without_chance(*(values("overall", name, "product") for name in names))
         by_part = np.concatenate([values(part, pair) for part in parts])
         shown = pair.replace("|", r"\|")
         table.append(
             f"| {shown} | {mean(cosine):+.3f} | {reach}"
-            f" | {without_chance(cosine, *floors) if pair in across else '-'}"
-            f" | {negative(cosine):.0%} | {negative(by_part):.0%} | {mean(magnitude):.3f} |"
+            f" | {own if pair in across else '-'} | {negative(cosine):.0%}"
+            f" | {negative(by_part):.0%} | {mean(magnitude):.3f} |"
         )
     below = [pair.replace("|", " and ") for pair in across if intervals[pair][1] < 0]
     above = [pair.replace("|", " and ") for pair in across if intervals[pair][0] > 0]
     largest = max(abs(mean(values("overall", pair))) for pair in across)
     lines = [
         f"Measurements: {count}, in {len(runs)} runs, over all of BERT's parameters. Intervals are"
-        " over the measurements (Student's t), as if those of one run were independent. Pairs of"
-        f" tasks whose mean cosine is surely below 0: {', '.join(below) or 'none'}; surely above 0:"
-        f" {', '.join(above) or 'none'}. The largest mean cosine of two tasks is {largest:.3f} in"
-        " absolute value: 0 is a right angle, where a step for the one task does nothing for or"
-        " against the other.",
+        " over the measurements (Student's t, or a bootstrap), as if those of one run were"
+        " independent: a handful of them gives too narrow ones. Pairs of tasks whose batches' mean"
+        f" cosine is surely below 0: {', '.join(below) or 'none'}; surely above 0:"
+        f" {', '.join(above) or 'none'}. The largest of two tasks is {largest:.3f} in absolute"
+        " value: 0 is a right angle, where a step for the one batch does nothing for or against the"
+        " other.",
         "",
         *table,
         "",
         "A pair a\\|a is two batches of one task: the noise floor. What it lacks to 1 is chance,"
-        " which moves the cosines of two tasks towards 0. Of the tasks themselves: without it, the"
-        " mean cosine divided by the root of both tasks' floors (Spearman 1904), with the 95%"
-        " interval of a bootstrap over the measurements; '-' where a floor is not surely above 0:"
+        " which moves the cosines of two tasks towards 0. Of the tasks themselves: without chance"
+        " (`report.without_chance`); '-' where a floor is not surely above 0, or was not recorded:"
         " such batches cannot show how the tasks lie to each other."
         " Negative: the share of measurements with a cosine below 0, over all parameters and over"
         " each part of the model. Like magnitude: 1 for gradients of one length, near 0 where one"
@@ -567,29 +568,31 @@ def conflict_report(runs: Sequence[list[dict[str, Any]]], out: Path, name: str) 
     return "\n".join(lines)
 
 
-def without_chance(cosines: np.ndarray, first: np.ndarray, second: np.ndarray) -> str:
-    """The cosine of two tasks' own gradients, of which batches have some and chance the rest.
+def without_chance(products: np.ndarray, first: np.ndarray, second: np.ndarray) -> str:
+    """The cosine of two tasks' own gradients, of which a batch's has some, and chance the rest.
 
     Args:
-        cosines: of a batch's gradient of the one task and of the other, by measurement.
-        first, second: of two batches of the one task, and of the other: the share of a squared
-            gradient that is the task's.
+        products: the inner products of a batch's gradient of the one task and one of the other, by
+            measurement.
+        first, second: those of two batches of the one task, and of the other.
 
-    Two batches' chances are independent, so the mean product of two gradients is that of the tasks'
-    own: for large batches the mean cosine is theirs times the root of both shares ("correction for
-    attenuation", C. Spearman, The proof and measurement of association between two things, 1904).
+    Two batches' chances are independent, so the mean of such products is that of the tasks' own
+    gradients: sum <a, b> / sqrt(sum <a, a'> sum <b, b'>) is the cosine of what they are in all
+    measurements, one after the other ("correction for attenuation", C. Spearman, The proof and
+    measurement of association between two things, 1904).
     """
-    if interval(first)[0] <= 0 or interval(second)[0] <= 0:
+    whole = np.array([products, first, second])
+    whole = whole[:, ~np.isnan(whole).any(axis=0)]  # (3, N)
+    count = whole.shape[1]
+    if not count:
         return "-"
-
-    def ratio(at: np.ndarray) -> np.ndarray:
-        means = [np.nanmean(of[at], axis=-1) for of in (cosines, first, second)]
-        return means[0] / np.sqrt(np.maximum(means[1] * means[2], 1e-12))
-
-    count = len(cosines)
-    drawn = ratio(np.random.default_rng(0).integers(count, size=(RESAMPLES, count)))
-    low, high = np.nanquantile(drawn, [0.025, 0.975])
-    return f"{ratio(np.arange(count)):+.3f} ({low:+.3f} to {high:+.3f})"
+    drawn = np.random.default_rng(0).integers(count, size=(RESAMPLES, count))
+    sums = whole[:, np.concatenate([np.arange(count)[None], drawn])].sum(axis=-1)  # (3, 1 + R)
+    if count < 2 or np.quantile(sums[1:, 1:], 0.025, axis=1).min() <= 0:
+        return "-"
+    cosines = sums[0] / np.sqrt(np.where((sums[1:] > 0).all(axis=0), sums[1] * sums[2], np.nan))
+    low, high = np.nanquantile(cosines[1:], [0.025, 0.975])
+    return f"{cosines[0]:+.3f} ({low:+.3f} to {high:+.3f})"
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:

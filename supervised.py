@@ -263,8 +263,8 @@ class Measured:
 
     It is measured at the step's own weights, on two batches of each task that are drawn for it (a
     pure function of seed and step), without dropout, in fp32 and unclipped. Training goes on as if
-    nothing had been measured. A batch has `args.conflict_rows`, by default as many as a step's, and
-    is encoded so many at a time.
+    nothing had been measured. A batch has `args.conflict_rows` rows, by default `args.batch_size`,
+    or half of those that there are; a process encodes as many at a time as in a step.
     """
 
     def __init__(
@@ -310,12 +310,12 @@ class Measured:
         return np.array_split(rows, 2)
 
     def parts(self, data: TaskData, rows: np.ndarray) -> list[Callable[[], Tensor]]:
-        """The mean loss of these rows as a sum, each part of it over no more rows than a step's."""
+        """The mean loss of these rows as a sum, each part over no more than a process takes."""
 
         def part(few: np.ndarray) -> Tensor:
             return self.losses(data.batch(few).to(self.model.device)).sum() / len(rows)
 
-        size = self.args.batch_size
+        size = -(-self.args.batch_size // distributed.size())
         return [partial(part, rows[i : i + size]) for i in range(0, len(rows), size)]
 
 

@@ -56,6 +56,8 @@ def prepare(
 ) -> tuple[torch.device, torch.dtype]:
     """Seed every generator, ask for deterministic kernels, choose the device and the precision.
 
+    All of that is the process's, as are the libraries and the memory that its CPU then uses.
+
     Args:
         seed: of Python, numpy and PyTorch.
         device: auto (a GPU where there is one), cpu, cuda or mps.
@@ -100,12 +102,13 @@ def prepare(
     if device == "cuda":
         distributed.use_gpu()
     if precision == "auto":
+        torch.backends.mkldnn.enabled = True  # which an earlier call may have changed
         fast = {"cpu": cpu_gains_by_bf16, "cuda": gpu_gains_by_bf16, "mps": lambda: False}
         precision = distributed.first(lambda: "bf16" if fast[device]() else "fp32")
     dtype = getattr(torch, PRECISIONS.get(precision, precision))
-    # All that oneDNN would do in fp32 is GELU, and what it keeps of that for each number of tokens
-    # lies scattered over memory that the next step's activations could have had.
-    torch.backends.mkldnn.enabled = dtype != torch.float32
+    # Where MKL multiplies, all that oneDNN would do in fp32 is GELU, and what it keeps of that for
+    # each number of tokens lies scattered over memory that the next step could have had.
+    torch.backends.mkldnn.enabled = dtype != torch.float32 or not torch.backends.mkl.is_available()
     if device == "cpu":
         keep_memory()
     return torch.device(device), dtype
@@ -115,12 +118,13 @@ def keep_memory() -> None:
     """Have glibc, where that is the C library, keep large blocks for the next step.
 
     It would give those of 32 MB back, and the word embedding's gradient would be new pages at each
-    step: to get and clear them takes up to a twentieth of it, where the model is small.
+    step: to get and clear them takes a twentieth of it, where the model is small. The price is a
+    higher peak in some runs (LOG.md has both).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(-4, 0)  # M_MMAP_MAX: blocks that are mappings of their own
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: free bytes at its end that the heap keeps
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: free bytes at the heap's end are kept, however many
 
 
 def begin(args: Namespace, **facts: Any) -> Run:

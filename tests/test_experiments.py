@@ -182,23 +182,30 @@ def test_the_answer_on_conflict_names_the_pairs_that_are_sure(tmp_path):
 
 @pytest.mark.parametrize("angle", [-0.6, 0.0, 0.9])
 def test_the_cosine_of_the_tasks_is_found_behind_what_chance_adds(angle):
-    """Two tasks' gradients at a known angle, of which batches see as little as a fifth."""
+    """Two tasks' gradients at a known angle; the less a batch has of one, the more of the other."""
     rng = np.random.default_rng(5)
     first, other = np.linalg.qr(rng.normal(size=(2000, 2)))[0].T
     tasks = {"a": first, "b": angle * first + (1 - angle**2) ** 0.5 * other}
+    lengths = {"a": np.linspace(0.3, 2, 60), "b": np.linspace(2, 0.3, 60)}
 
-    def cosine(one, two):
-        seen = [tasks[t] + rng.normal(size=2000) * 2 / 2000**0.5 for t in (one, two)]
-        return seen[0] @ seen[1] / np.linalg.norm(seen[0]) / np.linalg.norm(seen[1])
+    def products(one, two):
+        seen = [
+            lengths[t][:, None] * tasks[t] + rng.normal(size=(60, 2000)) * 2 / 2000**0.5
+            for t in (one, two)
+        ]
+        return (seen[0] * seen[1]).sum(1)
 
-    across, a, b = (
-        np.array([cosine(*pair) for _ in range(40)]) for pair in (("a", "b"), "aa", "bb")
-    )
-    assert a.mean() == pytest.approx(0.2, abs=0.02)
+    across, a, b = products("a", "b"), products("a", "a"), products("b", "b")
+    scale = (lengths["a"] @ lengths["b"]) / (lengths["a"] @ lengths["a"])
     found, low, high = map(float, re.findall(r"[+-]\d\.\d+", report.without_chance(across, a, b)))
-    assert found == pytest.approx(angle, abs=0.1)
-    assert low < angle < high and high - low < 0.3
+    assert found == pytest.approx(angle * scale, abs=0.05)
+    assert low < angle * scale < high and high - low < 0.5
     assert report.without_chance(across, a, b - b.mean()) == "-"
+    assert report.without_chance(across[:1], a[:1], b[:1]) == "-"
+    missing = np.full(3, np.nan)
+    assert report.without_chance(missing, missing, missing) == "-"
+    gap = [np.append(of, np.nan) for of in (across, a, b)]
+    assert report.without_chance(*gap) == report.without_chance(across, a, b)
 
 
 def test_models_at_the_floor():
