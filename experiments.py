@@ -68,7 +68,6 @@ CELLS: dict[str, Cell] = {
     "probe": Cell(LONG),
     "probe-short": Cell(PROBE),
     "finetune": Cell(f"{FINE} --measure_conflict 100"),
-    "measured": Cell(f"{FINE} --measure_conflict 250 --conflict_rows 750"),
     "probe-simcse": Cell(LONG, start="simcse"),
     "finetune-simcse": Cell(FINE, start="simcse"),
     "probe-simcse-t0.05": Cell(LONG, start="simcse-t0.05"),
@@ -209,11 +208,6 @@ TABLES: dict[str, Table] = {
             ("lpft", "finetune"),
             ("pcgrad", "sum"),
         ),
-    ),
-    "conflict": Table(
-        "The same fine-tuning, conflict measured on larger batches",
-        {"finetune": "Batches as a step's", "measured": "Batches of 750 rows"},
-        {},
     ),
 }
 
