@@ -31,7 +31,7 @@ EMBEDDED_NOTE = (
     " and Quora's among them. Its SimCSE columns ask another question than the paper's: what more"
     " of the same does, not what contrast does to plain BERT.**"
 )
-LEAST_SEEDS = 3  # of each cell, for a verdict
+LEAST_SEEDS = 3  # of each cell, for a verdict; of measurements too
 RESAMPLES = 2_000  # of a bootstrap
 RECORDED_TO = 1e-3  # predictions are rounded in a record
 MARGIN = 0.02  # accuracy or r; a difference surely smaller is none
@@ -542,11 +542,12 @@ def conflict_report(runs: Sequence[list[dict[str, Any]]], out: Path, name: str) 
             f" | {own if pair in across else '-'} | {negative(cosine):.0%}"
             f" | {negative(by_part):.0%} | {mean(magnitude):.3f} |"
         )
-    below = [pair.replace("|", " and ") for pair in across if intervals[pair][1] < 0]
-    above = [pair.replace("|", " and ") for pair in across if intervals[pair][0] > 0]
+    sure = across if count >= LEAST_SEEDS else []
+    below = [pair.replace("|", " and ") for pair in sure if intervals[pair][1] < 0]
+    above = [pair.replace("|", " and ") for pair in sure if intervals[pair][0] > 0]
     largest = max(abs(mean(values("overall", pair))) for pair in across)
     lines = [
-        f"Measurements: {count}, in {len(runs)} runs, over all of BERT's parameters. Intervals are"
+        f"Measurements: {count}, runs: {len(runs)}, over all of BERT's parameters. Intervals are"
         " over the measurements (Student's t, or a bootstrap), as if those of one run were"
         " independent: a handful of them gives too narrow ones. Pairs of tasks whose batches' mean"
         f" cosine is surely below 0: {', '.join(below) or 'none'}; surely above 0:"

@@ -287,7 +287,10 @@ class Measured:
         """Measure where it is time to; then make the gradients."""
         if self.run.step % self.args.measure_conflict == 0:
             parts = self.measure()
-            self.run.log("conflict", self.run.step, parts=parts, negative=negative(parts))
+            rows = {data.name: len(self.draw(data)[0]) for data in self.sets}  # of a batch
+            self.run.log(
+                "conflict", self.run.step, rows=rows, parts=parts, negative=negative(parts)
+            )
         return self.gradients(batches)
 
     def measure(self) -> dict[str, Any]:

@@ -239,6 +239,7 @@ def test_measuring_changes_no_bit_of_the_run(tiny, data, tmp_path, run_script):
     kept = [line for line in lines if json.loads(line)["kind"] != "conflict"]
     records = [json.loads(line) for line in lines if line not in kept]
     assert [r["step"] for r in records] == [0, 4, 8, 12, 16]
+    assert records[0]["rows"] == {"sst": 13, "para": 13, "sts": 10}  # STS has 20
     assert records[0]["parts"]["overall"]["sst|sts"]["cosine"] is not None
     assert records[0]["negative"].keys() == records[0]["parts"]["overall"].keys()
     assert b"".join(kept) == plain.pop("log.jsonl")
