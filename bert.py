@@ -335,7 +335,7 @@ class BertModel(nn.Module):
         """Embeddings (B, T, D) and mask (B, T) -> the last layer's hidden states (B, T, D)."""
         length, packing = attention_mask.size(1), None
         half = torch.is_autocast_enabled("cpu") or hidden_states.dtype == torch.bfloat16
-        if packed and half and len(attention_mask) > 1:  # alone it would have to be packed for that
+        if packed and half and len(attention_mask) > 1:  # a sentence alone is quicker without
             more = common_size(length) - length
             attention_mask = F.pad(attention_mask, (0, more))
             hidden_states = F.pad(hidden_states, (0, 0, 0, more))

@@ -127,7 +127,8 @@ def conflict(
         where a gradient is 0, or not finite.
 
     Batches are encoded several times, each time for as many parts as have, together, no more
-    parameters than the largest has: no more gradients are held at a time than that part's.
+    parameters than the largest has: no more gradients are held at a time than that part's, and
+    those of two losses while a batch's are added up.
     """
 
     def gradient(batch: Sequence[Callable[[], Tensor]], of: Sequence[nn.Parameter]) -> Gradient:

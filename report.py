@@ -534,12 +534,13 @@ def conflict_report(runs: Sequence[list[dict[str, Any]]], out: Path, name: str) 
         low, high = intervals[pair]
         reach = f"{low:+.3f} to {high:+.3f}" if math.isfinite(low) else "-"
         names = [pair, *(f"{task}|{task}" for task in pair.split("|"))]
-        own = without_chance(*(values("overall", name, "product") for name in names))
+        products = [values("overall", name, "product") for name in names]
+        own = without_chance(*products) if pair in across else "-"
         by_part = np.concatenate([values(part, pair) for part in parts])
         shown = pair.replace("|", r"\|")
         table.append(
             f"| {shown} | {mean(cosine):+.3f} | {reach}"
-            f" | {own if pair in across else '-'} | {negative(cosine):.0%}"
+            f" | {own} | {negative(cosine):.0%}"
             f" | {negative(by_part):.0%} | {mean(magnitude):.3f} |"
         )
     sure = across if count >= LEAST_SEEDS else []
@@ -585,11 +586,11 @@ def without_chance(products: np.ndarray, first: np.ndarray, second: np.ndarray) 
     whole = np.array([products, first, second])
     whole = whole[:, ~np.isnan(whole).any(axis=0)]  # (3, N)
     count = whole.shape[1]
-    if not count:
+    if count < 2:
         return "-"
     drawn = np.random.default_rng(0).integers(count, size=(RESAMPLES, count))
     sums = whole[:, np.concatenate([np.arange(count)[None], drawn])].sum(axis=-1)  # (3, 1 + R)
-    if count < 2 or np.quantile(sums[1:, 1:], 0.025, axis=1).min() <= 0:
+    if np.quantile(sums[1:, 1:], 0.025, axis=1).min() <= 0:
         return "-"
     cosines = sums[0] / np.sqrt(np.where((sums[1:] > 0).all(axis=0), sums[1] * sums[2], np.nan))
     low, high = np.nanquantile(cosines[1:], [0.025, 0.975])
