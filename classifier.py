@@ -2,47 +2,48 @@
 
     python classifier.py --task sst --option finetune --use_gpu
 
-The run folder gets what multitask_classifier.py's does.
+It is multitask_classifier.py with a single task, and leaves the same run folder.
 """
 
 from argparse import Namespace
 from collections.abc import Sequence
 
-from options import Parser, add_file_flags, add_supervised_flags, complete_supervised, script
+from engine import cli
+from multitask_classifier import (
+    add_file_flags,
+    add_supervised_flags,
+    complete_supervised_args,
+    run_training,
+)
 
-# What multitask_classifier.py has flags for, where there is one task.
-ONE_TASK = {
+# The flags of multitask_classifier.py that mean nothing for a single task.
+SINGLE_TASK = {
     "sampling": "roundrobin",
     "pair_encoding": "separate",
     "leave_out": None,
     "surgery": "none",
     "measure_conflict": 0,
-    "conflict_rows": None,
 }
 
 
-def parse(argv: Sequence[str] | None = None) -> Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     """The command line, checked and completed."""
-    parser = Parser(__doc__.splitlines()[0])
-    parser.add_argument("--task", choices=["sst", "cfimdb"], default="sst")
+    parser = cli.ArgumentParser(__doc__.splitlines()[0])
+    parser.add_argument("--task", choices=["sst", "cfimdb"], default="sst", help="what to train on")
     add_supervised_flags(parser)
-    add_file_flags(parser, "", "the task's file")
-    parser.set_defaults(**ONE_TASK)
+    cli.add_training_flags(parser)
+    add_file_flags(parser.add_argument_group("files").add_argument, "", "the task")
+    parser.set_defaults(**SINGLE_TASK)
     args = parser.parse_args(argv)
-    complete_supervised(args, parser, "classifier")
+    args.tasks = [args.task]
+    complete_supervised_args(args, parser, "classifier")
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train and evaluate as the command line says."""
-    args = parse(argv)
-    import distributed
-    from supervised import Files, fit
-
-    files = Files(args.train, args.dev, args.test, args.dev_out, args.test_out)
-    with distributed.joined(args):
-        fit(args, {args.task: files})
+    run_training(parse_args(argv))
 
 
 if __name__ == "__main__":
-    script(main)
+    cli.run_script(main)

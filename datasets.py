@@ -1,216 +1,119 @@
-"""The course's csv files as batches: read, tokenised once, batched by length, tasks mixed.
+"""The course's csv files as batches: read, tokenised once, grouped by length, tasks mixed.
 
 Which rows are trained on, in which order, is a pure function of (files, batch size, seed, epoch):
-it needs no state beyond a step number, and every row is seen exactly once in a pass over its set.
+resuming needs no state but a step number, and a pass over a set sees every row exactly once.
 
-The course lower-cases pairs and spaces ". ? , '" apart before tokenising. That is left out: the
-tokenizer does both where the model is uncased, and a cased model is meant to see the case.
+The course lower-cases pairs and puts spaces around ". ? , '" before tokenising. That is left out:
+the tokenizer does both if the model is uncased, and a cased model should see the case.
 """
 
-import csv
-import hashlib
 import math
 import random
-import re
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from operator import itemgetter
 from pathlib import Path
-from typing import TextIO, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-import distributed
-from checkpoint import UserError, check_file, digest, read_tensors, unchanged, write_tensors
+from engine import distributed
+from engine.csv_reader import read_rows
+from engine.errors import UserError
 from tasks import Task
-from tokenizer import TOKENISED_AT_ONCE, BertTokenizer
+from tokenizer import CHUNK, BertTokenizer
 
-POOL = 50  # batches that are sorted by length together: 3-5% padding, and shuffling stays thorough
-DELIMITERS = {"\t": "tab", ",": "comma"}
+NLI_COLUMNS = ("sent0", "sent1", "hard_neg")  # premise, entailment, contradiction
+POOL = 50  # batches sorted by length together: 3-5% padding, and shuffling stays thorough
+PAD_TO = 8  # tokens; fewer batch shapes, for each of which oneDNN compiles kernels of its own
 
-LONGEST = 10**6  # characters of a line or a field; what is longer is no csv file of sentences
-NOT_TEXT = re.compile("[\0\udc80-\udcff]")  # NUL, and (by surrogateescape) bytes beyond UTF-8
-
-csv.field_size_limit(LONGEST)
 Row = TypeVar("Row")
 
 
-# ---------------------------------------------------------------------------- reading
+# ---------------------------------------------------------------------------- reading files
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One row: its id, its one or two sentences, its label (None in a test file)."""
+    """One row: its id, its one or two sentences, and its label (None in a test file)."""
 
     id: str
     texts: tuple[str, ...]
     label: float | None
 
 
-def read_rows(
-    path: Path, wanted: Sequence[str], delimiter: str, optional: Sequence[str] = ()
-) -> Iterator[tuple[int, dict[str, str]]]:
-    """Each row of a csv file (a header line, default csv quoting, UTF-8), after its line's number.
-
-    A byte-order mark, any kind of line ends, blank lines, columns in another order and columns
-    beside those wanted do no harm. Everything else does: column names are as the course writes
-    them, capitals too, and every row has as many columns as the header.
-
-    Args:
-        path: the file. At most about `LONGEST` characters of it are in memory at a time.
-        wanted: the columns that are returned.
-        delimiter: between columns.
-        optional: columns that are returned too where the file has them.
-
-    Raises:
-        UserError: what cannot be read, by file and line.
-    """
-    start = 1  # the line that the next row starts in
-    try:
-        check_file(path)
-        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            rows = csv.reader(_lines(path, file), delimiter=delimiter, strict=True)
-            header = next(filter(None, rows), None)
-            there = [column for column in optional if column in (header or [])]
-            places = _find_columns(path, header, [*wanted, *there], delimiter)
-            start = rows.line_num + 1
-            for row in rows:
-                line, start = start, rows.line_num + 1
-                if not row:
-                    continue
-                if fault := _fault(row, len(header), start - line, delimiter):
-                    raise UserError(f"{path}, line {line}: {fault}")
-                yield line, {column: row[place] for column, place in places.items()}
-    except FileNotFoundError:
-        raise UserError(
-            f"{path}: no such file: fetch the course's data with ./setup.sh --data, or try the"
-            " sample with --data_dir data/sample"
-        ) from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); expected a csv file") from None
-    except csv.Error as error:
-        raise UserError(f"{path}, line {start}: not csv ({error}); mend its quotes") from None
-
-
-def _lines(path: Path, file: TextIO) -> Iterator[str]:
-    """The lines of a text file; UserError for one that is too long or not UTF-8, by number."""
-    for number, line in enumerate(iter(partial(file.readline, LONGEST + 1), ""), start=1):
-        if len(line) > LONGEST:
-            raise UserError(
-                f"{path}, line {number}: longer than {LONGEST:,} characters; expected a csv file"
-                " with a row a line"
-            )
-        if bad := NOT_TEXT.search(line):
-            byte = ord(bad.group()) & 0xFF
-            raise UserError(
-                f"{path}, line {number}: not UTF-8 (byte {byte:#04x}): save it as UTF-8 text"
-            )
-        yield line
-
-
-def _find_columns(
-    path: Path, header: list[str] | None, wanted: Sequence[str], delimiter: str
-) -> dict[str, int]:
-    """The place of each column that is wanted; UserError where the header lacks it, or has two."""
-    if header is None:
-        raise UserError(f"{path}: empty; expected a header line and rows")
-    counts = [header.count(column) for column in wanted]
-    if 0 in counts and len(header) == 1:
-        name = DELIMITERS[delimiter]
-        raise UserError(
-            f"{path}, line 1: no {name} in the header {header[0][:60]!r}; columns must be"
-            f" separated by {name}s"
-        )
-    for column, count in zip(wanted, counts, strict=True):
-        if count != 1:
-            found = ", ".join(map(repr, header))
-            raise UserError(
-                f"{path}, line 1: {count or 'no'} column{'s' * (count > 1)} {column!r}; found"
-                f" {found[:200]}; name it so, once"
-            )
-    return {column: header.index(column) for column in wanted}
-
-
-def _fault(row: list[str], columns: int, lines: int, delimiter: str) -> str | None:
-    """What is wrong with a row that was written over so many lines; None where nothing is."""
-    if lines > 1 and any(delimiter in field and re.search("[\n\r]", field) for field in row):
-        return f"a quoted field swallows {lines} lines; close its quote, or take its line ends out"
-    if len(row) != columns:
-        return (
-            f"has not the {columns} columns of the header, but {len(row)}; is a"
-            f" {DELIMITERS[delimiter]} or a quote missing?"
-        )
-    return None
-
-
-def read(
+def read_examples(
     path: Path, task: Task, labelled: bool | None = True, limit: int | None = None
-) -> tuple[list[Example], int]:
-    """Read a tab-separated file of the course.
+) -> tuple[list[Example], int, str]:
+    """Read one of the course's tab-separated files.
 
-    Every row has an id of its own, by which a leaderboard file names it. An empty sentence is a
-    sentence. A row whose label is empty is left out, and counted: the course's own files have some.
+    An empty sentence is a sentence. A row with an empty label is left out: the course's files have
+    some.
 
     Args:
         path: the file.
-        task: says which columns hold the id, the sentences and the label.
-        labelled: whether rows carry labels, None where the header decides.
-        limit: give so many of the rows (`some`).
+        task: names the columns.
+        labelled: whether rows have labels; None: if the file has the column.
+        limit: use a fixed random subset of that many rows.
 
     Returns:
-        The examples in file order, and the number of rows left out for want of a label.
+        The examples in file order, the number of rows without a label, and the file's sha256.
 
     Raises:
-        UserError: what cannot be read, by file and line.
+        UserError: names file and line of an invalid label or id, or of what cannot be read.
     """
-    unlabelled = 0
-
-    def all_examples() -> Iterator[Example]:
-        nonlocal unlabelled, labelled
-        lines: dict[str, int] = {}  # id -> where it is
-        wanted = ["id", *task.texts, *([task.label] if labelled else [])]
-        optional = [task.label] if labelled is None else []
-        for line, row in read_rows(path, wanted, "\t", optional):
-            if labelled is None:
-                labelled = task.label in row
-            name = row["id"]
-            if not name.strip() or not name.isprintable():
-                raise UserError(
-                    f"{path}, line {line}: id is {name[:40]!r}; give the row a printable id"
-                )
-            if lines.setdefault(name, line) != line:
-                raise UserError(
-                    f"{path}, line {line}: id {name[:40]!r} is line {lines[name]}'s; give each its"
-                    " own"
-                )
-            label = None
-            if labelled:
-                try:
-                    label = _label(row[task.label], task)
-                except UserError as error:
-                    raise UserError(f"{path}, line {line}: {error}") from None
-                if label is None:
-                    unlabelled += 1
-                    continue
-            yield Example(name, tuple([row[column] for column in task.texts]), label)
-
-    examples = some(all_examples(), limit)
+    label_column = task.label_column
+    columns = ["id", *task.text_columns, *([label_column] if labelled else [])]
+    optional = [label_column] if labelled is None else []
+    rows, checksum = read_rows(path, columns, "\t", optional)
+    if labelled is None:
+        labelled = bool(rows) and label_column in rows[0][1]
+    examples = []
+    lines: dict[str, int] = {}
+    for line, row in rows:
+        name = row["id"]
+        if not name.strip() or not name.isprintable():
+            raise UserError(f"{path}, line {line}: id is {name[:40]!r}; give it a printable id")
+        if lines.setdefault(name, line) != line:
+            raise UserError(f"{path}, line {line}: id {name[:40]!r} is also that of {lines[name]}")
+        label = _parse_label(row[label_column], task, f"{path}, line {line}") if labelled else None
+        texts = tuple(row[column] for column in task.text_columns)
+        if label is not None or not labelled:
+            examples.append(Example(name, texts, label))
+    unlabelled = len(rows) - len(examples)
     if not examples:
         what = f"none of its {unlabelled} rows has a label" if unlabelled else "no rows"
         raise UserError(f"{path}: {what}; expected a header and at least one row")
-    return examples, unlabelled
+    return sample_rows(examples, limit), unlabelled, checksum
 
 
-def some(rows: Iterable[Row], limit: int | None) -> list[Row]:
-    """All rows, or `limit` of them, in their order: any as likely as any other, always the same.
+def _parse_label(text: str, task: Task, where: str) -> float | None:
+    """The label, None if it is empty; UserError if it is not one of the task's."""
+    if not text.strip():
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    labels = task.labels
+    if not labels.low <= value <= labels.high or (labels.integer and value != int(value)):
+        kind = "whole number" if labels.integer else "number"
+        raise UserError(
+            f"{where}: {task.label_column} is {text[:40]!r}; expected a {kind} from"
+            f" {labels.low:g} to {labels.high:g}"
+        )
+    return value
 
-    The first ones would not do: the course's SST has its positive sentences first. No more than
-    `limit` rows are held (Vitter 1985, https://doi.org/10.1145/3147.3165, algorithm R).
+
+def sample_rows(rows: Iterable[Row], limit: int | None) -> list[Row]:
+    """All rows, or a random subset of `limit`, always the same one, in their order.
+
+    The first rows would not do: the course's SST file begins with its positive sentences.
+    (Reservoir sampling: Vitter 1985, https://doi.org/10.1145/3147.3165, algorithm R.)
     """
     if limit is None:
         return list(rows)
@@ -224,20 +127,17 @@ def some(rows: Iterable[Row], limit: int | None) -> list[Row]:
     return [row for _, row in sorted(kept, key=itemgetter(0))]
 
 
-def _label(text: str, task: Task) -> float | None:
-    """The label that `text` spells, None where it is empty; UserError where it is invalid."""
-    if not text.strip():
-        return None
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not task.low <= value <= task.high or (task.whole and value != int(value)):
-        kind = "whole number" if task.whole else "number"
-        raise UserError(
-            f"{task.label} is {text[:40]!r}; expected a {kind} from {task.low:g} to {task.high:g}"
-        )
-    return value
+def read_triples(path: Path, limit: int | None = None) -> tuple[list[tuple[str, ...]], str]:
+    """The (premise, entailment, contradiction) rows of SimCSE's NLI file, and its sha256."""
+    rows, checksum = read_rows(path, NLI_COLUMNS, ",")
+    for line, row in rows:
+        for column in NLI_COLUMNS:
+            if not row[column].strip():
+                raise UserError(f"{path}, line {line}: {column} is empty; write a sentence there")
+    triples = [tuple(row[column] for column in NLI_COLUMNS) for _, row in rows]
+    if not triples:
+        raise UserError(f"{path}: no rows; expected a header and at least one row")
+    return sample_rows(triples, limit), checksum
 
 
 # ---------------------------------------------------------------------------- batches
@@ -247,69 +147,60 @@ def _label(text: str, task: Task) -> float | None:
 class Batch:
     """Rows of one task as tensors.
 
-    `input_ids`, `attention_mask` (and `token_type_ids`, for jointly encoded pairs): (B, T); for
-    separately encoded pairs (2 B, T), all first sentences and then all second ones, so that a pair
-    goes through BERT in one forward pass. `labels`: (B,) in the task's dtype, None in a test set.
-    `rows`: the B row numbers in `source`. `whole`: those of the batch over all processes, of which
-    these are a share (`distributed.own`), maybe none.
+    Attributes:
+        dataset: where the rows are from.
+        rows: their B row numbers there.
+        input_ids, attention_mask: (B, T) int64. For pairs encoded separately (2 B, T): all first
+            sentences, then all second ones, so that a pair takes one forward pass.
+        token_type_ids: (B, T) int64 for pairs encoded jointly, else None.
+        labels: (B,) in the task's dtype, None in a test set.
+        global_rows: row numbers of the batch over all processes; `rows` is this process's slice
+            (`distributed.rank_slice`), which may be empty.
     """
 
-    source: "Sentences"
+    dataset: "TokenizedDataset"
     rows: np.ndarray
     input_ids: Tensor
     attention_mask: Tensor
     token_type_ids: Tensor | None
     labels: Tensor | None
-    whole: np.ndarray
+    global_rows: np.ndarray
 
     @property
     def task(self) -> str:
         """The name of the rows' task."""
-        return self.source.name
+        return self.dataset.name
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __str__(self) -> str:
-        return f"task {self.task}, {self.source.names(self.whole)}"
-
-    def complete(self) -> "Batch":
-        """The batch over all processes."""
-        if len(self.rows) == len(self.whole):
-            return self
-        return self.source.batch(self.whole).to(self.input_ids.device)
+        return f"task {self.task}, {self.dataset.describe_rows(self.global_rows)}"
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch with its tensors on `device`."""
         names = ("input_ids", "attention_mask", "token_type_ids", "labels")
         tensors = {name: getattr(self, name) for name in names}
-        moved = {
-            name: tensor.to(device, non_blocking=True)
-            for name, tensor in tensors.items()
-            if tensor is not None
-        }
+        moved = {n: t.to(device, non_blocking=True) for n, t in tensors.items() if t is not None}
         return replace(self, **moved)
 
 
-class Sentences:
-    """Rows of one or several sentences, tokenised once: what batches are made of.
+class TokenizedDataset:
+    """Rows of one or several sentences each, tokenised once.
 
     Args:
-        name: of the rows' task.
-        path: the file that they are from.
+        name: of the task.
+        path, checksum: the file the rows are from, and its sha256.
         columns: the first sentence of every row, the second of every row, ...
-        joint: whether two sentences become one sequence, "[CLS] a [SEP] b [SEP]".
+        joint: encode two sentences as one sequence, "[CLS] a [SEP] b [SEP]".
         unit: what messages call the rows.
-        least: rows of the smallest batch for training; a shorter last one joins the one before.
-        tokens: a folder where `save_tokens` leaves these sentences' token ids, or has left them.
+        min_batch_size: a last training batch below it is merged into the one before.
 
-    Attributes: `truncated` (rows with a sentence beyond the model's limit), `width` (embeddings a
-    row), `lengths` (tokens of each row's longest sequence), `labels` (none here), `digest` (the
-    file's sha256, where it is known).
+    Attributes: `embeddings_per_row`; `lengths` (N,), tokens of each row's longest sequence;
+    `truncated`, the number of rows cut at the model's limit; `labels`, None here.
     """
 
     labels: Tensor | None = None
-    digest: str | None = None
 
     def __init__(
         self,
@@ -319,88 +210,52 @@ class Sentences:
         tokenizer: BertTokenizer,
         joint: bool = False,
         unit: str = "rows",
-        least: int = 1,
-        tokens: Path | None = None,
+        min_batch_size: int = 1,
+        checksum: str = "",
     ):
         self.name = name
-        self.unit = unit
-        self.least = least
         self.path = path
+        self.checksum = checksum
+        self.unit = unit
+        self.min_batch_size = min_batch_size
         self.pad_token_id = tokenizer.pad_token_id
-        self.width = 1 if joint else len(columns)
-        # Token ids of each embedding, ids[k][row]. Jointly encoded pairs have one list.
-        self.ids: list[list[np.ndarray]] = [[] for _ in range(self.width)]
-        self.first_lengths: list[int] | None = [] if joint else None
+        self.max_length = tokenizer.max_length
+        self.embeddings_per_row = 1 if joint else len(columns)
+        self.token_ids: list[list[np.ndarray]] = [[] for _ in range(self.embeddings_per_row)]
+        self.first_lengths: list[int] | None = [] if joint else None  # tokens of segment 0
         self.truncated = 0
-        self.tokens = tokens and tokens / _tokens_name(columns, tokenizer, joint)
-        if not self.tokens or not self._recall(len(columns[0]), tokenizer.vocab_size):
-            for start in range(0, len(columns[0]), TOKENISED_AT_ONCE):
-                chunk = [column[start : start + TOKENISED_AT_ONCE] for column in columns]
-                self._tokenise(chunk, tokenizer)
-        self.lengths = np.array([[len(ids) for ids in column] for column in self.ids]).max(axis=0)
+        for start in range(0, len(columns[0]), CHUNK):
+            self._tokenize([column[start : start + CHUNK] for column in columns], tokenizer)
+        self.lengths = np.array([[len(ids) for ids in c] for c in self.token_ids]).max(axis=0)
 
-    def _tokenise(self, columns: list[Sequence[str]], tokenizer: BertTokenizer) -> None:
+    def _tokenize(self, columns: Sequence[Sequence[str]], tokenizer: BertTokenizer) -> None:
         limit = tokenizer.max_length
         if self.first_lengths is not None:
             encoded = [tokenizer.encode_batch(*columns, max_length=limit)]
             self.first_lengths += [e.type_ids.count(0) for e in encoded[0]]
         else:
             encoded = [tokenizer.encode_batch(column, max_length=limit) for column in columns]
-        for ids, encodings in zip(self.ids, encoded, strict=True):
+        for ids, encodings in zip(self.token_ids, encoded, strict=True):
             ids.extend(np.array(e.ids, dtype=np.int32) for e in encodings)
         self.truncated += sum(any(e.overflowing for e in row) for row in zip(*encoded, strict=True))
 
-    def save_tokens(self) -> None:
-        """Leave the token ids in the folder `tokens`, for who reads the same sentences again."""
-        if self.tokens.exists():
-            return
-        tensors = {"truncated": torch.tensor([self.truncated])}
-        for k, column in enumerate(self.ids):
-            tensors[f"ids.{k}"] = torch.from_numpy(np.concatenate(column))
-            tensors[f"lengths.{k}"] = torch.tensor([len(ids) for ids in column])
-        if self.first_lengths is not None:
-            tensors["first_lengths"] = torch.tensor(self.first_lengths)
-        write_tensors(self.tokens, tensors)
-
-    def _recall(self, rows: int, vocab_size: int) -> bool:
-        """Take up what `save_tokens` left; False where it is not there, or damaged."""
-        try:
-            found = {name: t.numpy() for name, t in read_tensors(self.tokens).items()}
-            columns = []
-            for k in range(self.width):
-                flat, lengths = found[f"ids.{k}"], found[f"lengths.{k}"]
-                fits = len(lengths) == rows and lengths.min() > 0 and lengths.sum() == len(flat)
-                if not fits or flat.min() < 0 or flat.max() >= vocab_size:
-                    return False
-                columns.append(np.split(flat, np.cumsum(lengths)[:-1]))
-            firsts = found["first_lengths"].tolist() if self.first_lengths is not None else None
-            truncated = int(found["truncated"][0])
-        except (UserError, KeyError, ValueError, TypeError, IndexError):
-            return False
-        self.ids, self.first_lengths, self.truncated = columns, firsts, truncated
-        return True
-
     def __len__(self) -> int:
-        return len(self.ids[0])
+        return len(self.token_ids[0])
 
     def __str__(self) -> str:
-        notes = [f"{self.path}: {len(self):,} {self.unit}", *self.notes()]
-        if self.truncated:
-            notes.append(f"{self.truncated} truncated to the model's limit")
-        return ", ".join(notes)
+        truncated = f", {self.truncated} truncated to the model's limit" if self.truncated else ""
+        return f"{self.path}: {len(self):,} {self.unit}{truncated}"
 
-    def notes(self) -> list[str]:
-        """What else there is to say of the rows."""
-        return []
-
-    def names(self, rows: np.ndarray) -> str:
-        """How a message calls these rows."""
+    def describe_rows(self, rows: np.ndarray) -> str:
+        """What a message calls these rows."""
         return f"{self.unit} " + " ".join(str(row + 1) for row in rows)
 
-    def batch(self, rows: np.ndarray, whole: np.ndarray | None = None) -> Batch:
-        """The batch of these row numbers, padded to its longest sentence; or a share of a whole."""
-        sentences = [column[row] for column in self.ids for row in rows]
-        width = max(map(len, sentences), default=0)
+    def batch(self, rows: np.ndarray, global_rows: np.ndarray | None = None) -> Batch:
+        """The batch of these row numbers, padded to its longest sentence, in steps of PAD_TO."""
+        sentences = [column[row] for column in self.token_ids for row in rows]
+        width = -(-max(map(len, sentences), default=0) // PAD_TO) * PAD_TO
+        width = min(width, self.max_length)
+        # All first sentences, then all second ones, padded on the right.
         input_ids = np.full((len(sentences), width), self.pad_token_id, dtype=np.int64)
         attention_mask = np.zeros((len(sentences), width), dtype=np.int64)
         for i, ids in enumerate(sentences):
@@ -409,6 +264,7 @@ class Sentences:
         types = None
         if self.first_lengths is not None:
             firsts = np.array([self.first_lengths[row] for row in rows])[:, None]
+            # 1 from the second sentence on, 0 before it and at padding.
             types = torch.from_numpy((np.arange(width) >= firsts) * attention_mask)
         return Batch(
             self,
@@ -417,20 +273,18 @@ class Sentences:
             torch.from_numpy(attention_mask),
             types,
             None if self.labels is None else self.labels[torch.from_numpy(rows)],
-            rows if whole is None else whole,
+            rows if global_rows is None else global_rows,
         )
 
-    def share(self, whole: np.ndarray) -> Batch:
-        """This process's share of the batch of these row numbers."""
-        return self.batch(whole[distributed.own(len(whole))], whole)
-
-    def batch_count(self, batch_size: int) -> int:
-        """The number of batches in a pass over the set."""
-        whole, rest = divmod(len(self), batch_size)
-        return whole + (rest > 0 and (rest >= self.least or not whole))
+    def num_batches(self, batch_size: int) -> int:
+        """The number of training batches in a pass over the set."""
+        full, rest = divmod(len(self), batch_size)
+        return full + (rest > 0 and (rest >= self.min_batch_size or not full))
 
     def training_batches(self, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
-        """Row numbers of each batch of a pass over the set: shuffled, of like length."""
+        """Row numbers of each batch of one pass: shuffled, and each batch of similar lengths."""
+        # Batches of similar length waste little on padding; shuffling before sorting in pools, and
+        # shuffling the batches, keeps the order random.
         rng = np.random.default_rng([seed, epoch, zlib.crc32(self.name.encode())])
         order = rng.permutation(len(self))
         batches: list[np.ndarray] = []
@@ -438,33 +292,26 @@ class Sentences:
             pool = order[start : start + POOL * batch_size]
             pool = pool[np.argsort(self.lengths[pool], kind="stable")]
             batches += [pool[i : i + batch_size] for i in range(0, len(pool), batch_size)]
-        if len(batches) > self.batch_count(batch_size):
+        # The last batch may be too short to train on alone.
+        if len(batches) > self.num_batches(batch_size):
             batches[-2:] = [np.concatenate(batches[-2:])]
         return [batches[i] for i in rng.permutation(len(batches))]
 
-    def in_order(self, batch_size: int) -> Iterator[Batch]:
-        """Every row once, longest first (a batch too large for the memory then fails at once).
+    def eval_batches(
+        self, batch_size: int, rows: np.ndarray | None = None, shard: bool = True
+    ) -> Iterator[Batch]:
+        """Every row (or each of `rows`) once, longest first: too large a batch fails at once.
 
-        Of several processes each gets every so-many-th batch, with the padding that it always has.
+        With `shard`, the batches are dealt out to the processes in turn.
         """
-        order = np.argsort(-self.lengths, kind="stable")
-        first = distributed.rank() * batch_size
-        for start in range(first, len(order), distributed.size() * batch_size):
+        rank, world_size = (distributed.rank(), distributed.world_size()) if shard else (0, 1)
+        order = np.arange(len(self)) if rows is None else rows
+        order = order[np.argsort(-self.lengths[order], kind="stable")]
+        for start in range(rank * batch_size, len(order), world_size * batch_size):
             yield self.batch(order[start : start + batch_size])
 
 
-def _tokens_name(columns: Sequence[Sequence[str]], tokenizer: BertTokenizer, joint: bool) -> str:
-    """A file name for all that decides the token ids of these sentences."""
-    found = hashlib.sha256(f"{joint} {tokenizer.fingerprint()}".encode())
-    for column in columns:
-        for text in column:  # each after its length, or two could look like one
-            encoded = text.encode("utf-8", "surrogatepass")
-            found.update(b"%d " % len(encoded) + encoded)
-        found.update(b"end ")
-    return found.hexdigest()[:32] + ".safetensors"
-
-
-class TaskData(Sentences):
+class TaskDataset(TokenizedDataset):
     """One file of one task. Attributes: `task`, `examples`, `unlabelled` (rows left out)."""
 
     def __init__(
@@ -475,51 +322,22 @@ class TaskData(Sentences):
         pair_encoding: str = "separate",
         labelled: bool | None = True,
         limit: int | None = None,
-        tokens: Path | None = None,
     ):
         self.task = task
-        with unchanged(path):
-            self.examples, self.unlabelled = read(path, task, labelled, limit)
-            self.digest = digest(path)
+        self.examples, self.unlabelled, checksum = read_examples(path, task, labelled, limit)
         columns = list(zip(*(example.texts for example in self.examples), strict=True))
         joint = len(columns) == 2 and pair_encoding == "joint"
-        super().__init__(task.name, path, columns, tokenizer, joint, tokens=tokens)
+        super().__init__(task.name, path, columns, tokenizer, joint, checksum=checksum)
         if self.examples[0].label is not None:
-            self.labels = torch.tensor([e.label for e in self.examples], dtype=task.dtype)
+            self.labels = torch.tensor([e.label for e in self.examples], dtype=task.labels.dtype)
 
-    def notes(self) -> list[str]:
-        """How many rows were left out."""
-        return [f"{self.unlabelled} without a label left out"] if self.unlabelled else []
+    def __str__(self) -> str:
+        note = f", {self.unlabelled} without a label left out" if self.unlabelled else ""
+        return super().__str__() + note
 
-    def names(self, rows: np.ndarray) -> str:
+    def describe_rows(self, rows: np.ndarray) -> str:
         """The rows by their ids."""
         return "rows with ids " + " ".join(self.examples[row].id for row in rows)
-
-
-NLI_COLUMNS = ("sent0", "sent1", "hard_neg")  # premise, entailment, contradiction
-
-
-def read_triples(path: Path, limit: int | None = None) -> list[tuple[str, ...]]:
-    """The (premise, entailment, contradiction) rows of a comma-separated file like SimCSE's.
-
-    Raises:
-        UserError: what cannot be read, by file and line; a sentence that is empty.
-    """
-
-    def all_triples() -> Iterator[tuple[str, ...]]:
-        for line, row in read_rows(path, NLI_COLUMNS, ","):
-            for column in NLI_COLUMNS:
-                if not row[column].strip():
-                    raise UserError(
-                        f"{path}, line {line}: {column} is empty; a triple needs its three"
-                        " sentences"
-                    )
-            yield tuple(row[column] for column in NLI_COLUMNS)
-
-    triples = some(all_triples(), limit)
-    if not triples:
-        raise UserError(f"{path}: no rows; expected a header and at least one row")
-    return triples
 
 
 # ---------------------------------------------------------------------------- mixing tasks
@@ -527,95 +345,101 @@ def read_triples(path: Path, limit: int | None = None) -> list[tuple[str, ...]]:
 SAMPLINGS = ("roundrobin", "proportional", "annealed")
 
 
-class Mixture:
-    """The steps of a training run over one or several tasks.
+class TaskMixture:
+    """The order in which training draws batches from one or several tasks.
 
-    A step is a list of batches of one task: one batch, or `accumulate` of them; a process gets its
-    share of each. Each task is an endless stream of steps, pass after pass over its set, and an
-    epoch takes the next few of each:
+    A step is a list of batches of one task: one batch, or `accumulate` of them; each process gets
+    its slice of their rows. Each task is an endless stream of steps, pass after pass over its set,
+    and an epoch takes the next few of each:
 
-    - `roundrobin`: the tasks in turn (the paper). An epoch is one pass over the smallest set; the
-      larger ones go on in the next epoch where they stopped.
+    - `roundrobin`: the tasks in turn, as in the paper. An epoch is one pass over the smallest set;
+      the larger ones continue in the next epoch where they stopped.
     - `proportional`: an epoch is one pass over every set, in random order.
-    - `annealed`: as many steps as `proportional`, shared out by (set size)^a, where a falls from 1
-      in the first epoch to 0.2 in the last (Stickland & Murray 2019, section 4.2).
+    - `annealed`: as many steps as `proportional`, shared in proportion to (set size)^a, where a
+      falls from 1 in the first epoch to 0.2 in the last (Stickland & Murray 2019, section 4.2).
 
-    With `together`, each step of `roundrobin` has the batches of every task, as is needed where
-    their gradients are compared.
+    With `all_tasks`, each step of `roundrobin` has batches of every task, for methods that compare
+    the tasks' gradients.
     """
 
     def __init__(
         self,
-        sets: Sequence[Sentences],
+        datasets: Sequence[TokenizedDataset],
         batch_size: int,
         seed: int,
         epochs: int,
         sampling: str = "roundrobin",
         accumulate: int = 1,
-        together: bool = False,
+        all_tasks: bool = False,
     ):
-        if sampling not in SAMPLINGS:
-            raise UserError(f"--sampling {sampling}: expected one of {', '.join(SAMPLINGS)}")
-        if together and sampling != "roundrobin":
-            raise UserError(f"--sampling {sampling}: steps with all tasks are roundrobin's alone")
-        self.sets = list(sets)
+        self.datasets = list(datasets)
         self.batch_size = batch_size
         self.seed = seed
         self.epochs = epochs
         self.sampling = sampling
         self.accumulate = accumulate
-        self.together = together
+        self.all_tasks = all_tasks
         # Steps in one pass over each set.
-        self.passes = [math.ceil(s.batch_count(batch_size) / accumulate) for s in self.sets]
+        self.pass_steps = [
+            math.ceil(dataset.num_batches(batch_size) / accumulate) for dataset in self.datasets
+        ]
 
-    def shares(self, epoch: int) -> list[int]:
-        """How many steps of each task the epoch takes."""
+    def task_steps(self, epoch: int) -> list[int]:
+        """How many steps of each task the epoch (0, 1, ...) takes."""
         if self.sampling == "roundrobin":
-            return [min(self.passes)] * len(self.passes)
+            return [min(self.pass_steps)] * len(self.pass_steps)
         if self.sampling == "proportional":
-            return self.passes
+            return self.pass_steps
         exponent = 1 - 0.8 * epoch / max(1, self.epochs - 1)
-        weights = np.array([len(s) for s in self.sets], dtype=float) ** exponent
-        exact = weights / weights.sum() * sum(self.passes)
-        shares = np.floor(exact).astype(int)
+        weights = np.array([len(dataset) for dataset in self.datasets], dtype=float) ** exponent
+        exact = weights / weights.sum() * sum(self.pass_steps)
+        steps = np.floor(exact).astype(int)
         # The steps lost to rounding down go to the largest remainders.
-        for i in np.argsort(shares - exact, kind="stable")[: sum(self.passes) - shares.sum()]:
-            shares[i] += 1
-        return shares.tolist()
+        for i in np.argsort(steps - exact, kind="stable")[: sum(self.pass_steps) - steps.sum()]:
+            steps[i] += 1
+        return steps.tolist()
 
-    def steps_in(self, epoch: int) -> int:
+    def epoch_steps(self, epoch: int) -> int:
         """The number of steps in an epoch."""
-        shares = self.shares(epoch)
-        return shares[0] if self.together else sum(shares)
+        steps = self.task_steps(epoch)
+        return steps[0] if self.all_tasks else sum(steps)
 
     def order(self, epoch: int) -> list[list[int]]:
         """Which sets each step of the epoch draws from."""
-        shares = self.shares(epoch)
+        steps = self.task_steps(epoch)
+        everyone = list(range(len(steps)))
         if self.sampling == "roundrobin":
-            everyone = list(range(len(shares)))
-            return [everyone] * shares[0] if self.together else [[i] for i in everyone] * shares[0]
+            return [everyone] * steps[0] if self.all_tasks else [[i] for i in everyone] * steps[0]
         rng = np.random.default_rng([self.seed, epoch])
-        drawn = rng.permutation(np.repeat(np.arange(len(shares)), shares))
-        return [[i] for i in drawn.tolist()]
+        return [[i] for i in rng.permutation(np.repeat(everyone, steps)).tolist()]
 
     def steps(self, epoch: int, first: int = 0) -> Iterator[list[Batch]]:
-        """The epoch's steps from the `first` on; those before it cost nothing."""
-        earlier = [self.shares(e) for e in range(epoch)]
+        """The epoch's steps from number `first` on; skipped ones cost nothing."""
+        # How far each task's stream is: whole epochs, and the skipped steps of this one.
+        earlier = [self.task_steps(e) for e in range(epoch)]
         order = self.order(epoch)
-        passed_over = Counter(i for step in order[:first] for i in step)
-        position = [
-            sum(share[i] for share in earlier) + passed_over[i] for i in range(len(self.sets))
-        ]
-        rows: dict[int, tuple[int, list[np.ndarray]]] = {}  # set -> (pass, its batches)
+        skipped = Counter(i for step in order[:first] for i in step)
+        position = [sum(s[i] for s in earlier) + skipped[i] for i in range(len(self.datasets))]
+        current: dict[int, tuple[int, list[np.ndarray]]] = {}  # set -> (pass, its batches)
         for step in order[first:]:
             batches: list[Batch] = []
             for i in step:
-                number, place = divmod(position[i], self.passes[i])
+                number, place = divmod(position[i], self.pass_steps[i])
                 position[i] += 1
-                if i not in rows or rows[i][0] != number:
-                    passed = self.sets[i].training_batches(self.batch_size, self.seed, number)
-                    rows[i] = number, passed
+                dataset = self.datasets[i]
+                if i not in current or current[i][0] != number:
+                    rows = dataset.training_batches(self.batch_size, self.seed, number)
+                    current[i] = number, rows
                 start = place * self.accumulate
-                chosen = rows[i][1][start : start + self.accumulate]
-                batches += [self.sets[i].share(r) for r in chosen]
+                for rows in current[i][1][start : start + self.accumulate]:
+                    batches.append(dataset.batch(rows[distributed.rank_slice(len(rows))], rows))
             yield batches
+
+    def rows_used(self) -> list[np.ndarray]:
+        """The row numbers of each set that the whole training will see."""
+        used = []
+        for i, dataset in enumerate(self.datasets):
+            steps = sum(self.task_steps(epoch)[i] for epoch in range(self.epochs))
+            rows = dataset.training_batches(self.batch_size, self.seed, 0)
+            used.append(np.concatenate(rows[: steps * self.accumulate]))
+        return used

@@ -1,23 +1,480 @@
-"""Ask a saved run: evaluate it again, predict, pack for the leaderboard, compare, export.
+"""Predictions, metrics and leaderboard files; as a command, all that can be asked of a saved run.
 
-    python evaluation.py runs/NAME                                      # the figures of result.json
+    python evaluation.py runs/NAME                                      # dev metrics again
     python evaluation.py runs/NAME --data FILE.csv --task sst --out PREDICTIONS.csv
     python evaluation.py runs/NAME --text "A fine film."                # --text twice for a pair
     python evaluation.py runs/NAME --submit FILE.zip
     python evaluation.py runs/NAME --compare runs/OTHER
-    python evaluation.py runs/NAME --export onnx
+    python evaluation.py runs/NAME --export onnx                        # after ./setup.sh --dev
 
-Batch size, precision, pooling and pair encoding are the run's own, and so are its dev files.
+Batch size, precision, pooling, pair encoding and dev files are those that the run recorded.
 """
 
+import json
+import math
+import os
+import re
+import sys
+import zipfile
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from options import Parser, script
+import numpy as np
+import torch
+from torch import Tensor, nn
 
-# What is asked -> the flags that go with it. Without any of these, the run is evaluated again.
+from datasets import Batch, Example, TaskDataset, TokenizedDataset, read_examples
+from engine import distributed
+from engine.checkpoint import atomic_file, check_new_file, read_json, read_text, write_text
+from engine.cli import ArgumentParser, run_script
+from engine.device import catch_out_of_memory, setup_device
+from engine.errors import TrainingDiverged, UserError, reading
+from engine.export import check_onnx_packages, write_onnx
+from engine.metrics import similarity_metrics
+from engine.stats import SIGNIFICANCE, compare, format_p, holm
+from engine.trainer import progress_bar
+from model import MultitaskBERT, SentenceEncoder, pool
+from tasks import TASKS, Task, find_tasks
+
+Embed = Callable[[Batch], Tensor]  # batch -> its embeddings, all first sentences first
+LEADERBOARD = ("sst", "para", "sts")  # the tasks that a submission contains
+
+# ---------------------------------------------------------------------------- predictions
+
+
+def embed_batch(model: SentenceEncoder, batch: Batch, pooling: str | None = None) -> Tensor:
+    """The embeddings of a batch, (embeddings_per_row * B, D)."""
+    return model.embed(batch.input_ids, batch.attention_mask, batch.token_type_ids, pooling)
+
+
+def embed_dataset(
+    model: SentenceEncoder,
+    dataset: TokenizedDataset,
+    batch_size: int,
+    rows: np.ndarray | None = None,
+    pooling: str | None = None,
+) -> Tensor:
+    """Embeddings (N, embeddings_per_row, D) of all rows, or of `rows` and zeros elsewhere.
+
+    `pooling` replaces the model's own.
+    """
+    size = (len(dataset), dataset.embeddings_per_row, model.bert.config.hidden_size)
+    # Each process fills in its own rows; the others' are 0, so the sum has all.
+    vectors = torch.zeros(size, device=model.device)
+    total = len(dataset) if rows is None else len(rows)
+    with model.evaluating(), progress_bar(total, f"embed {dataset.path.name}", leave=False) as bar:
+        for batch in dataset.eval_batches(batch_size, rows):
+            with catch_out_of_memory(batch):
+                found = embed_batch(model, batch.to(model.device), pooling)
+            vectors[torch.from_numpy(batch.rows)] = found.unflatten(0, (size[1], -1)).transpose(
+                0, 1
+            )
+            bar.update(min(len(batch) * distributed.world_size(), total - bar.n))
+    check_finite(distributed.all_reduce_sum(vectors), dataset)
+    return vectors
+
+
+class EmbeddingCache:
+    """Embeddings of a frozen encoder, each row's computed once: in linear probing they are fixed.
+
+    Rows are encoded in evaluation batches before training, so that they do not depend on when
+    training is interrupted and resumed.
+    """
+
+    def __init__(self, model: SentenceEncoder, batch_size: int):
+        self.model = model
+        self.batch_size = batch_size
+        self.vectors: dict[int, Tensor] = {}  # by the dataset's id()
+
+    def add(self, dataset: TokenizedDataset, rows: np.ndarray | None = None) -> None:
+        """Encode a dataset, or only these rows of it."""
+        if id(dataset) not in self.vectors:
+            self.vectors[id(dataset)] = embed_dataset(self.model, dataset, self.batch_size, rows)
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """The embeddings of a batch, as `embed_batch`."""
+        # (B, embeddings_per_row, D) -> all first sentences, then all second ones.
+        vectors = self.vectors[id(batch.dataset)][torch.from_numpy(batch.rows)]
+        return vectors.transpose(0, 1).flatten(0, 1)
+
+
+def predict(model: MultitaskBERT, dataset: TaskDataset, batch_size: int, embed: Embed) -> Tensor:
+    """The logits of every row, (N, C) float32 on the CPU, in file order."""
+    # In file order, whatever the order of the batches.
+    logits = torch.zeros(len(dataset), dataset.task.labels.num_logits)
+    description = f"predict {dataset.path.name}"
+    with model.evaluating(), progress_bar(len(dataset), description, leave=False) as bar:
+        for batch in dataset.eval_batches(batch_size):
+            batch = batch.to(model.device)
+            with catch_out_of_memory(batch):
+                found = model.decode(batch.task, embed(batch)).cpu()
+            logits[torch.from_numpy(batch.rows)] = found
+            bar.update(min(len(batch) * distributed.world_size(), len(dataset) - bar.n))
+    check_finite(distributed.all_reduce_sum(logits), dataset)
+    return logits
+
+
+def check_finite(outputs: Tensor, dataset: TokenizedDataset) -> None:
+    """TrainingDiverged if a row's outputs (N, ...) are not finite, naming the first such row."""
+    bad = ~outputs.flatten(1).isfinite().all(dim=1)
+    if bad.any():
+        row = dataset.describe_rows(bad.nonzero().flatten()[:1].cpu().numpy())
+        raise TrainingDiverged(
+            f"{dataset.path}: the outputs for {int(bad.sum())} rows are not finite ({row}, ...):"
+            " try a smaller --lr or --precision fp32"
+        )
+
+
+# ---------------------------------------------------------------------------- metrics
+
+
+def task_metrics(dataset: TaskDataset, logits: Tensor) -> dict[str, Any]:
+    """The task's metrics (the primary one first), mean loss and number of rows."""
+    # Over all rows at once: a mean of batch means would weigh the last, short batch too much.
+    labels = dataset.task.labels
+    metrics = labels.metrics(labels.predict(logits).numpy(), dataset.labels.numpy())
+    loss = labels.loss(logits, dataset.labels).double().mean().item()
+    if not math.isfinite(loss):
+        raise TrainingDiverged(f"{dataset.path}: the mean loss is {loss}; try a smaller --lr")
+    return {**metrics, "loss": loss, "rows": len(dataset)}
+
+
+def primary_metric(metrics: dict[str, Any]) -> float:
+    """The first of a task's metrics: accuracy, or Pearson's r."""
+    return next(iter(metrics.values()))
+
+
+def overall_score(metrics: dict[str, dict[str, Any]]) -> float:
+    """The course's overall score: the mean over tasks of accuracy, or of (Pearson + 1) / 2."""
+    scores = [TASKS[name].labels.course_score(primary_metric(m)) for name, m in metrics.items()]
+    return sum(scores) / len(scores)
+
+
+def constant_note(metrics: dict[str, Any]) -> str:
+    """A note beside the score if all predictions are one class, as when nothing was learnt."""
+    matrix = np.array(metrics.get("confusion", np.eye(2)))  # rows gold, columns predicted
+    if np.count_nonzero(matrix.sum(axis=0)) > 1:
+        return ""
+    majority = matrix.sum(axis=1).argmax() == matrix.sum(axis=0).argmax()
+    return " (majority class)" if majority else " (one class only)"
+
+
+def summarize(metrics: dict[str, dict[str, Any]]) -> str:
+    """One line for people: each task's primary metric, and the overall score."""
+    parts = [
+        f"{name} {next(iter(of))} {primary_metric(of):.3f}{constant_note(of)}"
+        for name, of in metrics.items()
+    ]
+    return ", ".join([*parts, f"overall {overall_score(metrics):.3f}"])
+
+
+def evaluate(datasets: Sequence[TaskDataset], logits: Sequence[Tensor]) -> dict[str, Any]:
+    """Metrics by task ("tasks"), the overall score ("score"), and both in a line ("summary")."""
+    pairs = zip(datasets, logits, strict=True)
+    metrics = {dataset.task.name: task_metrics(dataset, of) for dataset, of in pairs}
+    return {"score": overall_score(metrics), "summary": summarize(metrics), "tasks": metrics}
+
+
+def baseline(model: SentenceEncoder, dataset: TaskDataset, batch_size: int) -> tuple[str, float]:
+    """What a dev score has to beat, and the name of it, before the model is trained.
+
+    For classes the share of the commonest one; for scores of pairs Pearson's r of the cosine of
+    mean-pooled embeddings, the best that the untouched encoder does without a head.
+    """
+    gold = dataset.labels.numpy()
+    if dataset.task.labels.integer:
+        return "majority class", float(np.unique(gold, return_counts=True)[1].max() / len(gold))
+    texts = list(zip(*(example.texts for example in dataset.examples), strict=True))
+    pairs = TokenizedDataset(dataset.name, dataset.path, texts, model.tokenizer)
+    vectors = embed_dataset(model, pairs, batch_size, pooling="mean").cpu()
+    cosines = torch.cosine_similarity(vectors[:, 0], vectors[:, -1], dim=-1)
+    return "untouched encoder", primary_metric(dataset.task.labels.metrics(cosines.numpy(), gold))
+
+
+# ---------------------------------------------------------------------------- leaderboard files
+
+
+def write_predictions(path: Path, dataset: TaskDataset, logits: Tensor) -> None:
+    """Write a leaderboard file: its header, then `{id} , {prediction} ` per row, in file order.
+
+    Sentiment is an integer, paraphrase the rounded probability, similarity the raw score.
+    """
+    predictions = dataset.task.labels.predict(logits).tolist()
+    lines = [f"id \t {dataset.task.header} \n"]
+    for example, prediction in zip(dataset.examples, predictions, strict=True):
+        lines.append(f"{example.id} , {prediction} \n")
+    write_text(path, "".join(lines))
+
+
+def read_predictions(
+    path: Path, task: Task, examples: Sequence[Example], source: Path
+) -> np.ndarray:
+    """The predictions (N,) in a leaderboard file, checked against the rows they are for.
+
+    Args:
+        path: what `write_predictions` wrote.
+        task: of the rows.
+        examples: the rows, in order.
+        source: the file of the rows, for messages.
+
+    Raises:
+        UserError: the header, number of rows, an id, the order or a prediction is wrong.
+    """
+    header, *rows = read_text(path, "a prediction file; a finished run has them").split("\n")
+    if header != f"id \t {task.header} ":
+        raise UserError(f"{path}, line 1: the header is {header[:60]!r}, not that of {task.name}")
+    if len(rows) != len(examples) + 1 or rows[-1]:  # every line ends with a newline
+        raise UserError(
+            f"{path}: {len(rows) - 1} rows, but {source} has {len(examples)}: predict all of it"
+        )
+    predictions = np.empty(len(examples))
+    for i, (example, row) in enumerate(zip(examples, rows[:-1], strict=True)):
+        name, _, text = row.rpartition(" , ")
+        where = f"{path}, line {i + 2}"
+        if name != example.id:
+            raise UserError(f"{where}: {row[:60]!r}, where {source} has the id {example.id!r}")
+        predictions[i] = _parse_prediction(text, task.labels, where)
+    return predictions
+
+
+def _parse_prediction(text: str, labels: Any, where: str) -> float:
+    """The number in a leaderboard line, if it is formatted as the leaderboard expects."""
+    try:
+        value = float(text) if labels.dtype == torch.float32 else int(text)
+    except ValueError:
+        value = math.nan
+    valid = value in range(int(labels.low), int(labels.high) + 1) or not labels.integer
+    if not math.isfinite(value) or not valid or text != f"{value} ":
+        raise UserError(f"{where}: {text[:40]!r} is not a prediction in the leaderboard's format")
+    return value
+
+
+# ---------------------------------------------------------------------------- saved runs
+
+
+class SavedRun:
+    """A finished run as its `config.json` describes it."""
+
+    def __init__(self, folder: Path):
+        if not (folder / "config.json").is_file() or not (folder / "log.jsonl").is_file():
+            raise UserError(f"{folder}: not a run folder; expected one with config.json and best/")
+        self.folder = folder
+        path = folder / "config.json"
+        config = read_json(path)
+        with reading(path, "the record of a run"):
+            self.config = config
+            self.arguments: dict[str, Any] = config["arguments"]
+            self.batch_size = int(self.arguments["batch_size"])
+            self.limit: int | None = self.arguments["limit"]
+            self.files: dict[str, dict[str, str]] = config.get("files", {})
+            _ = config["hardware"]["threads"], config["precision"], config["device"]
+
+    def load_model(self, device: str | None = None) -> MultitaskBERT:
+        """The best model, with the run's precision and threads, on the run's device or another."""
+        model = MultitaskBERT.from_pretrained(self.folder)
+        recorded = {**self.config, "device": device or self.config["device"]}
+        chosen, model.dtype = setup_device(0, "auto", "auto", recorded)
+        # Bit for bit as in the run, also where that used several processes.
+        threads = self.config["hardware"]["threads"]
+        torch.set_num_threads(min(threads, os.cpu_count() or 1))
+        return model.to(chosen)
+
+    def data_file(self, task: Task, split: str, data_dir: Path | None) -> Path:
+        """The file that the run read, or the one in another data folder."""
+        if data_dir is not None:
+            return data_dir / task.files.format("test-student" if split == "test" else split)
+        if task.name not in self.files.get(split, {}):
+            path = self.folder / "config.json"
+            raise UserError(f"{path}: names no {split} file of {task.name}; give --data_dir")
+        return Path(self.files[split][task.name])
+
+    def prediction_file(self, task: Task, split: str) -> Path:
+        """Where the run wrote its predictions."""
+        flags = (f"{task.name}_{split}_out", f"{split}_out")
+        default = self.folder / "predictions" / f"{task.name}-{split}-output.csv"
+        return Path(next((self.arguments[f] for f in flags if self.arguments.get(f)), default))
+
+
+def note(*lines: object) -> None:
+    """Print what is not the answer itself to standard error."""
+    print(*lines, sep="\n", file=sys.stderr)
+
+
+def format_json(value: dict[str, Any]) -> str:
+    """Indented JSON with each innermost list, such as a row of a confusion matrix, on one line."""
+    text = json.dumps(value, indent=2)
+    return re.sub(r"\[[^\[\]{}]*\]", lambda match: " ".join(match[0].split()), text)
+
+
+def evaluate_run(run: SavedRun, data_dir: Path | None, device: str | None) -> None:
+    """Print the dev metrics of the run's best model, in the form of `result.json`."""
+    model = run.load_model(device)
+    datasets = []
+    for task in find_tasks(list(model.heads)) or [TASKS["sts"]]:  # SimCSE has no heads
+        path = run.data_file(task, "dev", data_dir)
+        pairs = model.pair_encoding
+        datasets.append(TaskDataset(path, task, model.tokenizer, pairs, limit=run.limit))
+    note(*datasets)
+    if model.heads:
+        embed = lambda batch: embed_batch(model, batch)  # noqa: E731
+        logits = [predict(model, dataset, run.batch_size, embed) for dataset in datasets]
+        found = evaluate(datasets, logits)
+        result = {"dev": found["tasks"], "overall": found["score"]}
+        note(found["summary"])
+    else:
+        vectors = embed_dataset(model, datasets[0], run.batch_size).cpu()
+        result = {"dev": {"sts": similarity_metrics(vectors, datasets[0].labels)}}
+    print(format_json(result))
+    known = run.folder / "result.json"
+    if data_dir is None and known.exists():
+        same = read_json(known).get("dev") == result["dev"]
+        note(f"{known}: {'the same metrics, bit for bit' if same else 'DIFFERENT metrics'}")
+
+
+def compare_runs(first: SavedRun, second: SavedRun, data_dir: Path | None) -> None:
+    """Print the differences between two runs' dev metrics, and whether they are significant."""
+    runs = (first, second)
+    common = [name for name in TASKS if all(name in run.files.get("dev", {}) for run in runs)]
+    if not common:
+        raise UserError(f"{first.folder}, {second.folder}: have no task in common")
+    found = []
+    for task in find_tasks(common):
+        path = first.data_file(task, "dev", data_dir)
+        examples, others = (read_examples(path, task, limit=run.limit)[0] for run in runs)
+        if examples != others:
+            limits = " and ".join(f"{run.folder} had --limit {run.limit}" for run in runs)
+            raise UserError(f"{limits}: they predicted different rows of {path}")
+        gold = np.array([example.label for example in examples])
+        predicted = [
+            read_predictions(run.prediction_file(task, "dev"), task, examples, path) for run in runs
+        ]
+        metrics = [task.labels.metrics(of, gold) for of in predicted]
+        name, values = next(iter(metrics[0])), [primary_metric(of) for of in metrics]
+        what = f"{task.name} {name}, {len(gold):,} rows: {values[0]:.4f} - {values[1]:.4f}"
+        a, b = (of[None] for of in predicted)  # one seed each
+        found.append((what, compare(gold, a, b, correlation=not task.labels.integer)))
+    for (what, result), p in zip(found, holm([of.p for _, of in found]), strict=True):
+        print(
+            f"{what} = {result.difference:+.4f}, 95% interval {result.low:+.4f} to"
+            f" {result.high:+.4f}, p {format_p(p)}:"
+            f" {'significant' if p < SIGNIFICANCE else 'not significant'}"
+        )
+    note(
+        "intervals: bootstrap over rows; p: paired test with Holm's correction, significant below"
+        f" {SIGNIFICANCE}; the variance between seeds is in neither"
+    )
+
+
+def find_head(model: MultitaskBERT, name: str) -> Task:
+    """The task of that name; UserError if the run has no head for it."""
+    if name not in model.heads:
+        trained = ", ".join(model.heads) or "none: SimCSE pre-training has no heads"
+        raise UserError(f"--task {name}: the run has no head for it; it has {trained}")
+    return TASKS[name]
+
+
+def predict_file(run: SavedRun, args: Namespace) -> None:
+    """Write the predictions for a csv file; print metrics if it has labels."""
+    check_new_file(args.out)
+    model = run.load_model(args.device)
+    task = find_head(model, args.task)
+    dataset = TaskDataset(args.data, task, model.tokenizer, model.pair_encoding, labelled=None)
+    note(dataset)
+    logits = predict(model, dataset, run.batch_size, lambda batch: embed_batch(model, batch))
+    write_predictions(args.out, dataset, logits)
+    if dataset.labels is not None:
+        print(format_json({task.name: task_metrics(dataset, logits)}))
+    note(args.out)
+
+
+def predict_texts(run: SavedRun, texts: Sequence[str], device: str | None) -> None:
+    """Print each matching task's prediction for a sentence or a pair, with probabilities."""
+    model = run.load_model(device)
+    tasks = [task for task in find_tasks(list(model.heads)) if len(task.text_columns) == len(texts)]
+    if not tasks:
+        raise UserError(
+            f"{run.folder}: no task takes {len(texts)} --text; it has"
+            f" {', '.join(model.heads) or 'no heads at all'}"
+        )
+    for task in tasks:
+        joint = len(texts) > model.embeddings_per_row(task)
+        columns = [[text] for text in texts]
+        dataset = TokenizedDataset(task.name, Path("--text"), columns, model.tokenizer, joint)
+        if dataset.truncated:
+            note(dataset)
+        with model.evaluating():
+            batch = dataset.batch(np.arange(1)).to(model.device)
+            logits = model.decode(task.name, embed_batch(model, batch)).cpu()
+        prediction = task.labels.predict(logits).item()
+        if task.class_names:
+            probabilities = task.labels.probabilities(logits)[0].tolist()
+            pairs = zip(task.class_names, probabilities, strict=True)
+            listed = ", ".join(f"{name} {p:.4f}" for name, p in pairs)
+            print(f"{task.name}: {task.class_names[int(prediction)]} ({listed})")
+        else:
+            print(f"{task.name}: {prediction:.4f}")
+
+
+def submit(run: SavedRun, out: Path, data_dir: Path | None) -> None:
+    """Check the run's prediction files and pack them for the leaderboard."""
+    check_new_file(out)
+    files: dict[str, Path] = {}
+    for task in find_tasks(LEADERBOARD):
+        for split in ("dev", "test"):
+            path = run.prediction_file(task, split)
+            source = run.data_file(task, split, data_dir)
+            examples, _, _ = read_examples(source, task, labelled=split == "dev")
+            if run.limit is not None and run.limit < len(examples):
+                raise UserError(
+                    f"{run.folder}: had --limit {run.limit}, but {source} has {len(examples)} rows,"
+                    " and the leaderboard wants all: train without --limit"
+                )
+            read_predictions(path, task, examples, source)
+            files[f"predictions/{task.name}-{split}-output.csv"] = path
+            note(f"{path}: {len(examples):,} predictions, in the order of {source}")
+    with atomic_file(out) as draft, zipfile.ZipFile(draft, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, path in files.items():
+            entry = zipfile.ZipInfo(name)  # without a date: equal files give equal archives
+            entry.external_attr = 0o644 << 16
+            archive.writestr(entry, path.read_bytes(), zipfile.ZIP_DEFLATED)
+    print(out)
+
+
+class ExportedEncoder(nn.Module):
+    """A run's encoder with its pooling, as ONNX gets it."""
+
+    OUTPUTS = ("last_hidden_state", "pooler_output", "sentence_embedding")
+
+    def __init__(self, model: SentenceEncoder):
+        super().__init__()
+        self.bert = model.bert
+        self.pooling = model.pooling
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Three tensors (B, T) -> those of `OUTPUTS`: (B, T, D), (B, D), (B, D)."""
+        output = self.bert(input_ids, attention_mask, token_type_ids)
+        embedding = pool(output, attention_mask, self.pooling)
+        return output["last_hidden_state"], output["pooler_output"], embedding
+
+
+def export(run: SavedRun, out: Path | None) -> None:
+    """Write the run's encoder as ONNX."""
+    check_onnx_packages()
+    path = out or run.folder / "best" / "onnx" / "model.onnx"
+    check_new_file(path)
+    model = MultitaskBERT.from_pretrained(run.folder)
+    limit = model.bert.config.max_position_embeddings
+    write_onnx(path, ExportedEncoder(model).eval(), ExportedEncoder.OUTPUTS, limit)
+    print(path)
+
+
+# ---------------------------------------------------------------------------- command line
+
+# Action -> the other flags that it takes. Without an action, the run is evaluated again.
 ACTIONS = {
     "evaluate": {"data_dir", "device"},
     "data": {"task", "out", "device"},
@@ -28,55 +485,56 @@ ACTIONS = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    """`from evaluation import predict`, and all else of `scoring`; --help stays quick."""
-    if name.startswith("__"):  # Python asks every module for some
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import scoring
-
-    return getattr(scoring, name)
-
-
-def parse(argv: Sequence[str] | None = None) -> Namespace:
-    """The command line, checked; `action` is the key of `ACTIONS`."""
-    parser = Parser(__doc__.splitlines()[0])
+def parse_args(argv: Sequence[str] | None = None) -> Namespace:
+    """The command line, checked; `action` is a key of `ACTIONS`."""
+    parser = ArgumentParser(__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="a run folder")
     add = parser.add_mutually_exclusive_group().add_argument
     add("--data", type=Path, metavar="FILE", help="predict a csv file in the course's format")
     add("--text", action="append", help="predict a sentence, or a pair: --text A --text B")
     add("--submit", type=Path, metavar="ZIP", help="check the predictions, and pack them")
-    add("--compare", type=Path, metavar="OTHER", help="another run folder, to compare with on dev")
-    add("--export", choices=["onnx"], help="write the encoder for other software")
+    add("--compare", type=Path, metavar="OTHER", help="compare dev metrics with another run's")
+    add("--export", choices=["onnx"], help="write the encoder as ONNX (after ./setup.sh --dev)")
     add = parser.add_argument
-    add("--task", help="whose columns --data has")
+    add("--task", help="the task whose columns the file of --data has")
     add(
         "--out",
         type=Path,
-        help="a new file: for --data its predictions, as the leaderboard has them; for --export the"
-        " model (default: best/onnx/model.onnx in the run folder)",
+        help="a new file: of --data for the predictions, in the leaderboard's format; of --export"
+        " for the model (default: best/onnx/model.onnx in the run folder)",
     )
-    add("--data_dir", type=Path, help="folder of the csv files (default: those that the run read)")
+    add("--data_dir", type=Path, help="folder of the csv files (default: the files the run read)")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], help="(default: the run's)")
     args = parser.parse_args(argv)
-    asked = [action for action in ACTIONS if getattr(args, action, None) is not None]
-    args.action = asked[0] if asked else "evaluate"
-    for flag in set.union(*ACTIONS.values()) - ACTIONS[args.action]:
+    given = [action for action in ACTIONS if getattr(args, action, None) is not None]
+    args.action = given[0] if given else "evaluate"
+    for flag in sorted(set.union(*ACTIONS.values()) - ACTIONS[args.action]):
         if getattr(args, flag) is not None:
-            parser.error(f"--{flag} does nothing {f'with --{asked[0]}' if asked else 'by itself'}")
+            parser.error(f"--{flag} has no effect {f'with --{given[0]}' if given else 'by itself'}")
     if args.data and not (args.task and args.out):
         parser.error("--data FILE needs --task NAME and --out FILE")
     if args.text and len(args.text) > 2:
-        parser.error("--text: one sentence, or the two of a pair")
+        parser.error("--text: give one sentence, or the two of a pair")
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Answer what the command line asks."""
-    args = parse(argv)
-    import saved
-
-    saved.answer(args)
+    args = parse_args(argv)
+    run = SavedRun(args.run)
+    if args.action == "evaluate":
+        evaluate_run(run, args.data_dir, args.device)
+    elif args.action == "data":
+        predict_file(run, args)
+    elif args.action == "text":
+        predict_texts(run, args.text, args.device)
+    elif args.action == "submit":
+        submit(run, args.submit, args.data_dir)
+    elif args.action == "compare":
+        compare_runs(run, SavedRun(args.compare), args.data_dir)
+    else:
+        export(run, args.out)
 
 
 if __name__ == "__main__":
-    script(main)
+    run_script(main)

@@ -2,128 +2,486 @@
 
     python multitask_classifier.py --option finetune --use_gpu
 
-Each mini-batch belongs to one task; its loss reaches that task's head and, when fine-tuning, BERT.
-The run folder gets config.json, log.jsonl, best/ (a HuggingFace folder), predictions/ in the
+Each batch belongs to one task; its loss reaches that task's head and, when fine-tuning, BERT. The
+run folder gets config.json, log.jsonl, best/ (a HuggingFace folder), predictions/ in the
 leaderboard's format, and result.json.
 """
 
-from argparse import Namespace
-from collections.abc import Sequence
+import math
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-from options import (
-    COUNT,
-    POSITIVE,
-    Parser,
-    add_file_flags,
-    add_supervised_flags,
-    complete_supervised,
-    script,
+import torch
+from torch import Tensor
+
+from bert import BertModel
+from datasets import SAMPLINGS, Batch, TaskDataset, TaskMixture
+from engine import cli, distributed
+from engine.checkpoint import check_new_file, write_text
+from engine.conflict import GradientConflictLogger
+from engine.device import peak_memory_bytes, setup_device
+from engine.errors import UserError
+from engine.export import model_card
+from engine.gradients import backward_by_task, pcgrad, sum_gradients, sum_losses
+from engine.run_dir import RunDir
+from engine.trainer import Trainer
+from evaluation import (
+    Embed,
+    EmbeddingCache,
+    baseline,
+    constant_note,
+    embed_batch,
+    evaluate,
+    overall_score,
+    predict,
+    primary_metric,
+    task_metrics,
+    write_predictions,
 )
+from model import HEADS, PAIR_ENCODINGS, MultitaskBERT
+from optimizer import AdamW, lr_factor, parameter_groups
+from tasks import TASKS, Task, find_tasks
+from tokenizer import BertTokenizer
 
-TASK_FLAGS = {"sst": "SST sentiment", "para": "Quora question pairs", "sts": "STS similarity"}
+Datasets = dict[str, list[TaskDataset]]  # split -> a dataset per task
+Backward = Callable[[Sequence[Batch], int], float]  # (batches, step) -> loss, leaving gradients
+
+DEFAULT_LR = 5e-5  # of BERT
+DEFAULT_HEAD_LR = 1e-2  # of the heads; LOG.md has the measurement
+DEFAULT_EPOCHS = {"pretrain": 10, "finetune": 3, "lpft": 3}
+# The first stage of --option lpft: train the heads on a frozen BERT until dev stops improving.
+PROBE = {"epochs": 50, "patience": 3, "eval_every": 0, "schedule": "constant", "warmup": 0.0}
+PROBE |= {"leave_out": None, "surgery": "none", "measure_conflict": 0}
+
+# ---------------------------------------------------------------------------- command line
 
 
-def __getattr__(name: str) -> Any:
-    """`from multitask_classifier import MultitaskBERT`, as in the course; --help stays quick."""
-    if name == "MultitaskBERT":
-        from tasks import MultitaskBERT
-
-        return MultitaskBERT
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def parse(argv: Sequence[str] | None = None) -> Namespace:
-    """The command line, checked and completed."""
-    parser = Parser(__doc__.splitlines()[0])
-    add_supervised_flags(parser)
-    add = parser.add_argument
-    add("--tasks", default="sst,para,sts", help="names of rows in tasks.TASKS, by commas")
+def add_supervised_flags(parser: ArgumentParser) -> None:
+    """The flags of training on labels, for one task or several."""
+    add = parser.add_argument_group("method").add_argument
     add(
-        "--sampling",
-        choices=["roundrobin", "proportional", "annealed"],
-        default="roundrobin",
-        help="how an epoch mixes the tasks (datasets.Mixture)",
+        "--option",
+        choices=["pretrain", "finetune", "lpft"],
+        default="pretrain",
+        help="pretrain: train the heads on a frozen BERT (linear probing); finetune: train BERT"
+        " too; lpft: first the one until it converges, then the other (Kumar et al. 2022)",
     )
-    add("--pair_encoding", choices=["separate", "joint"], default="separate")
-    for task in ("para", "sts"):
-        add(
-            f"--{task}_decoder",
-            choices=["concat", "dot", "cosine"],
-            help="with --pair_encoding separate (default: dot, the paper's)",
-        )
-    add("--leave_out", metavar="TASK", help="its head is trained, but its loss never reaches BERT")
+    add("--epochs", type=cli.POSITIVE_INT, help="(default: 10 for pretrain, else 3)")
+    add("--lr", type=cli.POSITIVE, help="peak learning rate (default: pretrain 1e-2, else 5e-5)")
+    add(
+        "--head_lr",
+        type=cli.POSITIVE,
+        help="of the heads, if BERT is trained too; with lpft, in the probe (default: 1e-2)",
+    )
+    add("--no_test", action="store_true", help="neither read nor predict the test files")
+
+
+def add_file_flags(add: Callable[..., Any], prefix: str, title: str) -> None:
+    """A task's three input files and two output files, under the course's flag names."""
+    splits = {"train": "training", "dev": "dev", "test": "test"}
+    for split, word in splits.items():
+        add(f"--{prefix}{split}", type=Path, help=f"{title}: {word} file (default: in --data_dir)")
+    for split in ("dev", "test"):
+        help_text = f"{title}: {split} predictions (default: predictions/ in the run folder)"
+        add(f"--{prefix}{split}_out", type=Path, help=help_text)
+
+
+def parse_args(argv: Sequence[str] | None = None) -> Namespace:
+    """The command line, checked and completed."""
+    parser = cli.ArgumentParser(__doc__.splitlines()[0])
+    add_supervised_flags(parser)
+    add = parser.add_argument_group("multitask training").add_argument
+    add("--tasks", default="sst,para,sts", help=f"comma-separated; there are {', '.join(TASKS)}")
+    add("--sampling", choices=SAMPLINGS, default="roundrobin", help="how an epoch mixes the tasks")
+    add(
+        "--pair_encoding",
+        choices=PAIR_ENCODINGS,
+        default="separate",
+        help="one embedding per sentence, or one for '[CLS] a [SEP] b [SEP]'",
+    )
+    add("--leave_out", metavar="TASK", help="train its head, but keep its loss from BERT")
     add(
         "--surgery",
         choices=["none", "sum", "pcgrad"],
         default="none",
-        help="sum, pcgrad: a step has a batch of every task, and BERT gets the sum of their"
-        " gradients, for pcgrad after conflicts are projected away (Yu et al. 2020)",
+        help="sum, pcgrad: every step has a batch of each task and BERT gets the sum of their"
+        " gradients; pcgrad first projects out conflicts (Yu et al. 2020)",
     )
     add(
         "--measure_conflict",
-        type=COUNT,
+        type=cli.COUNT,
         default=0,
         metavar="N",
-        help="every N steps, log how the tasks' gradients lie to each other; 0: never. Two batches"
-        " a task are encoded two to eight times each, layers together as memory allows",
+        help="log gradient conflict every N steps (0: never); says beforehand what it costs",
     )
     add(
         "--conflict_rows",
-        type=POSITIVE,
+        type=cli.POSITIVE_INT,
         metavar="ROWS",
-        help="of a batch that --measure_conflict takes (default: --batch_size; at most half of the"
-        " training set): the more, the less of its gradient is chance, and the longer it takes",
+        help="rows per batch for --measure_conflict (default: --batch_size; at most half of the"
+        " training set): more rows, less noise, more time",
     )
-    for task, what in TASK_FLAGS.items():
-        add_file_flags(parser, f"{task}_", what)
+    cli.add_training_flags(parser)
+    for task in TASKS.values():
+        add = parser.add_argument_group(f"{task.title} ({task.name})").add_argument
+        add(f"--{task.name}_decoder", choices=HEADS, help=f"decoder head (default: {task.head})")
+        add_file_flags(add, f"{task.name}_", task.title)
     args = parser.parse_args(argv)
-    complete_supervised(args, parser, "multitask")
+    complete_supervised_args(args, parser, "multitask")
+    check_multitask_args(args, parser)
+    return args
+
+
+def complete_supervised_args(args: Namespace, parser: ArgumentParser, name: str) -> None:
+    """Fill in what depends on --option, and refuse flags that contradict each other."""
+    cli.complete_training_args(args, parser, f"{name}-{args.option}")
+    if args.option == "pretrain" and args.lr and args.head_lr:
+        parser.error("--lr and --head_lr are the same with --option pretrain; give one of them")
+    for flag in [flag for flag in vars(args) if flag.endswith(("test", "test_out"))]:
+        if args.no_test and flag != "no_test" and getattr(args, flag) is not None:
+            parser.error(f"--{flag} contradicts --no_test; give one of them")
+    if args.option == "pretrain":
+        args.head_lr = args.head_lr or args.lr or DEFAULT_HEAD_LR
+    else:
+        args.lr = args.lr or DEFAULT_LR
+        args.head_lr = args.head_lr or DEFAULT_HEAD_LR
+    args.epochs = args.epochs or DEFAULT_EPOCHS[args.option]
+
+
+def check_multitask_args(args: Namespace, parser: ArgumentParser) -> None:
+    """Split --tasks, and refuse flags that have no effect with them."""
     args.tasks = [name.strip() for name in args.tasks.split(",")]
+    listed = ",".join(args.tasks)
     if len(set(args.tasks)) < len(args.tasks):
-        parser.error(f"--tasks {','.join(args.tasks)}: name each task once")
-    for task in TASK_FLAGS:
-        for field in ("train", "dev", "test", "dev_out", "test_out", "decoder"):
-            if task not in args.tasks and getattr(args, f"{task}_{field}", None) is not None:
-                parser.error(f"--{task}_{field}: {task} is not in --tasks {','.join(args.tasks)}")
+        parser.error(f"--tasks {listed}: name each task once")
+    for task in set(TASKS) - set(args.tasks):
+        for flag in [flag for flag in vars(args) if flag.startswith(f"{task}_")]:
+            if getattr(args, flag) is not None:
+                parser.error(f"--{flag}: {task} is not in --tasks {listed}")
     if args.leave_out and args.leave_out not in args.tasks:
-        parser.error(f"--leave_out {args.leave_out}: not in --tasks {','.join(args.tasks)}")
-    if args.leave_out and len(args.tasks) < 2:
-        parser.error(f"--leave_out {args.leave_out}: it is the only task; nothing would train BERT")
-    for flag in ("leave_out", "surgery", "measure_conflict"):
-        if args.option == "pretrain" and getattr(args, flag) not in (None, "none", 0):
-            parser.error(f"--{flag} is for training BERT: give --option finetune or lpft")
+        parser.error(f"--leave_out {args.leave_out}: not in --tasks {listed}")
     if args.conflict_rows and not args.measure_conflict:
-        parser.error("--conflict_rows is for --measure_conflict N: give that too, or leave it out")
-    if args.measure_conflict and len(args.tasks) < 2:
-        parser.error("--measure_conflict needs two tasks or more")
-    if args.surgery != "none" and len(args.tasks) < 2:
-        parser.error(f"--surgery {args.surgery} needs two tasks or more")
+        parser.error("--conflict_rows needs --measure_conflict N")
+    for flag in ("leave_out", "surgery", "measure_conflict"):
+        if getattr(args, flag) in (None, "none", 0):
+            continue
+        if args.option == "pretrain":
+            parser.error(f"--{flag} is for training BERT: give --option finetune or lpft")
+        if len(args.tasks) < 2:
+            parser.error(f"--{flag} needs two tasks or more")
     if args.surgery != "none" and args.sampling != "roundrobin":
         parser.error(f"--surgery {args.surgery} needs --sampling roundrobin: all tasks in a step")
-    if args.pair_encoding == "joint" and (args.para_decoder or args.sts_decoder):
-        parser.error("--pair_encoding joint has its own (linear) decoder; leave out --*_decoder")
-    return args
+
+
+# ---------------------------------------------------------------------------- files
+
+
+def given_path(args: Namespace, task: str, name: str) -> Path | None:
+    """The user's path for a task's file: --sst_dev here, --dev in classifier.py."""
+    return getattr(args, f"{task}_{name}", None) or getattr(args, name, None)
+
+
+def load_datasets(args: Namespace, tasks: list[Task], tokenizer: BertTokenizer) -> Datasets:
+    """Read and tokenise the train, dev and test file of each task."""
+    splits = ("train", "dev") if args.no_test else ("train", "dev", "test")
+    datasets: Datasets = {split: [] for split in splits}
+    for task in tasks:
+        for split in splits:
+            file = task.files.format("test-student" if split == "test" else split)
+            path = given_path(args, task.name, split) or args.data_dir / file
+            labelled = split != "test"
+            pairs = args.pair_encoding
+            datasets[split].append(
+                TaskDataset(path, task, tokenizer, pairs, labelled, limit=args.limit)
+            )
+            print(datasets[split][-1])
+    for dataset in datasets["train"] if args.measure_conflict else ():
+        if len(dataset) < 2:
+            raise UserError(f"{dataset.path}: one row, but --measure_conflict needs two batches")
+    return datasets
+
+
+def output_paths(args: Namespace, resumed: bool) -> dict[tuple[str, str], Path]:
+    """(task, split) -> its prediction file.
+
+    Raises:
+        UserError: a file that the user named exists (unless this run may have written it before),
+            is named twice, or cannot be written.
+    """
+    paths: dict[tuple[str, str], Path] = {}
+    taken = [args.run_dir.resolve()]
+    for task in args.tasks:
+        for split in ("dev",) if args.no_test else ("dev", "test"):
+            default = args.run_dir / "predictions" / f"{task}-{split}-output.csv"
+            path = given_path(args, task, f"{split}_out")
+            paths[task, split] = path or default
+            if path is None:
+                continue
+            if not resumed:
+                check_new_file(path)
+            full = path.resolve()
+            if any(full in (p, *p.parents) or p in full.parents for p in taken):
+                raise UserError(f"{path}: clashes with --run_dir or another output; move it")
+            taken.append(full)
+    return paths
+
+
+# ---------------------------------------------------------------------------- training methods
+
+
+def row_losses(model: MultitaskBERT, embed: Embed, batch: Batch, detach: bool = False) -> Tensor:
+    """The loss of each row, (B,); with `detach` it reaches the head but not BERT."""
+    with torch.set_grad_enabled(not detach):  # no graph, no gradient for BERT
+        embeddings = embed(batch)
+    return TASKS[batch.task].labels.loss(model.decode(batch.task, embeddings), batch.labels)
+
+
+def make_backward(args: Namespace, model: MultitaskBERT, embed: Embed) -> Backward:
+    """How a step gets its gradients: of one task's loss, or combined from those of all tasks."""
+
+    def backward_task(batches: Sequence[Batch]) -> float:
+        # A step trains BERT and the head of its own task; the other heads have no gradients.
+        task = batches[0].task
+        trained = [*model.bert.parameters(), *model.heads[task].parameters()]
+        loss_fn = partial(row_losses, model, embed, detach=task == args.leave_out)
+        return sum_losses(loss_fn, batches, [p for p in trained if p.requires_grad])
+
+    if args.surgery == "none":
+        return lambda batches, step: backward_task(batches)
+    shared = list(model.bert.parameters())
+    combine = {"sum": sum_gradients, "pcgrad": pcgrad}[args.surgery]
+    return lambda batches, step: backward_by_task(backward_task, batches, shared, combine)
+
+
+class DevEvaluator:
+    """Evaluates the model on dev for the trainer, and remembers what the best weights predicted."""
+
+    def __init__(
+        self, model: MultitaskBERT, datasets: list[TaskDataset], batch_size: int, embed: Embed
+    ):
+        self.model = model
+        self.datasets = datasets
+        self.batch_size = batch_size
+        self.embed = embed
+        self.best: dict[str, Any] = {"score": -math.inf, "tasks": {}}
+        self.best_logits: dict[TaskDataset, Tensor] = {}
+
+    def __call__(self) -> dict[str, Any]:
+        """`evaluation.evaluate` of the current weights."""
+        logits = {dataset: self.predict(dataset) for dataset in self.datasets}
+        found = distributed.broadcast_from_rank_zero(
+            lambda: evaluate(self.datasets, list(logits.values()))
+        )
+        if found["score"] > self.best["score"]:
+            self.best, self.best_logits = found, logits
+        return found
+
+    def predict(self, dataset: TaskDataset) -> Tensor:
+        """The logits (N, C) of the current weights."""
+        return predict(self.model, dataset, self.batch_size, self.embed)
+
+
+def train(
+    args: Namespace,
+    model: MultitaskBERT,
+    datasets: Datasets,
+    run: RunDir,
+    frozen: bool,
+    best_folder: str = "best",
+) -> tuple[dict[str, Any], DevEvaluator]:
+    """Train the heads, and BERT unless it is frozen; the best evaluation, and its evaluator.
+
+    The paper has one Adam per head, so that a task's batches do not move another's moments.
+    """
+    mixture = TaskMixture(
+        datasets["train"],
+        args.batch_size,
+        args.seed,
+        args.epochs,
+        args.sampling,
+        args.accumulate,
+        all_tasks=args.surgery != "none",
+    )
+    embed = (
+        cache_embeddings(args, model, datasets, mixture) if frozen else partial(embed_batch, model)
+    )
+    model.freeze(frozen)
+    # BERT gets a small learning rate, new heads a large one.
+    optimizers = {}
+    if not frozen:
+        groups = parameter_groups(model.bert, args.weight_decay)
+        optimizers["bert"] = AdamW(groups, lr=args.lr, fused=True)
+    for name, head in model.heads.items():
+        groups = parameter_groups(head, args.weight_decay)
+        optimizers[name] = AdamW(groups, lr=args.head_lr, fused=True)
+    backward = make_backward(args, model, embed)
+    if args.measure_conflict:
+        loss_fn = partial(row_losses, model, partial(embed_batch, model))
+        backward = GradientConflictLogger(backward, loss_fn, model, datasets["train"], run, args)
+        print(backward.cost(sum(map(mixture.epoch_steps, range(args.epochs)))))
+    evaluator = DevEvaluator(model, datasets["dev"], args.batch_size, embed)
+    factor = partial(lr_factor, args.schedule, args.warmup)
+    trainer = Trainer(
+        model, optimizers, factor, mixture, backward, evaluator, run, args, best_folder
+    )
+    return trainer.fit(), evaluator
+
+
+def cache_embeddings(
+    args: Namespace, model: MultitaskBERT, datasets: Datasets, mixture: TaskMixture
+) -> Embed:
+    """A frozen BERT gives a sentence the same embedding in every epoch: compute each once."""
+    cache = EmbeddingCache(model, args.batch_size)
+    for dataset, rows in zip(datasets["train"], mixture.rows_used(), strict=True):
+        cache.add(dataset, rows)
+    for dataset in [*datasets["dev"], *datasets.get("test", [])]:
+        cache.add(dataset)
+    return cache
+
+
+def load_best(model: MultitaskBERT, folder: Path) -> None:
+    """Load the weights in a folder, which only rank 0 may see, into all processes."""
+    distributed.broadcast_from_rank_zero(lambda: model.load(folder))
+    distributed.broadcast_parameters(model)
+
+
+def train_by_option(
+    args: Namespace, model: MultitaskBERT, datasets: Datasets, run: RunDir
+) -> tuple[dict[str, Any], DevEvaluator]:
+    """`train` in the one or two stages of --option; the best weights are then loaded."""
+    if args.option == "lpft":
+        if run.state is None or run.state[1]["stage"] == "probe":
+            run.stage = "probe"
+            probe_args = Namespace(**{**vars(args), **PROBE})
+            train(probe_args, model, datasets, run, frozen=True, best_folder="probe")
+        # Starting from trained heads keeps the first large, random gradients away from BERT.
+        load_best(model, run.path / "probe")
+        run.stage = "finetune"
+        args.head_lr = args.lr  # one rate for the whole model, as Kumar et al. fine-tune
+        print("the probe has converged: fine-tuning from its heads")
+    best, evaluator = train(args, model, datasets, run, frozen=args.option == "pretrain")
+    load_best(model, run.path / "best")
+    return best, evaluator
+
+
+# ---------------------------------------------------------------------------- results
+
+
+def write_results(
+    args: Namespace,
+    model: MultitaskBERT,
+    datasets: Datasets,
+    baselines: dict[str, tuple[str, float]],
+    best: dict[str, Any],
+    evaluator: DevEvaluator,
+    run: RunDir,
+) -> dict[str, Any]:
+    """Write the best weights' predictions and result.json, and print a table; that result."""
+    seconds = run.seconds()
+    outputs = output_paths(args, resumed=True)
+    metrics = {}
+    # After an interruption, the best weights may be older than what the evaluator has seen.
+    known = evaluator.best_logits if evaluator.best["tasks"] == best["tasks"] else {}
+    for task, split in outputs:
+        dataset = next(dataset for dataset in datasets[split] if dataset.name == task)
+        logits = known[dataset] if dataset in known else evaluator.predict(dataset)
+        if run.writes:
+            write_predictions(outputs[task, split], dataset, logits)
+        if split == "dev":
+            metrics[task] = task_metrics(dataset, logits)
+    result = {
+        "dev": metrics,
+        "overall": overall_score(metrics),
+        "baselines": {task: {name: value} for task, (name, value) in baselines.items()},
+        "best_epoch": best["epoch"],
+        "best_step": best["step"],
+        "training_seconds": round(seconds, 1),
+        "saving_seconds": round(run.saving_seconds, 2),  # of the training seconds
+        "peak_memory_bytes": peak_memory_bytes(model.device),  # of rank 0
+        "processes": distributed.world_size(),
+        "predictions": {f"{task}_{split}": str(path) for (task, split), path in outputs.items()},
+    }
+    if run.writes:
+        write_text(run.path / "best" / "README.md", model_card(run.path, result))
+    run.finish(result, args.keep_last)
+    print(f"best weights: epoch {best['epoch']}, step {best['step']}; dev scores:")
+    print(results_table(metrics, baselines))
+    print(f"{run.path}: best/, predictions/, result.json; trained for {seconds:.0f} s")
+    return result
+
+
+def results_table(
+    metrics: dict[str, dict[str, Any]], baselines: dict[str, tuple[str, float]]
+) -> str:
+    """Task, metric, score, baseline and number of rows, aligned."""
+    lines = [("task", "metric", "score", "baseline", "rows")]
+    for task, of in metrics.items():
+        name, value = baselines[task]
+        score = f"{primary_metric(of):.3f}{constant_note(of)}"
+        lines.append((task, next(iter(of)), score, f"{value:.3f} ({name})", f"{of['rows']:,}"))
+    lines.append(("overall", "", f"{overall_score(metrics):.3f}", "", ""))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    padded = [
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        for line in lines
+    ]
+    return "\n".join("  " + line.rstrip() for line in padded)
+
+
+# ---------------------------------------------------------------------------- main
+
+
+def run_training(args: Namespace) -> dict[str, Any]:
+    """Train as the command line says, from files to a finished run; what `result.json` holds.
+
+    Raises:
+        UserError: anything the user can fix; nothing has been written before training starts.
+    """
+    with distributed.process_group(args):
+        # 1. Check everything that can be checked before anything is written.
+        tasks = find_tasks(args.tasks)
+        recorded = RunDir.check(args)
+        device, dtype = setup_device(args.seed, args.device, args.precision, recorded)
+        output_paths(args, resumed=recorded is not None)
+        # 2. Data and model.
+        tokenizer = BertTokenizer.from_pretrained(args.model)
+        datasets = load_datasets(args, tasks, tokenizer)
+        bert = BertModel.from_pretrained(args.model, hidden_dropout_prob=args.hidden_dropout_prob)
+        decoders = {task.name: getattr(args, f"{task.name}_decoder", None) for task in tasks}
+        model = MultitaskBERT(bert, tasks, decoders, args.pooling, args.pair_encoding, tokenizer)
+        model.dtype = dtype
+        distributed.broadcast_parameters(model.to(device))
+        # 3. The run folder records all that is needed to repeat the run.
+        everything = [dataset for of in datasets.values() for dataset in of]
+        run = RunDir.start_or_resume(
+            args,
+            data={str(dataset.path): dataset.checksum for dataset in everything},
+            device=str(device),
+            precision=str(dtype).removeprefix("torch."),
+            decoders=model.decoders,
+            rows={split: {d.name: len(d) for d in of} for split, of in datasets.items()},
+            files={
+                split: {d.name: str(d.path.absolute()) for d in of}
+                for split, of in datasets.items()
+            },
+        )
+        with closing(run):
+            # 4. Train, then predict with the best weights.
+            print(f"run folder: {run.path}")
+            dev = datasets["dev"]
+            baselines = {d.name: baseline(model, d, args.batch_size) for d in dev}
+            best, evaluator = train_by_option(args, model, datasets, run)
+            return write_results(args, model, datasets, baselines, best, evaluator, run)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train and evaluate as the command line says."""
-    args = parse(argv)
-    import distributed
-    from supervised import Files, fit
-
-    files = {
-        task: Files(
-            **{
-                field: getattr(args, f"{task}_{field}", None)
-                for field in ("train", "dev", "test", "dev_out", "test_out")
-            }
-        )
-        for task in args.tasks
-    }
-    with distributed.joined(args):
-        fit(args, files, {"para": args.para_decoder, "sts": args.sts_decoder})
+    run_training(parse_args(argv))
 
 
 if __name__ == "__main__":
-    script(main)
+    cli.run_script(main)

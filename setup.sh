@@ -27,26 +27,45 @@ if [ -z "$python" ]; then
 fi
 
 log=$(mktemp)
-trap 'rm -f "$log"' EXIT
-quietly() {  # run a command; show what it printed only if it fails
-  if ! "$@" >"$log" 2>&1; then
-    cat "$log" >&2
-    echo "setup.sh: error: this failed: $*" >&2
-    exit 1
+ticker=
+stop_ticker() { if [ -n "$ticker" ]; then kill "$ticker" 2>/dev/null || true; ticker=; fi; }
+trap 'stop_ticker; rm -f "$log"' EXIT
+
+tick() {  # print a line every ten seconds until we are stopped, or setup.sh has gone
+  SECONDS=0
+  # Without our output: a sleep that outlives us must not keep a pipe open.
+  while sleep 10 >/dev/null 2>&1 && kill -0 $$ 2>/dev/null; do
+    echo "setup.sh: still $1 ($SECONDS s)"
+  done
+}
+
+run() {  # run STEP COMMAND...: show a slow command's output on a terminal, else only if it fails
+  local step=$1 status=0
+  shift
+  if [ -t 2 ]; then
+    "$@" >&2 || status=$?
+  else
+    tick "$step" &
+    ticker=$!
+    "$@" >"$log" 2>&1 || { status=$?; cat "$log" >&2; }
+    stop_ticker
   fi
+  if [ "$status" != 0 ]; then echo "setup.sh: error: this failed: $*" >&2; exit 1; fi
 }
 
 # A virtual environment that was moved, or whose Python is gone, is made again.
 if ! .venv/bin/python -c "$supported" 2>/dev/null || ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
-  quietly "$python" -m venv --clear .venv
+  echo "setup.sh: making .venv with $python"
+  run "making .venv" "$python" -m venv --clear .venv
 fi
 
 install() {  # install a requirements file unless this very version of it is in already
   local done=.venv/installed-$1 file=$1
   shift
   if ! cmp -s "$file" "$done"; then
+    [ -t 2 ] || set -- "$@" --quiet
     echo "setup.sh: installing $file into .venv (the first time takes minutes)"
-    quietly .venv/bin/python -m pip install --disable-pip-version-check --quiet "$@" -r "$file"
+    run "installing $file" .venv/bin/python -m pip install --disable-pip-version-check "$@" -r "$file"
     cp "$file" "$done"
   fi
 }

@@ -3,53 +3,338 @@
     python simcse.py --use_gpu
     python multitask_classifier.py --option finetune --use_gpu --model runs/NAME/best
 
-Supervised: an NLI premise is drawn to its entailment, and away from its contradiction and the other
-rows' sentences. Unsupervised: a sentence is drawn to itself under another dropout mask. The run
-folder gets what the other scripts' does, but for predictions; best/ is a HuggingFace folder.
+Supervised: an NLI premise is pulled towards its entailment, and pushed away from its contradiction
+and from the sentences of other rows. Unsupervised: a sentence is pulled towards itself under
+another dropout mask. The run folder is like that of the other scripts, without predictions.
+
+Shapes: B rows of a step, D hidden size, V views of a row: (premise, entailment, contradiction), or
+the same sentence twice.
 """
 
+import math
 from argparse import Namespace
 from collections.abc import Sequence
+from contextlib import closing
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from options import POSITIVE, RATE, Parser, add_training_flags, complete, script
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bert import BertModel
+from datasets import Batch, TaskDataset, TaskMixture, TokenizedDataset, read_triples
+from engine import cli, distributed
+from engine.checkpoint import write_text
+from engine.device import get_rng_states, peak_memory_bytes, set_rng_states, setup_device
+from engine.errors import UserError
+from engine.export import model_card
+from engine.metrics import similarity_metrics
+from engine.run_dir import RunDir
+from engine.trainer import Trainer
+from evaluation import embed_dataset
+from model import SentenceEncoder
+from optimizer import AdamW, lr_factor, parameter_groups
+from tasks import TASKS
+from tokenizer import BertTokenizer
 
 
-def parse(argv: Sequence[str] | None = None) -> Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     """The command line, checked and completed."""
-    parser = Parser(__doc__.splitlines()[0])
-    add_training_flags(parser)
-    add = parser.add_argument
-    add("--mode", choices=["supervised", "unsupervised"], default="supervised")
-    add("--epochs", type=POSITIVE, default=3, help="passes over the triples, or sentences")
-    add("--lr", type=RATE, default=5e-5, help="peak learning rate")
-    add("--temperature", type=RATE, default=0.05, help="0.05 is SimCSE's, 1 the paper's")
+    parser = cli.ArgumentParser(__doc__.splitlines()[0])
+    add = parser.add_argument_group("method").add_argument
+    add(
+        "--mode",
+        choices=["supervised", "unsupervised"],
+        default="supervised",
+        help="NLI triples, or single sentences under two dropout masks",
+    )
+    add("--epochs", type=cli.POSITIVE_INT, default=3, help="passes over the triples or sentences")
+    add("--lr", type=cli.POSITIVE, default=5e-5, help="peak learning rate")
+    add("--temperature", type=cli.POSITIVE, default=0.05, help="SimCSE: 0.05; the paper: 1")
     add(
         "--hard_negative_weight",
-        type=RATE,
-        help="of a row's own contradiction among its negatives (default: 1)",
+        type=cli.POSITIVE,
+        help="weight of a row's own contradiction among its negatives (default: 1)",
     )
-    add("--nli", type=Path, help="triples (default: nli_for_simcse.csv in --data_dir)")
-    add("--sts_dev", type=Path, help="pairs to evaluate on (default: sts-dev.csv in --data_dir)")
+    cli.add_training_flags(parser)
+    add = parser.add_argument_group("files").add_argument
+    add("--nli", type=Path, help="NLI triples (default: nli_for_simcse.csv in --data_dir)")
+    add("--sts_dev", type=Path, help="STS pairs to evaluate on (default: in --data_dir)")
     args = parser.parse_args(argv)
-    complete(args, parser, f"simcse-{args.mode}")
+    cli.complete_training_args(args, parser, f"simcse-{args.mode}")
     if args.mode == "unsupervised" and args.hard_negative_weight:
-        parser.error("--hard_negative_weight: there are none with --mode unsupervised")
+        parser.error("--hard_negative_weight: --mode unsupervised has no hard negatives")
     args.hard_negative_weight = args.hard_negative_weight or 1.0
     if min(args.batch_size, args.limit or 2) < 2:
-        parser.error("a contrastive loss needs two rows in a batch: raise --batch_size or --limit")
+        parser.error("a contrastive loss needs two rows per batch: raise --batch_size or --limit")
     return args
+
+
+# ---------------------------------------------------------------------------- the loss
+
+
+def contrastive_loss(
+    anchors: Tensor,
+    positives: Tensor,
+    negatives: Tensor | None = None,
+    excluded: Tensor | None = None,
+    temperature: float = 0.05,
+    hard_negative_weight: float = 1.0,
+) -> Tensor:
+    """The loss of each row, (B,): equation (1) of the paper in its standard form, that of SimCSE.
+
+        -log e(i, i+) / sum_j [e(i, j+) + w_ij e(i, j-)],    e(i, j) = exp(cos(h_i, h_j) / t)
+
+    with w_ij = `hard_negative_weight` for j = i, else 1 (Gao et al. 2021, equations 5 and 8). The
+    paper prints h_i where SimCSE has h_j in the denominator, a slip: all terms of the sum would be
+    equal, and no other row a negative. It prints no temperature either, which means t = 1.
+
+    Args:
+        anchors, positives, negatives: embeddings (B, D); without negatives e(i, j-) is 0.
+        excluded: (B, C) bool, C = B or 2 B: candidates (positives, then negatives) left out of a
+            row's sum. Its own positive always counts.
+        temperature: t above, positive.
+        hard_negative_weight: w_ii above, positive.
+    """
+    candidates = positives if negatives is None else torch.cat([positives, negatives])  # (C, D)
+    scores = F.normalize(anchors, dim=-1) @ F.normalize(candidates, dim=-1).T / temperature
+    own = torch.arange(len(anchors), device=scores.device)  # row i's positive is candidate i
+    if negatives is not None:
+        # A weight of the exponential is a summand of the score: w exp(s) = exp(s + log w).
+        weights = torch.zeros_like(scores)
+        weights[own, own + len(anchors)] = math.log(hard_negative_weight)
+        scores = scores + weights
+    if excluded is not None:
+        others = excluded.clone()
+        others[own, own] = False
+        scores = scores.masked_fill(others, -torch.inf)  # exp(-inf) = 0
+    return F.cross_entropy(scores, own, reduction="none")
+
+
+def false_negatives(keys: Tensor) -> Tensor:
+    """Which candidates are no true negatives of a row: sentence keys (V, B) -> (B, C) bool.
+
+    Equal sentences have equal keys. A candidate is a false negative if it equals the row's first or
+    second sentence, or is the second sentence of a row whose first is equal.
+    """
+    first, second = keys[0][:, None], keys[1][:, None]  # (B, 1)
+    candidates = keys[1:].flatten()  # (C,)
+    found = (candidates == first) | (candidates == second)
+    found[:, : len(first)] |= keys[0] == first
+    return found
+
+
+def sentence_keys(batches: Sequence[Batch]) -> Tensor:
+    """Numbers (V, B) for the sentences of a step, equal where their token ids are.
+
+    In all processes, for the rows of all of them.
+    """
+    views = max(2, batches[0].dataset.embeddings_per_row)  # a single sentence is its own positive
+    keys: dict[bytes, int] = {}
+    columns = []
+    for batch in batches:
+        token_ids = batch.dataset.token_ids
+        for row in batch.global_rows:
+            ids = [token_ids[min(view, len(token_ids) - 1)][row].tobytes() for view in range(views)]
+            columns.append([keys.setdefault(key, len(keys)) for key in ids])
+    return torch.tensor(columns, device=batches[0].input_ids.device).T
+
+
+class ContrastiveBackward:
+    """Gradients of `contrastive_loss` over all rows of a step together, for `Trainer`.
+
+    With several batches in a step (--accumulate) the loss is still that of one big batch, in which
+    every row is a negative of every other, at the memory of a small one (gradient caching, Gao et
+    al. 2021, https://arxiv.org/abs/2101.06983).
+
+    Of several processes, each embeds its own rows; all compute the loss over all rows, and each
+    backpropagates through its own: the sum of their gradients is that of the big batch.
+    """
+
+    def __init__(self, model: SentenceEncoder, args: Namespace):
+        self.model = model
+        self.args = args
+
+    def __call__(self, batches: Sequence[Batch], step: int) -> float:
+        """Leave gradients in the model's parameters; returns the mean loss."""
+        if len(batches) == 1:
+            loss = self.loss(self.embed_all(batches[0]), batches)
+            loss.backward()
+        else:
+            loss = self.cached_backward(batches)
+        distributed.all_reduce_gradients(list(self.model.bert.parameters()))
+        return loss.item()
+
+    def cached_backward(self, batches: Sequence[Batch]) -> Tensor:
+        """Gradient caching: embed all batches, differentiate the loss by the embeddings alone, then
+        embed each batch again under the same dropout masks and backpropagate its part."""
+        # 1. Embeddings of all rows, without a graph; the states reproduce the dropout masks.
+        device = self.model.device
+        states, parts = [], []
+        with torch.no_grad():
+            for batch in batches:
+                states.append(get_rng_states(device))
+                parts.append(self.embed_all(batch))
+        # 2. The gradient of the loss with respect to the embeddings.
+        vectors = torch.cat(parts, dim=1).requires_grad_()
+        loss = self.loss(vectors, batches)
+        loss.backward()
+        # 3. The chain rule: embed each batch again, with a graph, and pass its part backwards.
+        after = get_rng_states(device)
+        grads = vectors.grad.split([len(batch.global_rows) for batch in batches], dim=1)
+        for batch, state, grad in zip(batches, states, grads, strict=True):
+            set_rng_states(device, state)
+            own = grad[:, distributed.rank_slice(len(batch.global_rows))]
+            self.embed(batch).backward(own)
+        set_rng_states(device, after)
+        return loss
+
+    def embed(self, batch: Batch) -> Tensor:
+        """The views of this process's rows, (V, b, D); a single sentence is embedded twice."""
+        if not len(batch):  # a process may have no row of a short batch
+            size = (max(2, batch.dataset.embeddings_per_row), 0, self.model.bert.config.hidden_size)
+            return torch.zeros(size, device=self.model.device, requires_grad=True)
+        ids, mask = batch.input_ids, batch.attention_mask
+        # Unsupervised: the two views of a sentence differ by their dropout masks alone.
+        if batch.dataset.embeddings_per_row == 1:
+            ids, mask = torch.cat([ids, ids]), torch.cat([mask, mask])
+        vectors = self.model.embed(ids, mask, pooling=self.args.pooling)
+        return vectors.unflatten(0, (-1, len(batch)))
+
+    def embed_all(self, batch: Batch) -> Tensor:
+        """The views of the rows of all processes, (V, B, D)."""
+        return distributed.all_gather_rows(self.embed(batch), len(batch.global_rows))
+
+    def loss(self, vectors: Tensor, batches: Sequence[Batch]) -> Tensor:
+        """The mean loss of the step's rows, from their views (V, B, D)."""
+        losses = contrastive_loss(
+            *vectors,
+            excluded=false_negatives(sentence_keys(batches)),
+            temperature=self.args.temperature,
+            hard_negative_weight=self.args.hard_negative_weight,
+        )
+        return losses.mean()
+
+
+# ---------------------------------------------------------------------------- training
+
+
+def load_datasets(
+    args: Namespace, tokenizer: BertTokenizer
+) -> tuple[TokenizedDataset, TaskDataset]:
+    """The training sentences (triples, or every distinct sentence by itself) and STS dev."""
+    path = args.nli or args.data_dir / "nli_for_simcse.csv"
+    triples, checksum = read_triples(path, args.limit)
+    columns: list[Sequence[str]] = list(zip(*triples, strict=True))
+    unit = "rows"
+    if args.mode == "unsupervised":
+        columns = [list(dict.fromkeys(text for triple in triples for text in triple))]
+        unit = "distinct sentences"
+    if len(columns[0]) < 2:
+        raise UserError(f"{path}: fewer than two {unit}; a contrastive loss needs at least two")
+    # min_batch_size: a row alone in a batch would have no negatives.
+    nli = TokenizedDataset(
+        "nli", path, columns, tokenizer, unit=unit, min_batch_size=2, checksum=checksum
+    )
+    sts = TASKS["sts"]
+    sts_path = args.sts_dev or args.data_dir / sts.files.format("dev")
+    dev = TaskDataset(sts_path, sts, tokenizer, limit=args.limit)
+    print(nli, dev, sep="\n")
+    return nli, dev
+
+
+def evaluate_embeddings(
+    model: SentenceEncoder, dev: TaskDataset, batch_size: int
+) -> dict[str, Any]:
+    """Spearman ("score"), alignment and uniformity of the embeddings on STS pairs."""
+    vectors = embed_dataset(model, dev, batch_size).cpu()
+    metrics = distributed.broadcast_from_rank_zero(lambda: similarity_metrics(vectors, dev.labels))
+    shown = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items() if value is not None)
+    return {"score": metrics["spearman"], "summary": f"sts {shown}", "metrics": metrics}
+
+
+def train(
+    args: Namespace, model: SentenceEncoder, nli: TokenizedDataset, dev: TaskDataset, run: RunDir
+) -> dict[str, Any]:
+    """Train the encoder and write result.json; what that holds."""
+    evaluate = partial(evaluate_embeddings, model, dev, args.batch_size)
+    model.eval()
+    before = evaluate()
+    if run.state is None:
+        run.log("dev", 0, epoch=0, **before)
+    print(f"before training: {before['summary']}")
+    groups = parameter_groups(model.bert, args.weight_decay)
+    trainer = Trainer(
+        model,
+        {"bert": AdamW(groups, lr=args.lr, fused=True)},
+        partial(lr_factor, args.schedule, args.warmup),
+        TaskMixture([nli], args.batch_size, args.seed, args.epochs, accumulate=args.accumulate),
+        ContrastiveBackward(model, args),
+        evaluate,
+        run,
+        args,
+    )
+    best = trainer.fit()
+    seconds = run.seconds()
+    result = {
+        "dev": {"sts": best["metrics"]},
+        "before": {"sts": before["metrics"]},
+        "best_epoch": best["epoch"],
+        "best_step": best["step"],
+        "training_seconds": round(seconds, 1),
+        "saving_seconds": round(run.saving_seconds, 2),  # of the training seconds
+        "peak_memory_bytes": peak_memory_bytes(model.device),  # of rank 0
+        "processes": distributed.world_size(),
+    }
+    if run.writes:
+        write_text(run.path / "best" / "README.md", model_card(run.path, result))
+    run.finish(result, args.keep_last)
+    print(f"dev, best epoch {best['epoch']}: {best['summary']}")
+    print(f"{run.path}: best/, result.json; trained for {seconds:.0f} s")
+    return result
+
+
+def run_training(args: Namespace) -> dict[str, Any]:
+    """Train as the command line says, from files to a finished run; what `result.json` holds.
+
+    Unsupervised SimCSE trains through the pooler and evaluates without it (its "MLP"): the pooling
+    of best/ is then `cls`.
+
+    Raises:
+        UserError: anything the user can fix; nothing has been written before training starts.
+    """
+    with distributed.process_group(args):
+        recorded = RunDir.check(args)
+        device, dtype = setup_device(args.seed, args.device, args.precision, recorded)
+        tokenizer = BertTokenizer.from_pretrained(args.model)
+        nli, dev = load_datasets(args, tokenizer)
+        bert = BertModel.from_pretrained(args.model, hidden_dropout_prob=args.hidden_dropout_prob)
+        without_mlp = args.mode == "unsupervised" and args.pooling == "pooler"
+        model = SentenceEncoder(bert, tokenizer, "cls" if without_mlp else args.pooling)
+        model.dtype = dtype
+        distributed.broadcast_parameters(model.to(device))
+        run = RunDir.start_or_resume(
+            args,
+            data={str(dataset.path): dataset.checksum for dataset in (nli, dev)},
+            device=str(device),
+            precision=str(dtype).removeprefix("torch."),
+            rows={"train": {"nli": len(nli)}, "dev": {"sts": len(dev)}},
+            files={
+                "train": {"nli": str(nli.path.absolute())},
+                "dev": {"sts": str(dev.path.absolute())},
+            },
+        )
+        with closing(run):
+            print(f"run folder: {run.path}")
+            return train(args, model, nli, dev, run)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train and evaluate as the command line says."""
-    args = parse(argv)
-    import distributed
-    from contrastive import fit
-
-    with distributed.joined(args):
-        fit(args)
+    run_training(parse_args(argv))
 
 
 if __name__ == "__main__":
-    script(main)
+    cli.run_script(main)

@@ -1,12 +1,10 @@
-"""BERT's WordPiece tokenizer: a thin layer over the `tokenizers` library.
+"""BERT's WordPiece tokenizer, on top of the `tokenizers` library.
 
 tokenizer = BertTokenizer.from_pretrained("bert-base-uncased")
 batch = tokenizer(["A fine film.", "Dull."], padding=True, truncation=True, return_tensors="pt")
 batch["input_ids"], batch["attention_mask"], batch["token_type_ids"]
 """
 
-import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,9 @@ from tokenizers import (
 )
 from tokenizers.models import WordPiece
 
-from checkpoint import UserError, model_folder, read_json, read_text, write_json, write_text
+from engine.checkpoint import read_json, read_text, write_json, write_text
+from engine.errors import UserError, reading
+from engine.hub import resolve_model
 
 SPECIAL_TOKENS = {
     "pad_token": "[PAD]",
@@ -32,61 +32,39 @@ SPECIAL_TOKENS = {
     "sep_token": "[SEP]",
     "mask_token": "[MASK]",
 }
-
-
-SOURCES = ("tokenizer.json", "vocab.txt")
-# What tokenizer_config.json may say of the text's clean-up; null accents: as lower-casing does.
-SETTINGS = {
-    "do_lower_case": bool,
-    "strip_accents": bool | None,
-    "tokenize_chinese_chars": bool,
+# How text is normalized: name in tokenizer_config.json -> (name in tokenizer.json, default).
+NORMALIZATION = {
+    "do_lower_case": ("lowercase", True),
+    "strip_accents": ("strip_accents", None),  # None: strip them if the text is lower-cased
+    "tokenize_chinese_chars": ("handle_chinese_chars", True),
 }
-
-
-# The same under the names of tokenizer.json, and the original BERT's values.
-STORED = {
-    "do_lower_case": "lowercase",
-    "strip_accents": "strip_accents",
-    "tokenize_chinese_chars": "handle_chinese_chars",
-}
-ORIGINAL = {"lowercase": True, "strip_accents": None, "handle_chinese_chars": True}
-
-# What a tokenizer.json must say, if it says anything there: how BERT's text becomes tokens.
-STEPS = {
+# What a tokenizer.json must contain to be BERT's, where it says anything.
+BERT_PIPELINE = {
     ("model", "type"): "WordPiece",
     ("model", "continuing_subword_prefix"): "##",
     ("model", "max_input_chars_per_word"): 100,
     ("normalizer", "type"): "BertNormalizer",
     ("pre_tokenizer", "type"): "BertPreTokenizer",
 }
-LARGEST_VOCABULARY = 10**6  # tokens; LaBSE's, the largest known, has half as many
-TOKENISED_AT_ONCE = 8192  # texts; bounds the memory of the library's own objects
-LARGEST_ADDED = 10**6  # characters of all added tokens, of which 10^6 take the library 5 s
-# A vocabulary, the flags of the text's clean-up by the names of tokenizer.json, added tokens.
+CHUNK = 8192  # texts tokenised at a time; bounds the memory of the library's Encoding objects
+# A vocabulary, the stored normalization by the names of tokenizer.json, and added tokens.
 Source = tuple[dict[str, int], dict[str, Any], list[dict[str, Any]]]
 
 
 class BertTokenizer:
     """Text to token ids, equal to `transformers.BertTokenizerFast`.
 
-    Attributes: `max_length`, the model's limit in tokens; `vocab_size`; `pad_token_id`,
-    `unk_token_id`, `cls_token_id`, `sep_token_id`, `mask_token_id`.
+    Attributes: `max_length`, the model's limit in tokens; `vocab_size`; `pad_token` and
+    `pad_token_id`, and the same for `unk`, `cls`, `sep` and `mask`.
     """
 
     def __init__(self, backend: Tokenizer, settings: dict[str, Any], max_length: int):
         self.backend = backend
         self.settings = settings
         self.max_length = max_length
-        # A tokenizer.json may carry somebody's padding and truncation; a call here says its own.
-        backend.no_padding()
-        backend.no_truncation()
-        for key, default in SPECIAL_TOKENS.items():
-            token = _content(settings.get(key), default)
-            index = backend.token_to_id(token)
-            if index is None:
-                raise UserError(f"the vocabulary has no {token} ({key})")
+        for key, token in _special_tokens(settings).items():
             setattr(self, key, token)
-            setattr(self, f"{key}_id", index)
+            setattr(self, f"{key}_id", backend.token_to_id(token))
 
     @classmethod
     def from_pretrained(
@@ -94,41 +72,30 @@ class BertTokenizer:
     ) -> "BertTokenizer":
         """Load the tokenizer of a model folder, a hub id or an embedded model.
 
-        Reads `tokenizer.json`, or else `vocab.txt`; `tokenizer_config.json` says how to lower-case,
-        strip accents and split Chinese characters.
+        Reads `tokenizer.json`, or else `vocab.txt`; the normalization that `tokenizer_config.json`
+        gives wins over what `tokenizer.json` has stored.
 
         Raises:
-            UserError: no such model, or a file that is missing, damaged or not of a BERT.
+            UserError: there is no such model, or a file is missing, damaged or not of a BERT.
         """
-        folder = model_folder(name, weights=False, local_files_only=local_files_only)
-        settings_file = folder / "tokenizer_config.json"
-        settings = read_json(settings_file) if os.path.lexists(settings_file) else {}
-        config_file = folder / "config.json"
-        limits = [
-            read_json(config_file).get("max_position_embeddings")
-            if os.path.lexists(config_file)
-            else None,
-            settings.get("model_max_length"),
-        ]
-        # transformers writes 10**30 for "no limit".
-        limits = [n for n in limits if isinstance(n, int) and n < 10**9]
-        if limits and min(limits) < 3:
-            raise UserError(f"{folder}: its limit is {min(limits)} tokens; [CLS] x [SEP] need 3")
-        _check_settings(settings_file, settings, SETTINGS)
-        source = next((folder / n for n in SOURCES if os.path.lexists(folder / n)), None)
-        if source is None:
-            raise UserError(f"{folder}: no tokenizer; expected {' or '.join(SOURCES)}")
-        read_source = {"tokenizer.json": _read_tokenizer_json, "vocab.txt": _read_vocabulary}
-        vocabulary, stored, added = read_source[source.name](source)
-        # tokenizer_config.json wins over what tokenizer.json has stored.
-        flags = {ours: settings.get(key, stored[ours]) for key, ours in STORED.items()}
-        try:
-            backend = _build(vocabulary, settings, flags, added)
-            return cls(backend, settings, min(limits, default=512))
-        except UserError as error:
-            raise UserError(f"{source}: {error}") from None
-        except Exception as error:  # whatever tokens lead the library to
-            raise UserError(f"{source}: not a BERT's ({error}): fetch it again") from None
+        folder = resolve_model(name, weights=False, local_files_only=local_files_only)
+        files = {name: folder / name for name in ("tokenizer_config.json", "config.json")}
+        settings, config = (read_json(p) if p.exists() else {} for p in files.values())
+        max_length = _max_length(folder, config, settings)
+        for key, (_, default) in NORMALIZATION.items():
+            _check_flag(files["tokenizer_config.json"], key, settings.get(key, default), default)
+        if (folder / "tokenizer.json").exists():
+            source = folder / "tokenizer.json"
+            vocabulary, stored, added = _read_tokenizer_json(source)
+        elif (folder / "vocab.txt").exists():
+            source = folder / "vocab.txt"
+            vocabulary, stored, added = _read_vocabulary(source)
+        else:
+            raise UserError(f"{folder}: no tokenizer; expected tokenizer.json or vocab.txt")
+        flags = {ours: settings.get(key, stored[ours]) for key, (ours, _) in NORMALIZATION.items()}
+        with reading(source, "the tokenizer of a BERT"):
+            backend = _build(vocabulary, _special_tokens(settings), flags, added)
+        return cls(backend, settings, max_length)
 
     def __call__(
         self,
@@ -140,10 +107,10 @@ class BertTokenizer:
         max_length: int | None = None,
         return_tensors: str | None = None,
     ) -> dict[str, Any]:
-        """Token ids of sentences, or of sentence pairs ("[CLS] a [SEP] b [SEP]").
+        """Token ids of sentences, or of sentence pairs as "[CLS] a [SEP] b [SEP]".
 
         Args:
-            texts, pairs: a string, or a list of B; `pairs` holds the second sentences.
+            texts, pairs: one string or B strings each; `pairs` holds the second sentences.
             padding: pad to the longest of the batch.
             truncation: cut to `max_length` tokens (default: the model's limit); of a pair, the
                 longer sentence first.
@@ -153,29 +120,27 @@ class BertTokenizer:
             `input_ids`, `token_type_ids` (0 for the first sentence, 1 for the second) and
             `attention_mask` (1 for a token, 0 for padding).
         """
+        if return_tensors not in (None, "pt"):
+            raise ValueError(f"return_tensors={return_tensors!r}: expected 'pt' or None")
         single = isinstance(texts, str)
         texts = [texts] if single else list(texts)
         if pairs is not None:
             pairs = [pairs] if isinstance(pairs, str) else list(pairs)
         limit = (max_length or self.max_length) if truncation else None
         encodings = self.encode_batch(texts, pairs, max_length=limit)
-        columns = {
-            "input_ids": ([e.ids for e in encodings], self.pad_token_id),
-            "token_type_ids": ([e.type_ids for e in encodings], 0),
-            "attention_mask": ([e.attention_mask for e in encodings], 0),
+        width = max((len(e) for e in encodings), default=0) if padding else 0
+
+        def column(rows: list[list[int]], fill: int) -> Any:
+            rows = [row + [fill] * (width - len(row)) for row in rows]
+            if return_tensors == "pt":
+                return torch.tensor(rows, dtype=torch.long)
+            return rows[0] if single else rows
+
+        return {
+            "input_ids": column([e.ids for e in encodings], self.pad_token_id),
+            "token_type_ids": column([e.type_ids for e in encodings], 0),
+            "attention_mask": column([e.attention_mask for e in encodings], 0),
         }
-        if padding:
-            width = max((len(e) for e in encodings), default=0)
-            columns = {
-                key: ([row + [fill] * (width - len(row)) for row in rows], fill)
-                for key, (rows, fill) in columns.items()
-            }
-        result: dict[str, Any] = {key: rows for key, (rows, _) in columns.items()}
-        if return_tensors == "pt":
-            return {key: torch.tensor(rows, dtype=torch.long) for key, rows in result.items()}
-        if return_tensors is not None:
-            raise ValueError(f"return_tensors={return_tensors!r}: expected 'pt' or None")
-        return {key: rows[0] for key, rows in result.items()} if single else result
 
     def encode_batch(
         self,
@@ -184,30 +149,36 @@ class BertTokenizer:
         *,
         max_length: int | None = None,
     ) -> list[Encoding]:
-        """The fast path: the library's own encodings, unpadded, cut to `max_length` where given.
-
-        An encoding that was cut has a non-empty `overflowing`.
-        """
+        """The library's own encodings, unpadded; truncated ones have a non-empty `overflowing`."""
         if max_length is None:
             self.backend.no_truncation()
         else:
             self.backend.enable_truncation(max_length, strategy="longest_first")
         if pairs is None:
             return self.backend.encode_batch(list(texts))
+        rows = list(zip(texts, pairs, strict=True))
         if max_length is not None:
-            texts, pairs = ([self._cut(t, max_length) for t in column] for column in (texts, pairs))
-        return self.backend.encode_batch(list(zip(texts, pairs, strict=True)))
+            rows = [self._cut(row, max_length) for row in rows]
+        return self.backend.encode_batch(rows)
 
-    def _cut(self, text: str, tokens: int) -> str:
-        """The start of a text that its first `tokens` tokens come from.
+    def _cut(self, pair: tuple[str, str], max_length: int) -> tuple[str, str]:
+        """The beginnings of two texts that the tokens of their truncated pair come from.
 
-        Of a pair that it truncates, the library keeps every left-over piece of the first sentence
-        with every one of the second: two long texts would take time and memory without bound.
+        Of a truncated pair, the library keeps every left-over piece of one sentence combined with
+        every one of the other: two long texts would take quadratic time and memory. The longer
+        text stays the longer one, as the library gives it the odd token.
         """
-        if len(text) <= tokens:  # short: there is little to be left over
-            return text
-        encoding = self.backend.encode(text, add_special_tokens=False)  # truncation is on
-        return text[: encoding.offsets[-1][1]] if encoding.overflowing else text
+        if max(map(len, pair)) <= max_length:
+            return pair
+        encodings = [self.backend.encode(text, add_special_tokens=False) for text in pair]
+        pieces = [[e, *e.overflowing] for e in encodings]  # of `max_length` tokens each
+        lengths = [sum(map(len, of)) for of in pieces]
+        keep = (2, 1) if lengths[0] > lengths[1] else (1, 2)
+        first, second = (
+            text[: of[n - 1].offsets[-1][1]] if len(of) > n else text
+            for text, of, n in zip(pair, pieces, keep, strict=True)
+        )
+        return first, second
 
     def tokenize(self, text: str) -> list[str]:
         """The word pieces of a text, without [CLS] and [SEP]."""
@@ -220,22 +191,15 @@ class BertTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """The number of ids: one more than the largest (a line twice in vocab.txt takes two)."""
+        """One more than the largest id (a duplicate line in vocab.txt leaves an id unused)."""
         return max(self.backend.get_vocab().values()) + 1
 
-    def fingerprint(self) -> str:
-        """All that decides the ids of a text, as JSON."""
-        self.backend.no_truncation()
-        return json.dumps([self.backend.to_str(), self.max_length])
-
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `tokenizer.json`, `vocab.txt` and `tokenizer_config.json`, for any software."""
+        """Write `tokenizer.json`, `vocab.txt` and `tokenizer_config.json`."""
         folder = Path(folder)
         self.backend.no_truncation()
         write_text(folder / "tokenizer.json", self.backend.to_str(pretty=True))
-        vocabulary = self.backend.get_vocab(with_added_tokens=True)
-        tokens = {index: token for token, index in vocabulary.items()}
-        # A line twice in the vocab.txt that was read left a number without a token.
+        tokens = {index: token for token, index in self.backend.get_vocab().items()}
         lines = [tokens.get(index, f"[unused line {index}]") for index in range(self.vocab_size)]
         write_text(folder / "vocab.txt", "".join(f"{token}\n" for token in lines))
         own = {key: getattr(self, key) for key in SPECIAL_TOKENS}
@@ -243,104 +207,91 @@ class BertTokenizer:
         write_json(folder / "tokenizer_config.json", {**self.settings, **own, **limits})
 
 
-def _content(token: Any, default: str) -> str:
-    """A special token in `tokenizer_config.json`: a string, or an object with `content`."""
-    if isinstance(token, dict):
-        token = token.get("content")
-    return token if isinstance(token, str) else default
+# ---------------------------------------------------------------------------- reading files
 
 
-def _check_settings(path: Path, given: dict[str, Any], types: dict[str, Any]) -> None:
-    """UserError where one of these settings has another type."""
-    for key, expected in types.items():
-        if key in given and not isinstance(given[key], expected):
-            raise UserError(f"{path}: {key} is {given[key]!r}, not true or false")
+def _special_tokens(settings: dict[str, Any]) -> dict[str, str]:
+    """The special tokens; tokenizer_config.json has each as a string or as {"content": ...}."""
+    found = {}
+    for key, default in SPECIAL_TOKENS.items():
+        token = settings.get(key)
+        token = token.get("content") if isinstance(token, dict) else token
+        found[key] = token if isinstance(token, str) else default
+    return found
+
+
+def _max_length(folder: Path, config: dict[str, Any], settings: dict[str, Any]) -> int:
+    """The model's limit in tokens, 512 where neither file gives one."""
+    limits = [config.get("max_position_embeddings"), settings.get("model_max_length")]
+    # transformers writes 10**30 for "no limit".
+    limit = min([n for n in limits if isinstance(n, int) and n < 10**9], default=512)
+    if limit < 3:
+        raise UserError(f"{folder}: limits texts to {limit} tokens; [CLS] x [SEP] are 3")
+    return limit
+
+
+def _check_flag(path: Path, key: str, value: Any, default: bool | None) -> None:
+    if not isinstance(value, bool) and not (value is None and default is None):
+        raise UserError(f"{path}: {key} is {value!r}, expected true or false")
 
 
 def _read_tokenizer_json(path: Path) -> Source:
-    """What `tokenizer.json` holds.
+    """The vocabulary and settings in `tokenizer.json`, if it describes a BERT tokenizer.
 
-    The rest of a BERT's tokenizer is known (`STEPS`), and what differs is refused by name. The
-    library's own reader would run whatever steps a file asks for, some without end, and some
-    damaged files stop the interpreter. How [CLS] and [SEP] are put in is not read, as transformers
-    does not for its BertTokenizer.
+    Only the data is taken; the pipeline is built from known parts (`_build`). The library's own
+    loader would run any pipeline that a file describes, and crashes on some damaged files. The
+    post-processor is ignored, as transformers does for BERT.
     """
-    given = read_json(path)
-    for (part, key), expected in STEPS.items():
-        if not isinstance(given.get(part), dict):
-            raise UserError(f"{path}: {part} is {given.get(part)!r}, which is not a BERT's")
-        found = given[part].get(key, expected)
-        if found != expected:
-            raise UserError(f"{path}: {part} has {key} {found!r}; BERT's is {expected!r}")
-    vocabulary = given["model"].get("vocab")
-    if not isinstance(vocabulary, dict) or not all(
-        type(index) is int and 0 <= index < LARGEST_VOCABULARY for index in vocabulary.values()
-    ):
-        raise UserError(f"{path}: has no vocab of tokens with numbers: fetch it again")
-    stored = {key: given["normalizer"].get(key, value) for key, value in ORIGINAL.items()}
-    _check_settings(path, stored, {ours: SETTINGS[key] for key, ours in STORED.items()})
-    added = given.get("added_tokens") or []
-    if not isinstance(added, list) or not all(
-        isinstance(token, dict) and {"id", "content"} <= token.keys() for token in added
-    ):
-        raise UserError(f"{path}: added_tokens is no list of tokens: fetch it again")
-    return vocabulary, stored, added
+    content = read_json(path)
+    with reading(path, "the tokenizer of a BERT"):
+        for (part, key), expected in BERT_PIPELINE.items():
+            found = content[part].get(key, expected)
+            if found != expected:
+                raise UserError(f"{path}: {part} has {key} {found!r}; BERT's is {expected!r}")
+        vocabulary = content["model"]["vocab"]
+        if not all(type(index) is int and index >= 0 for index in vocabulary.values()):
+            raise TypeError("vocab is not a map from tokens to ids")
+        stored = {}
+        for ours, default in NORMALIZATION.values():
+            stored[ours] = content["normalizer"].get(ours, default)
+            _check_flag(path, ours, stored[ours], default)
+        return vocabulary, stored, content.get("added_tokens") or []
 
 
 def _read_vocabulary(path: Path) -> Source:
-    """What `vocab.txt` holds: one token a line, its number is the line's."""
-    # Only "\n" ends a line: the vocabulary may hold other characters that Unicode calls breaks.
-    text = read_text(path)
-    if text.count("\n") > LARGEST_VOCABULARY:
-        raise UserError(
-            f"{path}: more than {LARGEST_VOCABULARY:,} lines; no vocabulary has so many"
-        )
-    lines = text.split("\n")
-    tokens = [line.removesuffix("\r") for line in (lines if lines[-1] else lines[:-1])]
-    return {token: index for index, token in enumerate(tokens)}, ORIGINAL, []
+    """The vocabulary in `vocab.txt`: a token a line, its id the number of the line from 0."""
+    # Not splitlines(): a token may be another character that Unicode calls a line break.
+    lines = read_text(path).removesuffix("\n").split("\n")
+    vocabulary = {line.removesuffix("\r"): index for index, line in enumerate(lines)}
+    return vocabulary, dict(NORMALIZATION.values()), []
 
 
 def _build(
     vocabulary: dict[str, int],
-    settings: dict[str, Any],
+    special: dict[str, str],
     flags: dict[str, Any],
     added: list[dict[str, Any]],
 ) -> Tokenizer:
-    """The WordPiece tokenizer of the original BERT, from its vocabulary and what was added to it.
-
-    Raises:
-        UserError: a special token that is missing, an added one that cannot be.
-        Exception: tokens that the library cannot take.
-    """
-    special = {key: _content(settings.get(key), token) for key, token in SPECIAL_TOKENS.items()}
-    absent = [token for token in special.values() if token not in vocabulary]
-    if absent:
-        raise UserError(f"the vocabulary has no {absent[0]}")
+    """The tokenizer of the original BERT for this vocabulary, with the tokens added to it."""
+    missing = [token for token in special.values() if token not in vocabulary]
+    if missing:
+        raise ValueError(f"the vocabulary has no {missing[0]}")
     backend = Tokenizer(WordPiece(vocabulary, unk_token=special["unk_token"]))
     backend.normalizer = normalizers.BertNormalizer(clean_text=True, **flags)
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     backend.decoder = decoders.WordPiece(prefix="##")
-    _add(backend, added)
-    _add(backend, [{"content": token, "special": True} for token in special.values()])
-    # "[CLS] a [SEP]" and "[CLS] a [SEP] b [SEP]", the segment ids of the latter half 1.
+    tokens = [AddedToken(**{k: v for k, v in token.items() if k != "id"}) for token in added]
+    for token in tokens:
+        text = token.content
+        # The library would search for an empty token forever.
+        if not (backend.normalizer.normalize_str(text) if token.normalized else text):
+            raise ValueError(f"the added token {text!r} is empty after normalization")
+    backend.add_tokens(tokens)
+    for token in added:
+        if backend.token_to_id(token["content"]) != token.get("id"):
+            raise ValueError(f"the added token {token['content']!r} cannot have id {token['id']}")
+    backend.add_tokens([AddedToken(token, special=True) for token in special.values()])
+    # "[CLS] a [SEP]" and "[CLS] a [SEP] b [SEP]", with segment ids 1 from b on.
     sep, cls = ((special[key], vocabulary[special[key]]) for key in ("sep_token", "cls_token"))
     backend.post_processor = processors.BertProcessing(sep, cls)
     return backend
-
-
-def _add(backend: Tokenizer, added: list[dict[str, Any]]) -> None:
-    """Add tokens that are found in a text as they are, each with its number where that is given."""
-    tokens = [AddedToken(**{k: v for k, v in token.items() if k != "id"}) for token in added]
-    if sum(len(token.content) for token in tokens) > LARGEST_ADDED:
-        raise UserError(f"its added tokens have more than {LARGEST_ADDED:,} characters")
-    for token in tokens:
-        # The library looks for a token that is nothing for ever.
-        if not token.content or (
-            token.normalized and not backend.normalizer.normalize_str(token.content)
-        ):
-            raise UserError(f"the added token {token.content!r} is nothing once it is cleaned up")
-    backend.add_tokens(tokens)
-    for token in added:
-        number = backend.token_to_id(token["content"])
-        if token.get("id", number) != number:
-            raise UserError(f"the added token {token['content']!r} is not number {token['id']!r}")

@@ -1,10 +1,11 @@
-"""Check that a finished run over the sample data left sane scores and prediction files.
+"""Check a finished run on the sample data: scores, prediction files, and the README's example.
 
 python .ci/check_run.py RUN
 """
 
 import csv
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -36,6 +37,12 @@ def main() -> None:
                 sys.exit(f"{path}: predictions are constant or invalid")
     if not (run / "best" / "model.safetensors").is_file():
         sys.exit(f"{run}: no best/model.safetensors")
+    if (run / "last").exists():
+        sys.exit(f"{run}: the training state is still there after the end")
+    command = [sys.executable, "evaluation.py", str(run), "--text", "A fine film."]
+    answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    if not answer.startswith(("sst: positive", "sst: very positive")):
+        sys.exit(f"the README's example, a praise, gives {answer!r}")
     print(f"{run}: scores and prediction files are sane")
 
 

@@ -1,172 +1,154 @@
-"""Run all benchmarks, or some, and rewrite the README's performance table from what they found.
+"""Run the benchmarks, all or some, and rewrite docs/benchmarks.md from their records.
 
     python benchmarks/run.py --data_dir DATA
-    python benchmarks/run.py --data_dir DATA --only train --only encode
+    python benchmarks/run.py train encode --data_dir DATA --turns 2
 
-What a benchmark found is kept in `benchmarks/results/NAME.json`, with machine, versions, commit,
-command and date. The table is made of those files, so running one again refreshes its part alone;
-of the README nothing changes but the lines between the two markers. Benchmarks after one that fails
-are still run. Close other work on the machine first: it would be measured too.
+A benchmark's record is benchmarks/results/NAME.json; the tables in docs/benchmarks.md are made from
+these files, so running one benchmark refreshes its table alone. If one fails, the others still run.
+Close other work on the machine first: it would be measured too.
 """
 
-import json
+import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
-from subprocess import PIPE
-from subprocess import run as call
 from typing import Any
 
-if __name__ == "__main__":  # in this folder there is a train.py too
+if __name__ == "__main__":  # this folder has an optimizer.py and a simcse.py too
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from benchmarks.harness import ROOT, claim_table
-from options import Parser, script
+from benchmarks import harness
+from engine.checkpoint import read_json, read_text, write_json, write_text
+from engine.cli import POSITIVE_INT, ArgumentParser, run_script
+from engine.errors import UserError
 
-# Name -> the file, and which of the flags below it has.
-BENCHMARKS: dict[str, tuple[str, set[str]]] = {
-    "train": ("train.py", {"model", "data_dir", "device"}),
-    "encode": ("encode.py", {"model", "data_dir", "device"}),
-    "probe": ("probe.py", {"model", "data_dir"}),
-    "optimizer": ("optimizer.py", set()),
-    "tokenize": ("tokenization.py", {"model", "data_dir"}),
-    "startup": ("startup.py", {"model", "data_dir"}),
-    "evaluate": ("evaluate.py", {"model", "data_dir", "device"}),
-    "simcse": ("simcse.py", {"model", "data_dir"}),
-    "scale": ("scale.py", {"model", "data_dir", "device"}),
+NAMES = ["train", "encode", "probe", "optimizer", "tokenization", "startup", "simcse", "scale"]
+RESULTS = harness.ROOT / "benchmarks" / "results"
+DOCS = harness.ROOT / "docs" / "benchmarks.md"
+BEGIN = "<!-- benchmarks/run.py writes what follows -->"
+END = "<!-- end of what benchmarks/run.py writes -->"
+# The settings that benchmarks may have.
+FLAGS: dict[str, dict[str, Any]] = {
+    "model": {"help": "a folder, a hub id, or all-MiniLM-L6-v2"},
+    "data_dir": {"type": Path, "help": "folder of the csv files (default: data/sample)"},
+    "rows": {"type": POSITIVE_INT, "help": "rows of each file, or sentences"},
+    "batch_size": {"type": POSITIVE_INT, "help": "rows per batch"},
+    "turns": {"type": POSITIVE_INT, "help": "how often each contestant is measured (default: 3)"},
+    "passes": {"type": POSITIVE_INT, "help": "timed passes per measurement; the median counts"},
+    "device": {"choices": ["cpu", "cuda"], "help": "where to run (default: cpu)"},
 }
-BEGIN = "<!-- benchmarks: what follows is written by benchmarks/run.py -->"
-END = "<!-- /benchmarks -->"
 
 
-def parse(argv: Sequence[str] | None = None) -> Namespace:
-    """The command line, checked."""
-    parser = Parser(__doc__.splitlines()[0])
+def parse_args(argv: Sequence[str] | None = None) -> Namespace:
+    """The command line, checked; `args.given` has the settings that it names."""
+    parser = ArgumentParser(__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--only", action="append", choices=list(BENCHMARKS), help="this one; may be repeated")
-    add("--quick", action="store_true", help="small sizes, to try it: no measurement")
-    add("--model", default="all-MiniLM-L6-v2", help="a folder, a hub id, or all-MiniLM-L6-v2")
-    add("--data_dir", type=Path, default=Path("data/sample"), help="folder of the csv files")
-    add("--device", choices=["cpu", "cuda"], default="cpu", help="of those that can run on both")
-    add(
-        "--results",
-        type=Path,
-        help="folder of the records (default: benchmarks/results, and none with --quick)",
-    )
-    add("--readme", type=Path, default=ROOT / "README.md", help="file with the two markers")
+    add("names", nargs="*", metavar="NAME", help=f"{', '.join(NAMES)} (default: all)")
+    for name, options in FLAGS.items():
+        add(f"--{name}", **options)
+    add("--only", nargs="+", metavar="TEXT", help="only contestants whose names contain a TEXT")
+    add("--quick", action="store_true", help="tiny sizes, to try it; writes no record")
+    add("--results", type=Path, help="write the records there, and leave the docs alone")
+    add("--report", action="store_true", help="run nothing, only rewrite docs/benchmarks.md")
     args = parser.parse_args(argv)
-    if args.results is None and not args.quick:
-        args.results = ROOT / "benchmarks/results"
+    for name in args.names:
+        if name not in NAMES:
+            parser.error(f"{name}: no such benchmark; there are {', '.join(NAMES)}")
+    args.names = args.names or NAMES
+    args.given = {name: getattr(args, name) for name in FLAGS if getattr(args, name) is not None}
+    for name in args.given:
+        if not any(name in settings(load(benchmark), args) for benchmark in args.names):
+            parser.error(f"--{name} has no effect on {', '.join(args.names)}")
+    if args.data_dir is not None and not args.data_dir.is_dir():
+        parser.error(f"--data_dir {args.data_dir}: no such folder")
     return args
 
 
-def command(name: str, args: Namespace) -> list[str]:
-    """What runs a benchmark."""
-    file, flags = BENCHMARKS[name]
-    words = [sys.executable, str(ROOT / "benchmarks" / file)]
-    for flag in sorted(flags):
-        words += [f"--{flag}", str(getattr(args, flag))]
-    return [*words, "--quick"] if args.quick else words
+def load(name: str) -> Any:
+    """The module of a benchmark."""
+    return import_module(f"benchmarks.{name}")
 
 
-def run(name: str, args: Namespace) -> bool:
-    """Run a benchmark, print its tables and keep its record; whether it ended well."""
-    from checkpoint import write_json
-
-    print(f"== {name}", flush=True)
-    done = call(command(name, args), stdout=PIPE, text=True)
-    if done.returncode:
-        return False
-    *tables, record = done.stdout.splitlines()
-    print("\n".join(tables), flush=True)
-    if args.results:
-        write_json(args.results / f"{name}.json", json.loads(record))
-    return True
+def settings(benchmark: Any, args: Namespace) -> dict[str, Any]:
+    """A benchmark's settings: its defaults, those of --quick, and those of the command line."""
+    own = {"quick": False, "turns": 3, "passes": 1, **benchmark.SETTINGS}
+    chosen = {**own, **(harness.QUICK if args.quick else {}), **args.given}
+    return {setting: chosen[setting] for setting in own}
 
 
-def section(records: Sequence[dict[str, Any]]) -> str:
-    """The README's part: a line on how to read it, the table, and each benchmark's origin."""
-    lines = [
-        "A ratio is ours / peer: the median of turns, each with a process for either, and the least"
-        " and most. Useful FLOPs leave padding out (`benchmarks/harness.py`).",
-        "",
-        *claim_table(records),
-        "",
-        "| measured by | on | versions | date, commit |",
-        "| --- | --- | --- | --- |",
-        *(f"| {' | '.join(origin(record))} |" for record in records),
-    ]
-    return "\n".join(lines)
+def run(name: str, args: Namespace) -> dict[str, Any]:
+    """Run a benchmark; its record."""
+    benchmark = load(name)
+    used = settings(benchmark, args)
+    results = harness.run_benchmark(benchmark, used, args.only)
+    shown = {flag: str(value) for flag, value in used.items()}
+    if "data_dir" in used and harness.ROOT not in used["data_dir"].resolve().parents:
+        shown["data_dir"] = "DATA"  # a folder of this machine
+    words = ["python", "benchmarks/run.py", name]
+    words += [word for f in args.given if f in used for word in (f"--{f}", shown[f])]
+    words += ["--only", *args.only] if args.only else []
+    words += ["--quick"] if args.quick else []
+    return {
+        "benchmark": name,
+        "units": dict.fromkeys(benchmark.CONTESTANTS, benchmark.UNIT),
+        **harness.machine(),
+        "command": shlex.join(words),
+        "quick": args.quick,
+        "settings": {**used, **({"data_dir": shown["data_dir"]} if "data_dir" in used else {})},
+        "device": used.get("device", "cpu"),
+        **results,
+    }
 
 
-def origin(record: dict[str, Any]) -> list[str]:
-    """How, where and when a record was made, for people."""
-    hardware, versions = record["hardware"], record["versions"]
-    processor = hardware["processor"] or hardware["machine"]
-    where = f"{processor}, {hardware['threads']} threads, {hardware['cpu']}"
-    where += ", AMX" if hardware["amx"] else ", no AMX"
-    where += f", {hardware['gpu']}" if record["device"] == "cuda" else ""
-    libraries = ("torch", "transformers", "sentence-transformers")
-    date = f"{record['started'][:10]}, {(record['commit'] or 'no commit')[:7]}"
-    date += " with changes" if record["uncommitted_changes"] else ""
-    date += ": **--quick, no measurement**" if record["quick"] else ""
-    command = record["command"].replace("|", r"\|")  # a bar would end the cell
-    return [
-        f"`{command}`",
-        where,
-        ", ".join([f"Python {record['python']}", *(f"{x} {versions[x]}" for x in libraries)]),
-        date,
-    ]
+# ---------------------------------------------------------------------------- docs/benchmarks.md
 
 
-def around(readme: Path) -> tuple[bytes, bytes]:
-    """What comes before the text between the two markers, and what after it, markers included.
+def report(results: Path) -> str:
+    """A section per record: what is compared (the module's docstring), the table, its origin."""
+    sections = []
+    for name in NAMES:
+        if (path := results / f"{name}.json").exists():
+            record = read_json(path)
+            parts = [load(name).__doc__.strip(), harness.claim_table(record)]
+            sections.append("\n\n".join([f"## {name}", *parts, harness.origin(record)]))
+    return "\n\n".join(sections)
+
+
+def rewrite(docs: Path, text: str) -> None:
+    """Put `text` between the two markers; every other character stays as it is.
 
     Raises:
-        UserError: the file does not have each marker once, in order.
+        UserError: the file does not have each marker once, in this order.
     """
-    from checkpoint import UserError
-
-    content = readme.read_bytes()
-    begin, end = BEGIN.encode(), END.encode()
-    start, stop = content.find(begin) + len(begin), content.find(end)
-    if content.count(begin) != 1 or content.count(end) != 1 or stop < start:
-        raise UserError(f"{readme}: needs the lines {BEGIN!r} and {END!r}, once each, in order")
-    return content[:start], content[stop:]
-
-
-def rewrite(readme: Path, text: str) -> None:
-    """Put `text` between the two markers, and leave every other byte as it is."""
-    from checkpoint import whole_file
-
-    before, after = around(readme)
-    with whole_file(readme) as draft:
-        draft.write_bytes(before + f"\n\n{text}\n\n".encode() + after)
-
-
-def read_records(folder: Path) -> list[dict[str, Any]]:
-    """The records that there are, in the order of `BENCHMARKS`."""
-    from checkpoint import read_json
-
-    paths = [folder / f"{name}.json" for name in BENCHMARKS]
-    return [read_json(path) for path in paths if path.exists()]
+    content = read_text(docs)
+    before, begin, rest = content.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not end or BEGIN in rest or END in before + after:
+        raise UserError(f"{docs}: needs the lines {BEGIN} and {END}, once each, in this order")
+    write_text(docs, f"{before}{begin}\n\n{text}\n\n{end}{after}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run, and rewrite; exit code 1 where a benchmark failed."""
-    args = parse(argv)
-    names = [name for name in BENCHMARKS if name in (args.only or BENCHMARKS)]
-    if args.results:
-        around(args.readme)  # a file without markers is refused now, not hours later
-    failed = [name for name in names if not run(name, args)]
-    records = read_records(args.results) if args.results else []
-    if records:
-        rewrite(args.readme, section(records))
-    if failed:
-        print(f"run.py: failed: {', '.join(failed)}", file=sys.stderr)
-        sys.exit(1)
+    """Run the benchmarks and rewrite the docs; exit with code 1 if a benchmark failed."""
+    args = parse_args(argv)
+    failed = False
+    for name in [] if args.report else args.names:
+        print(f"== {name}", flush=True)
+        try:
+            record = run(name, args)
+        except UserError as error:
+            print(f"run.py: error: {error}", file=sys.stderr)
+            failed = True
+            continue
+        print(harness.claim_table(record), flush=True)
+        if args.results or not args.quick:
+            write_json((args.results or RESULTS) / f"{name}.json", record)
+    if args.report or not (args.results or args.quick):
+        rewrite(DOCS, report(RESULTS))
+    sys.exit(1 if failed else 0)
 
 
 if __name__ == "__main__":
-    script(main)
+    run_script(main)

@@ -1,11 +1,10 @@
 """How long a command takes to answer: `--help`, and the first step of training.
 
-    python benchmarks/startup.py --data_dir DATA
+    python benchmarks/run.py startup --data_dir DATA
 
-Ours is `classifier.py`, a process of its own from its start until the log has the first step's
-line: imports, reading and tokenising SST's training and dev files, loading the model, one step. The
-peer does the same with `transformers` (tokenising the training file, no dev) and leaves. `--help`
-has no peer. Memory is of the largest process started.
+Ours is `classifier.py`, from the start of its process until the log has the first step: imports,
+reading and tokenising SST's training and dev files, loading the model, one step. The peer does the
+same with `transformers`, without the dev file, and exits. `--help` has no peer.
 """
 
 import subprocess
@@ -13,14 +12,9 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
-from functools import partial
 from pathlib import Path
 
-if __name__ == "__main__":  # in this folder there is a train.py too
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
-from benchmarks.harness import ROOT, TEXTS, Benchmark, Claim, Work, main
-from options import script
+from benchmarks.harness import ROOT, TEXT, Claim, Work
 
 PEER = """
 import csv, os, sys
@@ -40,31 +34,36 @@ os._exit(0)  # ours is not waited for either, once it has made its step
 """
 
 
+def finish(*command: object) -> None:
+    """Run a Python command to its end."""
+    words = [sys.executable, *map(str, command)]
+    subprocess.run(words, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
 def peer_first_step(args: Namespace) -> Work:
-    """A script that loads all, and takes a step."""
+    """A script that loads everything and takes a step."""
     path = args.data_dir / "ids-sst-train.csv"
-    words = [args.model, str(path), str(args.rows), str(args.batch_size)]
-    return Work(lambda: finish([sys.executable, "-c", PEER, *words]), 1)
+    return Work(lambda: finish("-c", PEER, args.model, path, args.rows, args.batch_size), 1)
 
 
-def ours_help(args: Namespace) -> Work:
+def our_help(args: Namespace) -> Work:
     """`multitask_classifier.py --help`."""
-    return Work(
-        lambda: finish([sys.executable, str(ROOT / "multitask_classifier.py"), "--help"]), 1
-    )
+    return Work(lambda: finish(ROOT / "multitask_classifier.py", "--help"), 1)
 
 
-def ours_first_step(args: Namespace) -> Work:
-    """`classifier.py`, ended after its first step."""
-    flags = {"--option": "finetune", "--model": args.model, "--data_dir": args.data_dir}
-    flags |= {"--limit": args.rows, "--batch_size": args.batch_size, "--device": "cpu"}
-    words = [str(word) for pair in flags.items() for word in pair]
-    command = [sys.executable, str(ROOT / "classifier.py"), *words, "--no_test", "--run_dir"]
+def our_first_step(args: Namespace) -> Work:
+    """`classifier.py`, killed after its first step."""
+    flags = {"model": args.model, "data_dir": args.data_dir, "limit": args.rows}
+    flags |= {"option": "finetune", "batch_size": args.batch_size, "device": "cpu"}
+    words = [f"--{name}={value}" for name, value in flags.items()]
+    command = [sys.executable, str(ROOT / "classifier.py"), *words, "--no_test"]
 
     def first_step() -> None:
         run_dir = Path(tempfile.mkdtemp(dir=args.scratch)) / "run"
         process = subprocess.Popen(
-            [*command, str(run_dir)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            [*command, f"--run_dir={run_dir}"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         log = run_dir / "log.jsonl"
         try:
@@ -79,33 +78,18 @@ def ours_first_step(args: Namespace) -> Work:
     return Work(first_step, 1)
 
 
-def finish(command: list[str]) -> None:
-    """Run a command to its end."""
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-
-BENCHMARK = Benchmark(
-    __file__,
-    __doc__,
-    "starts",
-    {
-        "--help, ours": ours_help,
-        "first step, transformers": peer_first_step,
-        "first step, ours": ours_first_step,
-    },
-    [
-        Claim("--help", "--help, ours", None, "seconds", "< 0.5"),
-        Claim("first step", "first step, ours", None, "seconds", "< 4"),
-        Claim(
-            "first step, to a transformers script",
-            "first step, ours",
-            "first step, transformers",
-            "seconds",
-        ),
-    ],
-    {**TEXTS, "rows": 10000, "batch_size": 32, "passes": 3},
-    {"rows": 64, "passes": 1},
-)
-
-if __name__ == "__main__":
-    script(partial(main, BENCHMARK))
+SETTINGS = {
+    "model": TEXT["model"],
+    "data_dir": TEXT["data_dir"],
+    "rows": 10000,
+    "batch_size": 32,
+    "passes": 3,
+}
+UNIT = "starts"
+HELP, PEER_STEP, FIRST_STEP = "--help, ours", "first step, transformers", "first step, ours"
+CONTESTANTS = {HELP: our_help, PEER_STEP: peer_first_step, FIRST_STEP: our_first_step}
+CLAIMS = [
+    Claim("--help", HELP, metric="seconds", target="< 2"),
+    Claim("first step", FIRST_STEP, metric="seconds", target="< 4"),
+    Claim("first step, to a transformers script", FIRST_STEP, PEER_STEP, "seconds"),
+]

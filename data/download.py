@@ -1,39 +1,33 @@
-"""Fetch the course's csv files, and SimCSE's NLI triples, into this folder.
+"""Download the course's csv files and SimCSE's NLI triples into this folder.
 
     python data/download.py            (./setup.sh --data does the same)
 
-The course's files come from the public repository gpoesia/minbert-default-final-project and are
-checked against their git blob ids; the triples from the data set princeton-nlp/datasets-for-simcse.
-No checksum of the triples is known: they are checked to be as long as the server says, and to start
-with the right header.
-
-A file that is here and right is kept without a request. One that differs is kept too, and named,
-unless --force is given. Each file appears whole and checked, or not at all; parts (*.part) stay and
-are gone on with when this is run again.
+A file appears only once its checksum is right, so it is there whole or not at all. Files that are
+already right are kept without a request. A file that differs is kept too, and reported, unless
+--force is given. An interrupted download leaves NAME.part, and the next run continues it.
 """
 
 import argparse
 import contextlib
 import fcntl
-import functools
 import hashlib
+import http.client
 import os
+import ssl
 import sys
+import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NoReturn
+from urllib.error import HTTPError, URLError
+from urllib.request import Request, urlopen
 
 from tqdm import tqdm
 
-from fetch import Failure, Fetcher, Limits
-
-COURSE = "https://raw.githubusercontent.com/gpoesia/minbert-default-final-project/main/data"
-HUB = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"  # as huggingface_hub has it
-NLI = f"{HUB.rstrip('/')}/datasets/princeton-nlp/datasets-for-simcse/resolve/main"
-NLI_FILE = "nli_for_simcse.csv"
-NLI_HEADER = b"sent0,sent1,hard_neg"
-BLOB_IDS = {
+COURSE_URL = "https://raw.githubusercontent.com/gpoesia/minbert-default-final-project/main/data"
+NLI_PATH = "datasets/princeton-nlp/datasets-for-simcse/resolve/main"  # on the HuggingFace Hub
+# Git blob ids: how the course's repository itself identifies these files.
+COURSE_FILES = {
     "ids-sst-train.csv": "9cb7333cb1dae49c2bd2a4b56a24882a6e8704b5",
     "ids-sst-dev.csv": "3171aa629a340809d2db4a50df8f6e5ec9420ab0",
     "ids-sst-test-student.csv": "bbd2313758825f86e24416d6aad64cd93370cf7a",
@@ -47,135 +41,158 @@ BLOB_IDS = {
     "sts-dev.csv": "9392860e584717976b8d817cc40c9e6ceeec27e0",
     "sts-test-student.csv": "25f0cf8fafdd1f82b9e2bb460c708af34341ce60",
 }
-LIMITS = Limits()
+NLI_FILES = {  # the SHA-256 that the Hub shows
+    "nli_for_simcse.csv": "0747687ec3594fa449d2004fd3757a56c24bf5f7428976fb5b67176775a68d48",
+}
+TIMEOUT = 20  # seconds without a byte
+WAITS = (1, 2, 4)  # seconds before each retry
+NETWORK_ERRORS = (URLError, ConnectionError, TimeoutError, ssl.SSLError, http.client.HTTPException)
 
 
-def blob_id(path: Path) -> str:
-    """Git's name of a file's content: the sha1 of "blob SIZE\\0" and the content."""
-    digest = hashlib.sha1(f"blob {path.stat().st_size}\0".encode())
+class DownloadError(Exception):
+    """The server answers, but not with the right file."""
+
+
+class Unreachable(DownloadError):
+    """Every retry failed, so the other files of the same server would fail too."""
+
+
+def has_checksum(path: Path, checksum: str) -> bool:
+    """Whether a file has this checksum: a git blob id (40 digits) or a SHA-256 (64 digits)."""
+    if len(checksum) == 40:  # git hashes "blob SIZE\0" before the content
+        digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size)
+    else:
+        digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
-    return digest.hexdigest()
+    return digest.hexdigest() == checksum
 
 
-def fault(name: str, path: Path) -> str:
-    """What is wrong with the file at `path`, meant to be the one called `name`; "" for nothing."""
-    if not path.is_file():
-        return "not a file"
-    if name == NLI_FILE:
-        with open(path, "rb") as file:
-            header = file.readline(100).rstrip(b"\r\n")
-        return "" if header == NLI_HEADER else f"starts with {header!r}, not {NLI_HEADER!r}"
-    found = blob_id(path)
-    return "" if found == BLOB_IDS[name] else f"blob id {found}, not {BLOB_IDS[name]}"
+def download(url: str, part: Path) -> None:
+    """Append to `part` what it still lacks of the file at `url`."""
+    start = part.stat().st_size if part.exists() else 0
+    request = Request(url, headers={"Range": f"bytes={start}-"} if start else {})
+    try:
+        response = urlopen(request, timeout=TIMEOUT)
+    except HTTPError as error:
+        if error.code == 416 and start:  # nothing is missing: the checksum decides
+            return
+        raise
+    with response:
+        if response.status != 206:  # the server ignored Range and sends the whole file
+            start = 0
+        length = response.headers.get("Content-Length")
+        total = start + int(length) if length else None
+        bar = {"desc": part.stem, "initial": start, "leave": False, "disable": None}
+        with (
+            open(part, "ab" if start else "wb") as raw,
+            tqdm.wrapattr(raw, "write", total, **bar) as file,
+        ):
+            while chunk := response.read1(1 << 16):
+                file.write(chunk)
+                file.flush()  # a killed process loses nothing that has arrived
+            os.fsync(file.fileno())
+            if total is not None and file.tell() < total:  # http.client does not report this
+                raise ConnectionError(f"cut off after {file.tell()} of {total} bytes")
+
+
+def fetch(url: str, path: Path, checksum: str) -> None:
+    """Download `url` to `path`, with retries; the file appears once its checksum is right."""
+    part = path.with_name(f"{path.name}.part")
+    for wait in (*WAITS, None):
+        resumed = part.exists()
+        try:
+            download(url, part)
+        except HTTPError as error:
+            problem = error
+            if error.code < 500 and error.code not in (408, 429):
+                raise DownloadError(f"{url}: {error}") from error
+        except (ValueError, http.client.InvalidURL) as error:
+            raise DownloadError(f"{url}: {error}") from error
+        except NETWORK_ERRORS as error:
+            problem = getattr(error, "reason", error)
+        else:
+            if has_checksum(part, checksum):
+                os.replace(part, path)
+                return
+            part.unlink()
+            problem = "not the expected file (wrong checksum)"
+            if not resumed:  # a login page, say; a retry would bring the same
+                raise DownloadError(f"{url}: {problem}")
+        if wait is not None:
+            print(f"{path}: {problem}; retrying in {wait} s", flush=True)
+            time.sleep(wait)
+    raise Unreachable(f"{url}: {problem}: check the network and run this again")
+
+
+def fetch_all(base: str, checksums: dict[str, str], folder: Path, force: bool) -> list[str]:
+    """Fetch the files under a base URL that are missing; returns a line for each problem."""
+    problems = []
+    for name, checksum in checksums.items():
+        path, url = folder / name, f"{base.rstrip('/')}/{name}"
+        if path.exists() and has_checksum(path, checksum):
+            print(f"{path}: already here", flush=True)
+        elif path.exists() and not force:
+            problems.append(f"{path}: kept, but differs: move it or run data/download.py --force")
+        else:
+            print(f"{path}: fetching {url}", flush=True)
+            try:
+                fetch(url, path, checksum)
+            except DownloadError as error:
+                problems.append(f"{error}, or use the sample with --data_dir data/sample")
+                if isinstance(error, Unreachable):
+                    break
+    return problems
 
 
 @contextlib.contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, so that two processes never write the same partial file."""
+def locked(folder: Path) -> Iterator[None]:
+    """Let no second process write the same parts."""
     handle = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"{folder}: waiting for another download into it to end", flush=True)
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        except OSError:
-            pass  # some network file systems lock no folders; the checks still hold
-        yield
-    finally:
-        os.close(handle)
-
-
-def fetch_all(urls: dict[str, str], folder: Path, force: bool, limits: Limits) -> list[str]:
-    """Bring the files that are missing, several at a time, a bar each.
-
-    Args:
-        urls: of each file, by its name in the folder.
-
-    Returns the lines that say what failed, the most telling first.
-    """
-    wanted, kept, failed = [], [], []
-    for name in urls:
-        path = folder / name
-        there = os.path.lexists(path)
-        wrong = fault(name, path) if there else ""
-        if wrong and not force:
-            kept.append(f"{path}: {wrong}: kept; move it away, or run data/download.py --force")
-        elif there and not wrong:
-            print(f"{path}: here already")
-        else:
-            wanted.append(name)
-    fetcher, jobs = Fetcher(limits), {}
-    with ThreadPoolExecutor(limits.parallel) as pool:
-        try:
-            for name in wanted:
-                path, check = folder / name, functools.partial(fault, name)
-                exact = name in BLOB_IDS
-                job = pool.submit(fetcher.fetch, urls[name], path, check, exact=exact, force=force)
-                jobs[job] = path
-            for job in as_completed(jobs):
-                try:
-                    job.result()
-                    tqdm.write(f"{jobs[job]}: fetched")
-                except Failure as error:
-                    again = "check the network and run this again, or " if error.retry else ""
-                    failed.append(f"{error}: {again}go on with --data_dir data/sample")
-        finally:
-            fetcher.stop.set()
-            pool.shutdown(cancel_futures=True)
-    return failed + kept
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f"{folder}: another download is running here: wait until it has finished")
+    except OSError:
+        pass  # some network file systems have no locks
+    yield
+    os.close(handle)  # ends the lock, as the end of the process does
 
 
 def fail(message: str) -> NoReturn:
-    """Leave with one line on standard error."""
-    print(f"download.py: error: {message}", file=sys.stderr)
+    """Exit with a one-line error."""
+    print(f"download.py: error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
 
 
-def main(argv: Sequence[str] | None = None, limits: Limits = LIMITS) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Fetch what is missing."""
+    hub = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"  # as huggingface_hub does
+    course_url = os.environ.get("MINBERT_COURSE_URL") or COURSE_URL
+    nli_url = os.environ.get("MINBERT_NLI_URL") or f"{hub.rstrip('/')}/{NLI_PATH}"
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = fail  # one line, without the usage
-    add = parser.add_argument
-    add("--out", type=Path, default=Path(__file__).resolve().parent, help="the files' folder")
-    add("--force", action="store_true", help="replace files there that differ from the course's")
-    bases = {"course_url": COURSE, "nli_url": NLI}
-    for flag, base in bases.items():
-        variable = f"MINBERT_{flag.upper()}"
-        default = os.environ.get(variable) or base
-        add(
-            f"--{flag}", default=default, help=f"fetch from there (default: ${variable}, or {base})"
-        )
+    add, default = parser.add_argument, "(default: %(default)s)"
+    add("--out", type=Path, default=Path(__file__).resolve().parent, help=f"folder {default}")
+    add("--force", action="store_true", help="replace files that differ from the originals")
+    add("--course_url", default=course_url, help=f"or MINBERT_COURSE_URL {default}")
+    add("--nli_url", default=nli_url, help=f"or MINBERT_NLI_URL {default}")
     args = parser.parse_args(argv)
-    for flag in bases:
-        url = getattr(args, flag)
-        if not url.startswith(("https://", "http://")):
-            fail(f"--{flag} {url}: expected an address that starts with https:// or http://")
-    urls = {NLI_FILE: args.nli_url} | dict.fromkeys(BLOB_IDS, args.course_url)  # largest first
-    urls = {name: f"{base.rstrip('/')}/{name}" for name, base in urls.items()}
     try:
         args.out.mkdir(parents=True, exist_ok=True)
-        with alone(args.out):
-            failed = fetch_all(urls, args.out, args.force, limits)
-        sys.stdout.flush()
+        with locked(args.out):
+            problems = fetch_all(args.course_url, COURSE_FILES, args.out, args.force)
+            problems += fetch_all(args.nli_url, NLI_FILES, args.out, args.force)
     except KeyboardInterrupt:
-        kept = f"; parts (*.part) are kept in {args.out}: run this again to go on with them"
-        print(
-            f"download.py: interrupted{kept if any(args.out.glob('*.part')) else ''}",
-            file=sys.stderr,
-        )
+        print("download.py: interrupted: run this again to continue", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # who reads our standard output has left: `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-    except OSError as error:
-        fail(f"{error.filename}: {error.strerror}")
-    if failed:
-        fail(failed[0] + (f" (and {len(failed) - 1} more)" if failed[1:] else ""))
+    except OSError as error:  # of the disk; fetch() handles the network's
+        fail(f"{error.filename or args.out}: {error.strerror or error}")
+    if problems:
+        fail(problems[0] + (f" (and {len(problems) - 1} more)" if problems[1:] else ""))
+    print(f"{args.out}: all files are here")
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # a folder's name may hold any bytes
     main()

@@ -1,28 +1,31 @@
-"""Make the sample data set: small synthetic stand-ins for the course's data files.
+"""Generate the sample data set: small synthetic stand-ins for the course's data files.
 
     python data/make_sample.py [--out DIR] [--seed N]
 
-Every sentence is written by this program from the word tables and templates below, and the same
-seed gives the same bytes everywhere. Names with a leading ``*`` are held out of the training
-files, so that dev and test also ask for words that training never showed.
+All sentences are filled in from the templates and word tables below. The same seed gives the same
+bytes on any machine. A name with a leading ``*`` is held out: it occurs in the dev and test files,
+but never in the training files.
 
-SST (0 to 4) and CFIMDB (0, 1). A template reads the same for both polarities: ``{S}``, ``{M}``,
-``{V}`` and ``{N}`` (strong adjective, mild adjective, verb, noun) take words from the side of
-the label, ``{XS}`` and so on from the opposite side. So it is negation, contrast, concession and
-comparison that decide, hardly the words. STRONG templates give 4 or 0, MILD ones 3 or 1, NEUTRAL
-ones 2; a few labels slip to a neighbouring class. A review mixes opinions of both sides, more of
-them on the side of its label, and ends in a verdict that always is.
+SST (classes 0 to 4) and CFIMDB (0 or 1). A template serves both polarities. ``{S}``, ``{M}``,
+``{V}`` and ``{N}`` (strong adjective, mild adjective, verb, noun) are words of the label's
+polarity, ``{XS}``, ``{XM}``, ``{XV}`` and ``{XN}`` words of the opposite one. STRONG templates
+give class 4 or 0, MILD ones 3 or 1, NEUTRAL ones 2. Most of these sentences have words of both
+polarities, so that negation, contrast, concession and comparison decide. The SHORT templates
+("A dull film.") teach SST what the words mean by themselves. A CFIMDB review mixes opinions of
+both polarities, most of them of its label's, and ends with a verdict that agrees with the label.
 
-Quora. A question is an intent (how, how long, ...) about an action on a thing. It is a duplicate
-if all three are the same, whatever the wording; other pairs differ in one part, in two or in all.
+Quora. A question asks for something (how, how long, ...) about an action on a thing. Two questions
+are duplicates if all three parts are the same, however they are worded. The other pairs differ in
+one part, in two parts or in all of them.
 
-STS (0 to 5). A sentence is a scene of agent, action, object and setting. Each part scores 1 if
-both sentences name the same concept (synonyms count as the same), PARTIAL if the two concepts are
-of one group (for a setting: if only one sentence has one), else 0. The similarity is 5 times the
-mean of the parts, weighted by WEIGHTS, with a little noise, to one decimal.
+STS (0 to 5). A sentence describes a scene: agent, action, object and setting. A part scores 1 if
+both sentences name the same concept (synonyms are the same concept), PARTIAL if the two concepts
+are related, and 0 otherwise. The similarity is 5 times the mean of the parts, weighted by WEIGHTS,
+plus a little noise, rounded to one decimal.
 
-NLI. A scene, the same scene reworded, often with the agent or object generalised (entailed),
-and the same agent in a scene that excludes the first (contradicted).
+NLI. Each row has a scene, an entailed sentence and a contradicting one. The entailed sentence is
+the same scene in other words, often with a more general agent or object. The contradicting one
+has the same agent do something else.
 """
 
 import argparse
@@ -34,18 +37,18 @@ from random import Random
 
 SIZES = {"train": 1500, "dev": 300, "test-student": 200}
 NLI_SIZE = 1500
-SLIP = 0.06  # share of SST labels that slip to a neighbouring class
-REVIEW_NOISE = 0.03  # share of CFIMDB labels that are wrong
-AGREE = 0.65  # share of a review's opinions, before the verdict, on the side of its label
-QUESTION_NOISE = 0.02  # share of Quora labels that are wrong
-# Shares of Quora rows by the parts in which the second question differs from the first.
-QUESTION_KINDS = {"": 42, "thing": 12, "action": 6, "intent": 4, "action thing": 20, "domain": 16}
-QUESTION_REWORDING = {True: 0.65, False: 0.3}  # how often a shared part is reworded, by label
-SETTINGLESS = 0.25  # share of STS scenes that tell how, not where or when
-UNRELATED = 0.2  # share of STS pairs from two domains
-KEEP_RATES = [0.0, 0.2, 0.5, 0.5, 0.7, 1.0]  # how likely the second scene keeps a part of the first
-SCENE_REWORDING = {True: 0.8, False: 0.3}  # how often a shared part is reworded, if similarity > 3
-SCENE_NOISE = [-0.4, -0.2, -0.2, 0.0, 0.0, 0.0, 0.2, 0.2, 0.4]
+SST_NOISE = 0.06  # fraction of SST labels that are moved to a neighbouring class
+CFIMDB_NOISE = 0.03  # fraction of CFIMDB labels that are flipped
+AGREE = 0.65  # probability that an opinion before the verdict has the polarity of the review
+QUORA_NOISE = 0.02  # fraction of Quora labels that are flipped
+# Parts in which the second question differs from the first -> weight.
+QUORA_KINDS = {"": 42, "thing": 12, "action": 6, "intent": 4, "action thing": 20, "domain": 16}
+QUORA_REWORDING = {True: 0.65, False: 0.3}  # duplicate -> probability of rewording a shared part
+NO_SETTING = 0.25  # fraction of STS scenes with an adverb in place of a setting
+UNRELATED = 0.2  # fraction of STS pairs from two domains
+KEEP_RATES = [0.0, 0.2, 0.5, 0.5, 0.7, 1.0]  # probability that the second scene keeps a part
+STS_REWORDING = {True: 0.8, False: 0.3}  # similarity > 3 -> probability of rewording a shared part
+STS_NOISE = [-0.4, -0.2, -0.2, 0.0, 0.0, 0.0, 0.2, 0.2, 0.4]
 
 # ---- Sentiment -------------------------------------------------------------------------------
 
@@ -165,6 +168,27 @@ NEUTRAL = [
     "the {F} follows {P} who {L}",
     "this {F} tells the story of {P} who {L}",
 ]
+# Only for SST. "Fine" is in no table on purpose: "A fine film." is an example in the README.
+SHORT_STRONG = [
+    "{S}",
+    "{N}",
+    "a {S} {F}",
+    "a {S} movie",
+    "this is a {S} {F}",
+    "this film is {S}",
+    "the {A} is {S}",
+    "what a {S} {F}",
+]
+SHORT_MILD = [
+    "{M}",
+    "not {XM}",
+    "a {M} {F}",
+    "a {M} film",
+    "this is a {M} {F}",
+    "this movie is {M}",
+    "the {A} is {M}",
+    "this {F} {V}",
+]
 OPENINGS = [
     "I saw this {F} on a rainy Sunday with my sister",
     "my neighbor lent me this {F} last week",
@@ -182,11 +206,11 @@ PLOT_LINES = [
     "it follows {P} who {L}",
     "in it, {P} {L}",
 ]
-SAME_SIDE = ["", "", "also, ", "besides, "]
-OTHER_SIDE = ["on the other hand, ", "then again, ", "still, "]
+SAME_POLARITY = ["", "", "also, ", "besides, "]
+OTHER_POLARITY = ["on the other hand, ", "then again, ", "still, "]
 VERDICT_LEADS = ["all in all, ", "in the end, ", "to sum up, ", "so my verdict is simple: "]
 
-# ---- Questions: things are separated by ";", names of one thing by "|" -------------------------
+# ---- Questions: ";" separates concepts, "|" the names of one concept ---------------------------
 
 INTENTS = {
     "how": "how does one {}|how would you {}|what is a sensible way to {}|what does it take to {}|"
@@ -447,19 +471,19 @@ IDLE = "sound asleep|doing nothing at all|sitting still with empty hands|taking 
 
 
 def split_names(group: str, train: bool) -> list[str]:
-    """The names in a group such as ``a|b|*c``, without the held-out ones for training."""
+    """Split ``a|b|*c`` into its names; a training file gets none of the held-out ones."""
     names = group.split("|")
     return [name.lstrip("*") for name in names if not (train and name.startswith("*"))]
 
 
-def concepts(table: str, train: bool) -> list[list[str]]:
-    """The concepts of a table such as ``a|b; c|*d``, each as its list of names."""
+def split_concepts(table: str, train: bool) -> list[list[str]]:
+    """Split ``a|b; c|*d`` into concepts, each a list of names."""
     groups = (split_names(group.strip(), train) for group in table.split(";"))
     return [names for names in groups if names]
 
 
-def tidy(text: str, end: str = ".") -> str:
-    """A sentence out of a filled template: a/an, capital, final punctuation."""
+def to_sentence(text: str, end: str = ".") -> str:
+    """Correct a/an in a filled template, capitalise it and add the final punctuation."""
     text = re.sub(r"\ba (?=[aeio]|u(?!s|ni))", "an ", text.strip())
     return text[0].upper() + text[1:] + end
 
@@ -467,51 +491,51 @@ def tidy(text: str, end: str = ".") -> str:
 # ---- Sentiment rows ---------------------------------------------------------------------------
 
 
-def opinion(rng: Random, template: str, side: int, film: str, train: bool) -> str:
-    """A template filled in for one side: 1 for praise, -1 for blame."""
+def opinion(rng: Random, template: str, polarity: int, film: str, train: bool) -> str:
+    """Fill in a template: praise if the polarity is 1, blame if it is -1."""
     first, second = rng.sample(split_names(ASPECTS, train), 2)
     slots = {"A": first, "B": second, "F": film}
     for slot, table in SLOTS.items():
         slots[slot] = rng.choice(split_names(table, train))
     for slot, table in POLAR_WORDS.items():
-        slots[slot] = rng.choice(split_names(table[side], train))
-        slots["X" + slot] = rng.choice(split_names(table[-side], train))
+        slots[slot] = rng.choice(split_names(table[polarity], train))
+        slots["X" + slot] = rng.choice(split_names(table[-polarity], train))
     return template.format(**slots)
 
 
-def comment(rng: Random, train: bool) -> tuple[tuple[str], str]:
-    """An SST row: one sentence and its class."""
+def sst_row(rng: Random, train: bool) -> tuple[tuple[str], str]:
+    """Return one sentence and its class."""
     label = rng.randrange(5)
-    templates = {0: NEUTRAL, 1: MILD, 2: STRONG}[abs(label - 2)]
-    side = rng.choice([-1, 1]) if label == 2 else (label > 2) - (label < 2)
+    templates = {0: NEUTRAL, 1: MILD + SHORT_MILD, 2: STRONG + SHORT_STRONG}[abs(label - 2)]
+    polarity = rng.choice([-1, 1]) if label == 2 else (label > 2) - (label < 2)
     film = rng.choice(split_names(FILMS, train))
-    text = tidy(opinion(rng, rng.choice(templates), side, film, train))
-    if rng.random() < SLIP:
+    text = to_sentence(opinion(rng, rng.choice(templates), polarity, film, train))
+    if rng.random() < SST_NOISE:
         label += {0: 1, 4: -1}.get(label, rng.choice([-1, 1]))
     return (text,), str(label)
 
 
-def review(rng: Random, train: bool) -> tuple[tuple[str], str]:
-    """A CFIMDB row: an opening, a line on the plot, some opinions and a verdict; its label."""
+def cfimdb_row(rng: Random, train: bool) -> tuple[tuple[str], str]:
+    """Return a review (an opening, perhaps the plot, opinions, a verdict) and its label."""
     label = rng.randrange(2)
-    side = 2 * label - 1
+    polarity = 2 * label - 1
     film = rng.choice(split_names(FILMS, train))
 
-    def say(templates: list[str], side: int, lead: str = "") -> str:
-        return tidy(lead + opinion(rng, rng.choice(templates), side, film, train))
+    def say(templates: list[str], polarity: int, lead: str = "") -> str:
+        return to_sentence(lead + opinion(rng, rng.choice(templates), polarity, film, train))
 
-    sentences = [say(OPENINGS, side)]
+    sentences = [say(OPENINGS, polarity)]
     opinions = rng.choice([1, 2, 2])
     if opinions == 1:
-        sentences.append(say(PLOT_LINES, side))
+        sentences.append(say(PLOT_LINES, polarity))
     previous = 0
     for _ in range(opinions):
-        current = side if rng.random() < AGREE else -side
-        leads = {0: [""], current: SAME_SIDE}.get(previous, OTHER_SIDE)
+        current = polarity if rng.random() < AGREE else -polarity
+        leads = {0: [""], current: SAME_POLARITY}.get(previous, OTHER_POLARITY)
         sentences.append(say(rng.choice([MILD, STRONG]), current, rng.choice(leads)))
         previous = current
-    sentences.append(say(rng.choice([MILD, STRONG]), side, rng.choice(VERDICT_LEADS)))
-    if rng.random() < REVIEW_NOISE:
+    sentences.append(say(rng.choice([MILD, STRONG]), polarity, rng.choice(VERDICT_LEADS)))
+    if rng.random() < CFIMDB_NOISE:
         label = 1 - label
     return (" ".join(sentences),), str(label)
 
@@ -519,10 +543,10 @@ def review(rng: Random, train: bool) -> tuple[tuple[str], str]:
 # ---- Pair rows --------------------------------------------------------------------------------
 
 
-def two_wordings(
+def choose_names(
     rng: Random, first: dict[str, list[str]], second: dict[str, list[str]], rate: float
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Names for the concepts of both sides; what is shared is reworded at the given rate."""
+    """Choose a name for each concept; a shared concept gets two names with probability `rate`."""
     one = {part: rng.choice(names) for part, names in first.items()}
     two = {part: rng.choice(names) for part, names in second.items()}
     for part in first:
@@ -532,77 +556,82 @@ def two_wordings(
     return one, two
 
 
-def question_options(domain: dict[str, str], train: bool) -> dict[str, list[list[str]]]:
-    """The concepts that a question of this domain can be made of."""
+def question_concepts(domain: dict[str, str], train: bool) -> dict[str, list[list[str]]]:
+    """Return the concepts of a domain for each part of a question."""
     return {
         "intent": [split_names(INTENTS[intent], train) for intent in domain["intents"].split()],
-        "action": concepts(domain["actions"], train),
-        "thing": concepts(domain["things"], train),
+        "action": split_concepts(domain["actions"], train),
+        "thing": split_concepts(domain["things"], train),
     }
 
 
 def question(names: dict[str, str]) -> str:
-    """A question out of its parts."""
-    return tidy(names["intent"].format(names["action"].format(names["thing"])), "?")
+    """Put the parts of a question together."""
+    return to_sentence(names["intent"].format(names["action"].format(names["thing"])), "?")
 
 
-def question_pair(rng: Random, train: bool) -> tuple[tuple[str, str], str]:
-    """A Quora row: two questions, and whether they ask the same."""
-    kind = rng.choices(list(QUESTION_KINDS), list(QUESTION_KINDS.values()))[0]
-    here, elsewhere = rng.sample(QUESTION_DOMAINS, 2)
-    options = question_options(here, train)
+def quora_row(rng: Random, train: bool) -> tuple[tuple[str, str], str]:
+    """Return two questions and whether they are duplicates."""
+    different = rng.choices(list(QUORA_KINDS), list(QUORA_KINDS.values()))[0]
+    duplicate = not different
+    domain, other_domain = rng.sample(QUESTION_DOMAINS, 2)
+    options = question_concepts(domain, train)
     first = {part: rng.choice(choices) for part, choices in options.items()}
     second = dict(first)
-    if kind == "domain":
-        options = question_options(elsewhere, train)
+    if different == "domain":
+        options = question_concepts(other_domain, train)
         second = {part: rng.choice(choices) for part, choices in options.items()}
     else:
-        for part in kind.split():
+        for part in different.split():
             second[part] = rng.choice([names for names in options[part] if names != first[part]])
-    one, two = two_wordings(rng, first, second, QUESTION_REWORDING[not kind])
-    label = (not kind) != (rng.random() < QUESTION_NOISE)
+    one, two = choose_names(rng, first, second, QUORA_REWORDING[duplicate])
+    label = duplicate != (rng.random() < QUORA_NOISE)
     return (question(one), question(two)), f"{float(label)}"
 
 
-def scene_options(domain: dict[str, str], train: bool) -> dict[str, list[list[str]]]:
-    """The concepts that a scene of this domain can be made of."""
+def scene_concepts(domain: dict[str, str], train: bool) -> dict[str, list[list[str]]]:
+    """Return the concepts of a domain for each part of a scene."""
     return {
-        "agent": [names for group in AGENT_GROUPS for names in concepts(group, train)],
-        "action": concepts(domain["actions"], train),
-        "object": concepts(domain["objects"], train),
-        "setting": concepts(domain["settings"], train),
+        "agent": [names for group in AGENT_GROUPS for names in split_concepts(group, train)],
+        "action": split_concepts(domain["actions"], train),
+        "object": split_concepts(domain["objects"], train),
+        "setting": split_concepts(domain["settings"], train),
     }
 
 
 def related(part: str, one: list[str], two: list[str], same_domain: bool, train: bool) -> bool:
-    """Whether two concepts that differ are of one group."""
+    """Tell whether two different concepts are related.
+
+    Agents are related within a group, actions and objects within a domain, and no setting is
+    related to any setting.
+    """
     if part == "agent":
-        groups = [concepts(group, train) for group in AGENT_GROUPS]
+        groups = [split_concepts(group, train) for group in AGENT_GROUPS]
         return any(one in group and two in group for group in groups)
     return [""] in (one, two) if part == "setting" else same_domain
 
 
 def scene(rng: Random, names: dict[str, str], train: bool) -> str:
-    """A sentence that shows a scene, in one of three word orders; no setting, then an adverb."""
+    """Describe a scene in one of three word orders; without a setting it gets an adverb."""
     adverb = "" if names["setting"] else rng.choice(split_names(ADVERBS, train))
     act = f"{adverb} {names['action']} {names['object']}".strip()
     orders = [f"{names['agent']} is {act} {names['setting']}"] * 4
     orders.append(f"there is {names['agent']} {act} {names['setting']}")
     if names["setting"]:
         orders.append(f"{names['setting']}, {names['agent']} is {act}")
-    return tidy(rng.choice(orders))
+    return to_sentence(rng.choice(orders))
 
 
-def scene_pair(rng: Random, train: bool) -> tuple[tuple[str, str], str]:
-    """An STS row: two scenes and their similarity."""
+def sts_row(rng: Random, train: bool) -> tuple[tuple[str, str], str]:
+    """Return two scenes and their similarity."""
     same_domain = rng.random() >= UNRELATED
-    here, elsewhere = rng.sample(SCENE_DOMAINS, 2)
+    domain, other_domain = rng.sample(SCENE_DOMAINS, 2)
     first, second = (
-        {part: rng.choice(choices) for part, choices in scene_options(domain, train).items()}
-        for domain in (here, here if same_domain else elsewhere)
+        {part: rng.choice(choices) for part, choices in scene_concepts(each, train).items()}
+        for each in (domain, domain if same_domain else other_domain)
     )
     for parts in (first, second):
-        if rng.random() < SETTINGLESS:
+        if rng.random() < NO_SETTING:
             parts["setting"] = [""]
     if same_domain:
         keep = rng.choice(KEEP_RATES)
@@ -613,45 +642,45 @@ def scene_pair(rng: Random, train: bool) -> tuple[tuple[str, str], str]:
             similarity += 5 * weight
         elif related(part, first[part], second[part], same_domain, train):
             similarity += 5 * weight * PARTIAL
-    one, two = two_wordings(rng, first, second, SCENE_REWORDING[similarity > 3])
+    one, two = choose_names(rng, first, second, STS_REWORDING[similarity > 3])
     sentences = scene(rng, one, train), scene(rng, two, train)
-    similarity = min(5.0, max(0.0, similarity + rng.choice(SCENE_NOISE)))
+    similarity = min(5.0, max(0.0, similarity + rng.choice(STS_NOISE)))
     return sentences, f"{similarity:.1f}"
 
 
-def triple(rng: Random, train: bool) -> tuple[str, str, str]:
-    """An NLI row: a scene, a sentence it entails and one it excludes."""
+def nli_row(rng: Random) -> tuple[str, str, str]:
+    """Return a scene, an entailed sentence and a contradicting one."""
     domain = rng.choice(SCENE_DOMAINS)
-    options = scene_options(domain, train)
+    options = scene_concepts(domain, train=True)
     first = {part: rng.choice(choices) for part, choices in options.items()}
-    one, two = two_wordings(rng, first, first, 0.6)
+    one, two = choose_names(rng, first, first, 0.6)
     two |= rng.choice([{}, {"object": domain["kind"]}, {"agent": "someone"}])
     if rng.random() < 0.25:
-        excluded = {"action": rng.choice(split_names(IDLE, train)), "object": ""}
+        change = {"action": rng.choice(split_names(IDLE, train=True)), "object": ""}
     else:
         part = rng.choice(["action", "object"])
         other = rng.choice([names for names in options[part] if names != first[part]])
-        excluded = {part: rng.choice(other)}
-    return tuple(scene(rng, names, train) for names in (one, two, one | excluded))
+        change = {part: rng.choice(other)}
+    return tuple(scene(rng, names, train=True) for names in (one, two, one | change))
 
 
 # ---- Files ------------------------------------------------------------------------------------
 
 TASKS = {
-    "ids-sst": (comment, ["sentence", "sentiment"]),
-    "ids-cfimdb": (review, ["sentence", "sentiment"]),
-    "quora": (question_pair, ["sentence1", "sentence2", "is_duplicate"]),
-    "sts": (scene_pair, ["sentence1", "sentence2", "similarity"]),
+    "ids-sst": (sst_row, ["sentence", "sentiment"]),
+    "ids-cfimdb": (cfimdb_row, ["sentence", "sentiment"]),
+    "quora": (quora_row, ["sentence1", "sentence2", "is_duplicate"]),
+    "sts": (sts_row, ["sentence1", "sentence2", "similarity"]),
 }
 
 
-def key(texts: tuple[str, ...]) -> tuple[str, ...]:
-    """What makes two rows the same: their words, whatever case, punctuation and order of texts."""
+def row_key(texts: tuple[str, ...]) -> tuple[str, ...]:
+    """Return what identifies a row: its sentences, without case, punctuation and order."""
     return tuple(sorted(" ".join(re.findall(r"[a-z0-9']+", text.lower())) for text in texts))
 
 
-def write_rows(path: Path, rows: list[list[str]], delimiter: str) -> None:
-    """Write a file in one go, so that nobody ever reads half of it."""
+def write_csv(path: Path, rows: list[list[str]], delimiter: str) -> None:
+    """Write a csv file, which appears under its name only when it is complete."""
     draft = path.with_name(path.name + ".tmp")
     with draft.open("w", encoding="utf-8", newline="") as file:
         csv.writer(file, delimiter=delimiter, lineterminator="\n").writerows(rows)
@@ -659,47 +688,49 @@ def write_rows(path: Path, rows: list[list[str]], delimiter: str) -> None:
 
 
 def make_task(out: Path, task: str, seed: int) -> None:
-    """Write the train, dev and test file of a task; no row occurs twice among them."""
-    make, columns = TASKS[task]
+    """Write the train, dev and test file of a task; no row occurs twice in them."""
+    make_row, columns = TASKS[task]
     rng = Random(f"{task} {seed}")
     seen: set[tuple[str, ...]] = set()
     for split, size in SIZES.items():
         header = ["", "id", *columns]
         rows: list[list[str]] = []
         while len(rows) < size:
-            texts, label = make(rng, split == "train")
-            if key(texts) in seen or len(set(key(texts))) < len(texts):
+            texts, label = make_row(rng, split == "train")
+            key = row_key(texts)
+            if key in seen or len(set(key)) < len(key):
                 continue
-            seen.add(key(texts))
+            seen.add(key)
             rows.append([str(len(rows)), f"{rng.getrandbits(100):025x}", *texts, label])
         if split == "test-student":
             header, rows = header[:-1], [row[:-1] for row in rows]
-        write_rows(out / f"{task}-{split}.csv", [header, *rows], "\t")
+        write_csv(out / f"{task}-{split}.csv", [header, *rows], "\t")
 
 
-def make_triples(out: Path, seed: int) -> None:
+def make_nli(out: Path, seed: int) -> None:
     """Write the NLI triples."""
     rng = Random(f"nli {seed}")
     triples: dict[tuple[str, ...], list[str]] = {}
     while len(triples) < NLI_SIZE:
-        texts = triple(rng, train=True)
-        if len(set(key(texts))) == len(texts):
-            triples.setdefault(key(texts), list(texts))
+        texts = nli_row(rng)
+        key = row_key(texts)
+        if len(set(key)) == len(key):
+            triples.setdefault(key, list(texts))
     header = ["sent0", "sent1", "hard_neg"]
-    write_rows(out / "nli_for_simcse.csv", [header, *triples.values()], ",")
+    write_csv(out / "nli_for_simcse.csv", [header, *triples.values()], ",")
 
 
 def main() -> None:
-    """Make all files."""
-    parser = argparse.ArgumentParser(description="Make the sample data set.")
-    here = Path(__file__).resolve().parent
-    parser.add_argument("--out", type=Path, default=here / "sample", help="folder to write to")
-    parser.add_argument("--seed", type=int, default=11711, help="another seed, another data set")
+    """Write all files."""
+    parser = argparse.ArgumentParser(description="Generate the sample data set.")
+    default = Path(__file__).resolve().parent / "sample"
+    parser.add_argument("--out", type=Path, default=default, help="output folder")
+    parser.add_argument("--seed", type=int, default=11711, help="random seed")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     for task in TASKS:
         make_task(args.out, task, args.seed)
-    make_triples(args.out, args.seed)
+    make_nli(args.out, args.seed)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""A model and data small enough to train in a test, and a way to run a script."""
+"""A model and data small enough to train in a test, ways to run a script, and to read a run."""
 
 import csv
+import json
 import os
 import random
 import signal
@@ -15,15 +16,18 @@ from forker import Forker
 from hypothesis import settings
 
 from bert import BertConfig, BertModel
-from checkpoint import write_json
-from options import script
+from datasets import TaskDataset
+from engine.checkpoint import read_json, read_state, write_json
+from engine.cli import run_script as run_as_script
+from model import MultitaskBERT
+from tasks import find_tasks
 from tokenizer import BertTokenizer
 
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
-# Whom a shell starts in the background ignores Ctrl-C, and so would all that the tests start.
+# A process that a shell starts in the background ignores Ctrl-C, and so do its children.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-# Several processes test side by side; what they start is to take one core too.
+# Several test processes run side by side: each, and whatever it starts, takes one core.
 torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
 
 GOOD = ["great", "lovely", "fine", "superb"]
@@ -110,6 +114,50 @@ def data(tmp_path_factory) -> Path:
     return write_data(tmp_path_factory.mktemp("data"), {"train": 40, "dev": 16, "test": 8})
 
 
+def quick_run(model: Path, data: Path, run_dir: Path, *more: object) -> list[str]:
+    """Flags of a training run that takes about a second."""
+    flags = ["--model", model, "--data_dir", data, "--run_dir", run_dir, "--epochs", 2]
+    flags += ["--batch_size", 8, "--lr", "1e-3", "--precision", "fp32", *more]
+    return [str(flag) for flag in flags]
+
+
+def read_log(run_dir: Path, kind: str) -> list[dict]:
+    """The lines of that kind in a run's log."""
+    lines = (run_dir / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    return [entry for entry in map(json.loads, lines) if entry["kind"] == kind]
+
+
+def run_contents(run_dir: Path) -> dict:
+    """Everything that a run made with --keep_last leaves, except for times, memory and paths."""
+    found = {
+        str(path.relative_to(run_dir)): path.read_bytes()
+        for path in run_dir.rglob("*")
+        if path.is_file() and "tensorboard" not in path.parts
+    }
+    for name in ("config.json", "resumed.jsonl", "best/README.md"):
+        found.pop(name, None)
+    del found["result.json"]
+    result = read_json(run_dir / "result.json")
+    for name in ("training_seconds", "saving_seconds", "peak_memory_bytes", "predictions"):
+        result.pop(name, None)
+    tensors, facts = read_state(run_dir / "last/state.safetensors")
+    del facts["seconds"]
+    tensors = {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
+    return {**found, "result.json": result, "last/state.safetensors": (tensors, facts)}
+
+
+def load_multitask(
+    tiny: Path, data: Path, split: str = "train", **options: object
+) -> tuple[MultitaskBERT, list[TaskDataset]]:
+    """A tiny model of the paper's three tasks in evaluation mode, and a dataset for each."""
+    tasks = find_tasks(["sst", "para", "sts"])
+    tokenizer = BertTokenizer.from_pretrained(tiny)
+    torch.manual_seed(2)
+    bert = BertModel.from_pretrained(tiny)
+    model = MultitaskBERT(bert, tasks, tokenizer=tokenizer, **options).eval()
+    return model, [TaskDataset(data / t.files.format(split), t, tokenizer) for t in tasks]
+
+
 @pytest.fixture
 def run_script(capsys, monkeypatch):
     """`run_script(module, *flags)` runs its main as a shell would: exit code, stdout, stderr."""
@@ -119,17 +167,29 @@ def run_script(capsys, monkeypatch):
         capsys.readouterr()
         handler = signal.getsignal(signal.SIGINT)
         with pytest.raises(SystemExit) as ended:
-            script(lambda _: module.main([str(flag) for flag in flags]))
-        signal.signal(signal.SIGINT, handler)  # which an interrupted script ignores from then on
+            run_as_script(lambda _: module.main([str(flag) for flag in flags]))
+        signal.signal(signal.SIGINT, handler)  # an interrupted script ignores it from then on
         code = ended.value.code
         return (code if isinstance(code, int) else 1, *capsys.readouterr())
 
     return run
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
+def train(run_script, tiny, data):
+    """`train(script, run_dir, *more)` is a quick run that must succeed; its standard output."""
+
+    def run(script, run_dir: Path, *more: object) -> str:
+        code, out, err = run_script(script, *quick_run(tiny, data, run_dir, *more))
+        assert code == 0, err
+        return out
+
+    return run
+
+
+@pytest.fixture(scope="session")
 def forker(tmp_path_factory) -> Iterator[Forker]:
-    """Starts scripts in processes of their own, of which one alone may write below /pytest-."""
+    """Starts scripts in processes of their own; only rank 0 may write below /pytest-."""
     found = Forker(tmp_path_factory.mktemp("forker"))
     yield found
     found.process.stdin.close()

@@ -15,21 +15,20 @@ from pathlib import Path
 from torch.distributed import TCPStore
 
 ROOT = Path(__file__).resolve().parent.parent
-LIMIT = 120  # seconds that a run may take; what hangs is ended then, and fails
+LIMIT = 120  # seconds that a run may take; then it is aborted, and its test fails
 
 FORKER = """
 import gc, json, os, sys
 sys.path.insert(0, sys.argv[1])
 import torch
 torch.set_num_threads(1)
-import huggingface_hub.repocard_data, torch._dynamo, torch.onnx, torch.utils.tensorboard
-import classifier, contrastive, evaluation, multitask_classifier, optimizer, saved, simcse
-from options import script
-optimizer.compiled_update("float32")
+import huggingface_hub.repocard_data, scipy.stats, sklearn.metrics, torch.utils.tensorboard
+import classifier, evaluation, multitask_classifier, simcse
+from engine.cli import run_script
 gc.freeze()
 
 def forbid(event, args):
-    # All processes but the first write nothing in pytest's folders.
+    # Ranks above 0 write nothing in pytest's folders.
     writing = event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
     writing |= event == "open" and bool(args[2] & (os.O_WRONLY | os.O_RDWR))
     if writing and "/pytest-" in str(args[0]):
@@ -45,9 +44,9 @@ def work(rank, job):
     sys.addaudithook(lambda *event: rank and forbid(*event))
     exec(job["patch"], {"rank": rank})
     try:
-        script(globals()[job["script"]].main)
+        run_script(globals()[job["script"]].main)
     except SystemExit as end:
-        if end.code == 0:  # without taking all down that was imported: half of the time
+        if end.code == 0:  # tearing down all that was imported would take half of the time
             sys.stdout.flush(), sys.stderr.flush()
             os._exit(0)
         raise
@@ -65,10 +64,10 @@ for line in sys.stdin:
 
 
 class Forker:
-    """Starts the processes of a run; `wait` gives their exit codes, and what they said."""
+    """Starts the processes of a run; `wait` returns their exit codes and output."""
 
     def __init__(self, folder: Path):
-        self.out = folder / "said"
+        self.out = folder / "output"
         self.process = subprocess.Popen(
             [sys.executable, "-c", FORKER, str(ROOT)],
             stdin=subprocess.PIPE,
@@ -78,8 +77,9 @@ class Forker:
         )
 
     def start(self, processes: int, script: str, flags: list, patch: str = "") -> None:
-        for said in self.out.parent.iterdir():
-            said.unlink()
+        """Start a script with these flags; each process first runs the code in `patch`."""
+        for output in self.out.parent.iterdir():
+            output.unlink()
         self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         env = {
             "WORLD_SIZE": str(processes),
@@ -95,24 +95,27 @@ class Forker:
         self.process.stdin.flush()
         self.pids = json.loads(self.process.stdout.readline())
 
-    def end(self) -> None:
+    def abort(self) -> None:
+        """End all processes."""
         for pid in self.pids:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGABRT)
 
     def wait(self) -> tuple[list[int], str, str]:
-        """Each one's exit code, all standard output and all standard error."""
-        late = threading.Timer(LIMIT, self.end)
-        late.start()
+        """Each process's exit code, all standard output and all standard error."""
+        timer = threading.Timer(LIMIT, self.abort)
+        timer.start()
         codes = json.loads(self.process.stdout.readline())
-        late.cancel()
+        timer.cancel()
         texts = ("".join(p.read_text() for p in self.files(kind)) for kind in ("out", "err"))
         return (codes, *texts)
 
     def files(self, kind: str) -> list[Path]:
+        """The output files of that kind, `out` or `err`, in the order of ranks."""
         return sorted(self.out.parent.glob(f"*.{kind}"))
 
     def run(self, processes: int, script: str, flags: list, patch: str = "") -> None:
+        """Run a script that must succeed in every process."""
         self.start(processes, script, flags, patch)
         codes, _, err = self.wait()
         assert codes == [0] * processes, err

@@ -1,9 +1,9 @@
-"""Several processes leave what one leaves: losses, weights, figures, predictions; and end together.
+"""Several processes train the model that one trains: losses, weights, metrics, predictions.
 
-What they meet through is held by `forker.Forker`, as by torchrun's agent. One test starts torchrun.
+They connect through a store that `forker.Forker` holds, as torchrun's agent would. One test starts
+torchrun itself.
 """
 
-import re
 import shutil
 import subprocess
 import sys
@@ -12,14 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import write_data
+from conftest import quick_run, read_log, run_contents, write_data
 from forker import LIMIT
 from safetensors.torch import load_file
-from test_train import files_of, log_of, result_of
 
 import classifier
-import distributed
-from checkpoint import read_json, read_state, write_json
+from engine import distributed
+from engine.checkpoint import read_json, read_state, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "data" / "sample"
@@ -27,7 +26,7 @@ SAMPLE = ROOT / "data" / "sample"
 
 @pytest.fixture(scope="module")
 def model(tiny, tmp_path_factory) -> Path:
-    """The tiny model without dropout, which each process would draw differently."""
+    """The tiny model without dropout, which would be different in each process."""
     folder = tmp_path_factory.mktemp("model") / "model"
     shutil.copytree(tiny, folder)
     config = read_json(folder / "config.json")
@@ -42,189 +41,172 @@ def rows(tmp_path_factory) -> Path:
     return write_data(tmp_path_factory.mktemp("rows"), {"train": 25, "dev": 11, "test": 5})
 
 
-def flags(model, data, run_dir, *more) -> list:
-    """A quick run."""
-    given = ["--model", model, "--data_dir", data, "--run_dir", run_dir, "--epochs", 2]
-    return [*given, "--batch_size", 8, "--lr", "1e-3", "--precision", "fp32", *more]
-
-
-def near(found, expected, tolerance=1e-6):
-    """The same values: losses to 1e-6; norms, correlations, cosines magnify rounding."""
+def assert_close(found, expected, tolerance=1e-6):
+    """The same values: losses to 1e-6; norms, correlations and cosines magnify rounding."""
     if isinstance(expected, dict):
         assert list(found) == list(expected)
         for name in expected:
-            near(found[name], expected[name], 1e-6 if name in ("loss", "lr") else 1e-5)
+            tolerance = 1e-6 if name in ("loss", "lr") else 1e-5
+            assert_close(found[name], expected[name], tolerance)
     elif isinstance(expected, float):
         assert found == pytest.approx(expected, abs=tolerance, rel=tolerance)
     else:
         assert found == expected
 
 
-def numbers(text: str) -> list:
-    """The predictions of a prediction file."""
-    return [float(line.split(" , ")[1]) for line in text.splitlines()[1:]]
+def read_predictions(path: Path) -> list[float]:
+    return [float(line.split(" , ")[1]) for line in path.read_text().splitlines()[1:]]
 
 
-def same_run(found: Path, expected: Path) -> None:
-    """Losses, figures, weights, moments and predictions of two runs, to 1e-6."""
+def assert_same_run(found: Path, expected: Path) -> None:
+    """Losses, metrics, weights, moments and predictions of two runs are equal to 1e-6."""
     for kind in ("train", "dev", "conflict"):
-        pairs = zip(log_of(found, kind), log_of(expected, kind), strict=True)
-        for mine, theirs in pairs:
+        for mine, theirs in zip(read_log(found, kind), read_log(expected, kind), strict=True):
             mine.pop("summary", None), theirs.pop("summary", None)
-            near(mine, theirs)
-    (mine, facts), (theirs, others) = (
+            assert_close(mine, theirs)
+    (mine, facts), (theirs, other_facts) = (
         read_state(run / "last/state.safetensors") for run in (found, expected)
     )
-    assert facts["step"] == others["step"] and facts["rows"] == others["rows"]
+    assert facts["step"] == other_facts["step"] and facts["rows"] == other_facts["rows"]
     assert set(mine) == set(theirs)
     for name, tensor in theirs.items():
         if not name.startswith("random."):
             torch.testing.assert_close(mine[name], tensor, atol=1e-6, rtol=1e-6, msg=name)
     for path in (expected / "best").glob("*.safetensors"):
+        weights = load_file(found / "best" / path.name)
         for name, tensor in load_file(path).items():
-            theirs = load_file(found / "best" / path.name)[name]
-            torch.testing.assert_close(theirs, tensor, atol=1e-6, rtol=1e-6)
-    near(result_of(found)["dev"], result_of(expected)["dev"])
-    paths = list((expected / "predictions").glob("*.csv"))
-    for path in paths:
-        text = (found / "predictions" / path.name).read_text()
-        assert numbers(text) == pytest.approx(numbers(path.read_text()), abs=1e-5)
+            torch.testing.assert_close(weights[name], tensor, atol=1e-6, rtol=1e-6)
+    results = [read_json(run / "result.json")["dev"] for run in (found, expected)]
+    assert_close(*results)
+    for path in (expected / "predictions").glob("*.csv"):
+        predictions = read_predictions(found / "predictions" / path.name)
+        assert predictions == pytest.approx(read_predictions(path), abs=1e-5)
 
 
-# ------------------------------------------------------------------ the same as one process
+# ---------------------------------------------------------------------------- equal to one process
 
 JOBS = {
     "probe": ("multitask_classifier", "--option", "pretrain", "--sampling", "annealed"),
     "finetune": ("multitask_classifier", "--option", "finetune", "--leave_out", "para"),
-    "proportional": (
+    "joint": (
         *("multitask_classifier", "--option", "finetune", "--sampling", "proportional"),
         *("--accumulate", 2, "--measure_conflict", 99, "--pair_encoding", "joint"),
     ),
     "pcgrad": ("multitask_classifier", "--option", "finetune", "--surgery", "pcgrad"),
     "classifier": ("classifier", "--option", "finetune", "--eval_every", 2, "--patience", 3),
-    # A last batch of 2. The temperature's inverse is what a cosine's rounding is multiplied by.
+    # The last batch has 2 rows. The loss divides cosines, and their rounding, by the temperature.
     "supervised": ("simcse", "--limit", 18, "--lr", "5e-5", "--temperature", 1),
     "unsupervised": (
-        "simcse",
-        "--limit",
-        6,
-        "--lr",
-        "5e-5",
-        "--mode",
-        "unsupervised",
-        "--accumulate",
-        2,
-        "--temperature",
-        1,
+        *("simcse", "--limit", 6, "--lr", "5e-5", "--mode", "unsupervised"),
+        *("--accumulate", 2, "--temperature", 1),
     ),
 }
-
-
-SMALL_BUCKETS = "import distributed; distributed.BUCKET = 5000"
+SMALL_BUCKETS = "from engine import distributed; distributed.BUCKET_SIZE = 5000"
 
 
 @pytest.mark.parametrize("job", JOBS)
-def test_n_processes_leave_what_one_leaves(job, forker, model, rows, tmp_path):
+def test_several_processes_leave_what_one_leaves(job, forker, model, rows, tmp_path):
     """The last batches have 1 or 2 rows, so that some process has none; heads sit steps out."""
     script, *more = JOBS[job]
     data = SAMPLE if script == "simcse" else rows
-    for n in (1, 2, 3):
-        forker.run(n, script, flags(model, data, tmp_path / str(n), *more), SMALL_BUCKETS)
-        assert read_json(tmp_path / str(n) / "config.json")["processes"] == n
-        assert result_of(tmp_path / str(n))["processes"] == n
-    same_run(tmp_path / "2", tmp_path / "1")
-    same_run(tmp_path / "3", tmp_path / "1")
-    if job == "finetune":  # what three processes predict is what one does, to the bit
+    runs = {n: tmp_path / str(n) for n in ((1, 2, 3) if job == "finetune" else (1, 3))}
+    for n, run in runs.items():
+        flags = quick_run(model, data, run, "--keep_last", *more)
+        forker.run(n, script, flags, SMALL_BUCKETS)
+        assert read_json(run / "config.json")["processes"] == n
+        assert read_json(run / "result.json")["processes"] == n
+    for n in list(runs)[1:]:
+        assert_same_run(runs[n], runs[1])
+    assert run_contents(runs[3]).keys() == run_contents(runs[1]).keys()
+    if job == "finetune":  # what three processes predict is what one predicts, to the bit
         for task, file in (("sts", "sts-dev.csv"), ("sst", "ids-sst-dev.csv")):
             words = ["--data", rows / file, "--task", task, "--out", tmp_path / task]
-            forker.run(1, "evaluation", [tmp_path / "3", *words])
-            expected = tmp_path / "3/predictions" / f"{task}-dev-output.csv"
+            forker.run(1, "evaluation", [runs[3], *words])
+            expected = runs[3] / "predictions" / f"{task}-dev-output.csv"
             assert (tmp_path / task).read_bytes() == expected.read_bytes()
-    if job == "probe":
-        found, expected = (files_of(tmp_path / n).keys() for n in ("3", "1"))
-        assert found == expected
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
-def test_each_row_is_one_process_s_and_no_two_draw_the_same(size, monkeypatch):
-    monkeypatch.setattr(distributed, "_size", size)
+def test_every_row_belongs_to_one_process_and_no_two_draw_the_same_numbers(size, monkeypatch):
+    monkeypatch.setattr(distributed, "_world_size", size)
+    drawn = []
     for count in range(8):
-        shares = []
+        parts = []
         for rank in range(size):
             monkeypatch.setattr(distributed, "_rank", rank)
-            shares.append(np.arange(count)[distributed.own(count)].tolist())
-        assert shares == [part.tolist() for part in np.array_split(np.arange(count), size)]
-    drawn = []
+            parts.append(np.arange(count)[distributed.rank_slice(count)].tolist())
+        assert parts == [part.tolist() for part in np.array_split(np.arange(count), size)]
     for rank in range(size):
         monkeypatch.setattr(distributed, "_rank", rank)
         torch.manual_seed(5)
-        distributed.own_stream(5)
+        distributed.seed_by_rank(5)
         drawn.append(torch.rand(1).item())
     assert len(set(drawn)) == size
     assert drawn[0] == torch.rand(1, generator=torch.Generator().manual_seed(5)).item()
 
 
-# ------------------------------------------------------------------ resuming
+# ---------------------------------------------------------------------------- resuming
 
-AT = """
-import os, checkpoint
-kind = checkpoint.Follower if rank else checkpoint.Run
-real = kind.log
-def log(self, kind, step, **figures):
-    real(self, kind, step, **figures)
+KILL_AT = """
+import os
+from engine.run_dir import RunDir
+log = RunDir.log
+def log_and_kill(self, kind, step, **figures):
+    log(self, kind, step, **figures)
     if rank == {rank} and step == {step} and kind == "train":
         os.kill(os.getpid(), {signal})
-kind.log = log
+RunDir.log = log_and_kill
 """
 
 
 @pytest.mark.parametrize(("option", "rank"), [("pretrain", 1), ("finetune", 0)])
-def test_a_process_is_killed_and_the_run_resumed_to_the_same_bits(
+def test_when_one_process_is_killed_all_end_and_resume_to_the_same_bits(
     option, rank, forker, tiny, rows, tmp_path
 ):
-    """With dropout; the others end at once, and one of them says why."""
-    job = flags(tiny, rows, tmp_path / "whole", "--option", option, "--save_every", 2)
-    forker.run(2, "multitask_classifier", job)
-    job = flags(tiny, rows, tmp_path / "broken", "--option", option, "--save_every", 2)
-    kill = AT.format(rank=rank, step=9, signal=9)
-    forker.start(2, "multitask_classifier", job, kill)
+    """With dropout; one of the others says why it ends."""
+    more = ("--option", option, "--save_every", 2, "--keep_last")
+    forker.run(2, "multitask_classifier", quick_run(tiny, rows, tmp_path / "whole", *more))
+    flags = quick_run(tiny, rows, tmp_path / "broken", *more)
+    forker.start(2, "multitask_classifier", flags, KILL_AT.format(rank=rank, step=9, signal=9))
     codes, _, err = forker.wait()
     assert codes[rank] == -9 and codes[1 - rank] == 1
     assert "Traceback" not in err
     assert err.count("another process of this run has ended") == 1
-    forker.run(2, "multitask_classifier", [*job, "--resume"])
-    assert files_of(tmp_path / "broken") == files_of(tmp_path / "whole")
+    forker.run(2, "multitask_classifier", [*flags, "--resume"])
+    assert run_contents(tmp_path / "broken") == run_contents(tmp_path / "whole")
 
 
-def test_ctrl_c_stops_all_and_another_number_goes_on(forker, model, rows, tmp_path):
-    """A signal to any process; 2, then 1, then 3 processes leave what one leaves."""
-    more = ("--option", "finetune", "--surgery", "pcgrad", "--save_every", 0)
-    forker.run(1, "multitask_classifier", flags(model, rows, tmp_path / "whole", *more))
-    job = [*flags(model, rows, tmp_path / "run", *more), "--resume"]
+def test_ctrl_c_in_any_process_stops_all_and_another_number_continues(
+    forker, model, rows, tmp_path
+):
+    """2, then 1, then 3 processes leave what one leaves."""
+    more = ("--option", "finetune", "--surgery", "pcgrad", "--save_every", 0, "--keep_last")
+    forker.run(1, "multitask_classifier", quick_run(model, rows, tmp_path / "whole", *more))
+    flags = quick_run(model, rows, tmp_path / "run", *more, "--resume")
     for n, rank, step in ((2, 1, 0), (1, 0, 2)):
-        forker.start(n, "multitask_classifier", job, AT.format(rank=rank, step=step, signal=2))
+        patch = KILL_AT.format(rank=rank, step=step, signal=2)
+        forker.start(n, "multitask_classifier", flags, patch)
         codes, _, err = forker.wait()
         assert codes == [130] * n, err
-        assert err.count("to go on: ") == 1 and "Traceback" not in err
-        assert f"stopped at step {step + 1}" in err
-        start = r"\S*torchrun --nproc_per_node=2 multi" if n == 2 else r"\S*python\S* multi"
-        assert re.search(f"to go on: {start}", err), err
-    forker.run(3, "multitask_classifier", job)
-    same_run(tmp_path / "run", tmp_path / "whole")
+        assert err.count(f"stopped at step {step + 1}; ") == 1 and "Traceback" not in err
+    forker.run(3, "multitask_classifier", flags)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
-# ------------------------------------------------------------------ errors
+# ---------------------------------------------------------------------------- errors
 
 
-def test_what_is_wrong_is_said_once(forker, model, rows, tmp_path, run_script, monkeypatch):
+def test_an_error_of_all_processes_is_printed_once(
+    forker, model, rows, tmp_path, run_script, monkeypatch
+):
     for more in (["--lr", "x"], ["--model", tmp_path / "none"], ["--run_dir", rows]):
-        forker.start(2, "classifier", flags(model, rows, tmp_path / "run", *more))
+        forker.start(2, "classifier", quick_run(model, rows, tmp_path / "run", *more))
         codes, _, err = forker.wait()
         assert codes == [2, 2], err
         assert err.count("error: ") == len(err.strip().splitlines()) == 1, err
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
-    code, _, err = run_script(classifier, *flags(model, rows, tmp_path / "run"))
+    code, _, err = run_script(classifier, *quick_run(model, rows, tmp_path / "run"))
     assert code == 2 and "MASTER_ADDR" in err and err.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
@@ -241,31 +223,44 @@ bert.BertModel.forward = forward
 
 
 def test_an_error_of_one_process_ends_all(forker, model, rows, tmp_path):
-    job = flags(model, rows, tmp_path / "run", "--option", "finetune")
-    forker.start(3, "classifier", job, OUT_OF_MEMORY)
+    flags = quick_run(model, rows, tmp_path / "run", "--option", "finetune")
+    forker.start(3, "classifier", flags, OUT_OF_MEMORY)
     codes, _, err = forker.wait()
     assert codes == [1, 1, 1]
     assert err.count("out of memory on cpu") == 1 and "Traceback" not in err
     assert err.count("another process of this run has ended") == 1
 
 
-def test_other_command_lines_are_refused(forker, model, rows, tmp_path):
-    patch = "import sys; sys.argv += ['--seed', str(rank)]; import classifier"
-    patch += "; real = classifier.parse; classifier.parse = lambda _: real(sys.argv[1:])"
-    forker.start(2, "classifier", flags(model, rows, tmp_path / "run"), patch)
+DIFFERENT_SEEDS = """
+import sys
+import classifier
+parse_args = classifier.parse_args
+classifier.parse_args = lambda _: parse_args([*sys.argv[1:], "--seed", str(rank)])
+"""
+DIFFERENT_DATA = """
+import datasets
+read_examples = datasets.read_examples
+datasets.read_examples = lambda *given: (*read_examples(*given)[:2], str(rank))
+"""
+
+
+@pytest.mark.parametrize(
+    ("patch", "expected"),
+    [(DIFFERENT_SEEDS, "another --seed than process 0"), (DIFFERENT_DATA, "different data files")],
+)
+def test_different_command_lines_or_data_are_refused(
+    forker, model, rows, tmp_path, patch, expected
+):
+    forker.start(2, "classifier", quick_run(model, rows, tmp_path / "run"), patch)
     codes, _, err = forker.wait()
-    assert codes[1] == 2 and "another --seed than the first" in err and "Traceback" not in err
-
-
-# ------------------------------------------------------------------ torchrun
+    assert codes[1] == 2 and expected in err and "Traceback" not in err
 
 
 def test_torchrun(model, rows, tmp_path):
-    """The command of the README."""
     torchrun = Path(sys.executable).with_name("torchrun")
-    words = flags(model, rows, tmp_path / "run", "--option", "finetune")
+    flags = quick_run(model, rows, tmp_path / "run", "--option", "finetune")
     done = subprocess.run(
-        [torchrun, "--nproc_per_node=2", "classifier.py", *map(str, words)],
+        [torchrun, "--nproc_per_node=2", "classifier.py", *flags],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -273,4 +268,4 @@ def test_torchrun(model, rows, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("run folder: ") == 1
-    assert result_of(tmp_path / "run")["processes"] == 2
+    assert read_json(tmp_path / "run/result.json")["processes"] == 2

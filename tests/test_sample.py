@@ -1,4 +1,4 @@
-"""The sample data: made by its script to the byte, in the course's formats, without leaks."""
+"""The sample data: reproducible to the byte, in the course's formats, without leaks."""
 
 import csv
 import re
@@ -9,26 +9,30 @@ from pathlib import Path
 
 import pytest
 
-from datasets import read
-from tasks import TASKS
+from datasets import Example, read_examples
+from tasks import TASKS, Regression
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "data" / "sample"
-SPLITS = {"train": 1500, "dev": 300, "test-student": 1}
+MIN_ROWS = {"train": 1500, "dev": 300, "test-student": 1}
 
 
-def examples(name: str, split: str) -> list:
-    """The rows of one file."""
-    path = SAMPLE / TASKS[name].files.format(split)
-    return read(path, TASKS[name], labelled=split != "test-student")[0]
+def sample_path(name: str, split: str) -> Path:
+    return SAMPLE / TASKS[name].files.format(split)
 
 
-def normal(texts: tuple[str, ...]) -> tuple[str, ...]:
-    """Sentences without case, punctuation and order."""
+def examples(name: str, split: str) -> list[Example]:
+    """Read one file of the sample."""
+    labelled = split != "test-student"
+    return read_examples(sample_path(name, split), TASKS[name], labelled=labelled)[0]
+
+
+def normalize(texts: tuple[str, ...]) -> tuple[str, ...]:
+    """Remove case, punctuation and the order of the sentences."""
     return tuple(sorted(" ".join(re.findall(r"\w+", text.lower())) for text in texts))
 
 
-def test_the_script_makes_these_very_files(tmp_path):
+def test_script_reproduces_the_files(tmp_path):
     command = [sys.executable, str(ROOT / "data" / "make_sample.py"), "--out", str(tmp_path)]
     subprocess.run(command, check=True, capture_output=True)
     made = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -37,35 +41,61 @@ def test_the_script_makes_these_very_files(tmp_path):
 
 
 @pytest.mark.parametrize("name", TASKS)
-@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("split", MIN_ROWS)
 def test_sizes_ids_and_labels(name, split):
+    task = TASKS[name]
     rows = examples(name, split)
-    assert len(rows) >= SPLITS[split]
+    assert len(rows) >= MIN_ROWS[split]
     assert len({row.id for row in rows}) == len(rows)
     assert all(text.strip() for row in rows for text in row.texts)
     if split == "test-student":
-        path = SAMPLE / TASKS[name].files.format(split)
-        with open(path, encoding="utf-8", newline="") as file:
-            assert TASKS[name].label not in next(csv.reader(file, delimiter="\t"))
+        with open(sample_path(name, split), encoding="utf-8", newline="") as file:
+            assert task.label_column not in next(csv.reader(file, delimiter="\t"))
+        return
+    labels = Counter(row.label for row in rows)
+    assert max(labels.values()) <= 0.65 * len(rows)
+    if isinstance(task.labels, Regression):
+        assert min(labels) < 0.5
+        assert max(labels) > 4.5
+        assert len(labels) > 30
     else:
-        labels = Counter(row.label for row in rows)
-        assert max(labels.values()) <= 0.65 * len(rows)
-        if TASKS[name].whole:
-            assert set(labels) == set(range(int(TASKS[name].high) + 1))
-        else:
-            assert min(labels) < 0.5
-            assert max(labels) > 4.5
-            assert len(labels) > 30
+        assert set(labels) == set(range(len(task.class_names)))
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_no_row_of_one_file_is_in_another(name):
+def test_no_row_occurs_in_two_files(name):
     seen: dict[tuple[str, ...], str] = {}
-    for split in SPLITS:
+    for split in MIN_ROWS:
         for row in examples(name, split):
-            key = normal(row.texts)
+            key = normalize(row.texts)
             assert key not in seen, f"{row} of {split} is in {seen.get(key)} too"
             seen[key] = split
+
+
+@pytest.mark.parametrize(
+    "words, side",
+    [
+        ("good decent enjoyable excellent wonderful brilliant superb treat gem", 1),
+        ("dull boring weak flat awful terrible horrible mess bore", -1),
+    ],
+)
+def test_labels_of_short_plain_sst_sentences(words, side):
+    labels = []
+    for row in examples("sst", "train"):
+        [text] = normalize(row.texts)
+        tokens = set(text.split())
+        if len(text.split()) <= 4 and tokens & set(words.split()) and "not" not in tokens:
+            labels.append(row.label)
+    right = [label for label in labels if (label - 2) * side > 0]
+    assert len(right) >= 30
+    assert len(right) >= 0.9 * len(labels)  # noise makes a few of them neutral
+    assert all((label - 2) * side >= 0 for label in labels)
+
+
+def test_readme_example_is_learnt_from_other_sentences():
+    texts = [text for row in examples("sst", "train") for text in normalize(row.texts)]
+    assert any(re.fullmatch(r"an? \w+ film", text) for text in texts)
+    assert not any("fine" in text.split() for text in texts)  # "A fine film."
 
 
 def test_nli_triples():

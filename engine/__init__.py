@@ -1,0 +1,1 @@
+"""What every script shares: training loop, checkpoints, processes, devices. It knows no BERT."""

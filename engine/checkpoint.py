@@ -1,0 +1,209 @@
+"""Reading and writing files: they appear whole or not at all, and loading executes nothing."""
+
+import json
+import os
+import shutil
+import stat
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from engine.errors import UserError, reading
+
+# ---------------------------------------------------------------------------- reading
+
+
+def check_regular_file(path: Path) -> None:
+    """UserError if `path` is a folder, pipe or device: opening a pipe would wait forever."""
+    with suppress(OSError):  # a missing file is reported by whoever opens it
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise UserError(f"{path}: a folder, pipe or device; expected a file")
+
+
+def read_text(path: Path, kind: str = "a text file in UTF-8") -> str:
+    """The contents of a UTF-8 text file, line endings as they are."""
+    check_regular_file(path)
+    with reading(path, kind):
+        return path.read_bytes().decode("utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`; UserError if it is missing, damaged or something else."""
+    text = read_text(path, "a JSON object")
+    with reading(path, "a JSON object"):
+        value = json.loads(text)
+        if not isinstance(value, dict):
+            raise TypeError(f"found a {type(value).__name__}")
+        return value
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The named tensors of a `.safetensors` file, or of a `.bin` file that torch.save wrote.
+
+    `weights_only` makes torch.load refuse every pickle instruction that could call a function.
+
+    Raises:
+        UserError: the file is missing, damaged, or holds anything but named tensors.
+    """
+    check_regular_file(path)
+    kind = "a file of named tensors"
+    with reading(path, kind), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if path.suffix == ".safetensors":
+            tensors = load_file(path)
+        else:
+            try:
+                tensors = torch.load(path, map_location="cpu", weights_only=True)
+            except OSError:
+                raise
+            except Exception as error:  # torch's own message advises to turn weights_only off
+                raise ValueError(
+                    f"{type(error).__name__}; nothing in it was executed: use model.safetensors"
+                ) from None
+        if not isinstance(tensors, dict) or not all(
+            isinstance(name, str) and isinstance(tensor, Tensor) and tensor.layout == torch.strided
+            for name, tensor in tensors.items()
+        ):
+            raise TypeError("holds something other than named tensors")
+        # A pickled tensor may repeat its numbers, with a stride of 0: a file of a few bytes could
+        # ask for any amount of memory. Tied weights, one tensor under two names, are usual.
+        size, claimed = path.stat().st_size, sum(t.nbytes for t in tensors.values())
+        if claimed > 2 * size:
+            raise ValueError(f"has {size:,} bytes, but its tensors claim {claimed:,}")
+        return tensors
+
+
+def check_weight(name: str, tensor: Tensor, source: Path) -> None:
+    """UserError unless a weight consists of finite floating-point numbers."""
+    if not tensor.is_floating_point():
+        raise UserError(f"{source}: {name} has dtype {tensor.dtype}, expected floating point")
+    if not tensor.float().isfinite().all():
+        raise UserError(f"{source}: {name} contains NaN or infinity: use an earlier checkpoint")
+
+
+# ---------------------------------------------------------------------------- writing
+
+
+def check_new_file(path: Path) -> None:
+    """UserError if an output file that the user named exists already or cannot be created."""
+    with reading(path, "a new file"):
+        if path.exists():
+            raise UserError(f"{path}: exists and is not overwritten; name another file")
+        parents = path.absolute().parents
+        folder = next(parent for parent in parents if parent.exists())
+        if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
+            raise UserError(f"{path}: {folder} is not a folder that you can write to")
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path to write to; it replaces `path` only if the block succeeds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        error.filename = str(path)  # the name that the user knows
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder to fill; it replaces `path` only if the block succeeds.
+
+    A process killed between the two renames leaves the old folder under another name;
+    `restore_folder` puts it back.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir()
+        yield temporary
+        if path.exists():
+            os.replace(path, old)
+        os.replace(temporary, path)
+    finally:
+        if old.exists() and not path.exists():
+            os.replace(old, path)
+        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def restore_folder(path: Path) -> None:
+    """Finish or undo the replacement that a process killed inside `atomic_folder` had begun."""
+    for old in path.parent.glob(f".{path.name}.*.old"):
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.replace(old, path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text atomically, line endings as given."""
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(text.encode("utf-8"))
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write an indented JSON object atomically."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_tensors(
+    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Write named tensors as safetensors, sorted by name: equal tensors give equal bytes."""
+    ordered = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
+    with atomic_file(path) as temporary:
+        try:
+            save_file(ordered, temporary, metadata={"format": "pt", **(metadata or {})})
+        except SafetensorError as error:  # such as a full disk
+            raise UserError(f"{path}: cannot be written ({error})") from None
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # safetensors creates files readable by the owner only
+
+
+# ---------------------------------------------------------------------------- training state
+
+
+def write_state(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+    """Write tensors and a JSON object as one file, so that neither is ever newer than the other."""
+    text = json.dumps(facts, allow_nan=False)
+    write_tensors(path, tensors, {"facts": text, "checksum": _checksum(tensors, text)})
+
+
+def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `write_state` wrote; UserError if a single bit of it has changed."""
+    tensors = read_tensors(path)
+    with reading(path, "a saved training state"):
+        with safe_open(path, "pt") as file:
+            header = file.metadata()
+        if _checksum(tensors, header["facts"]) != header["checksum"]:
+            raise ValueError("wrong checksum")
+        return tensors, json.loads(header["facts"])
+
+
+def _checksum(tensors: dict[str, Tensor], text: str) -> str:
+    """CRC-32 of all names, dtypes, shapes and bytes: detects damage, not tampering."""
+    value = zlib.crc32(text.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        value = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), value)
+        value = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), value)
+    return f"{value:08x}"

@@ -1,0 +1,194 @@
+"""Command lines: argument parser, flags that the training scripts share, and exit codes."""
+
+import argparse
+import io
+import math
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from engine import distributed
+from engine.errors import UserError
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows a flag's default, where it has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, False):
+            return action.help
+        return super()._get_help_string(action)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """An argument parser that reports an error in one line and exits with code 2."""
+
+    def __init__(self, description: str, **options: Any):
+        super().__init__(
+            description=description, formatter_class=_HelpFormatter, allow_abbrev=False, **options
+        )
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        """As the base class; refuses words that are not UTF-8, which no record could hold."""
+        for word in sys.argv[1:] if args is None else args:
+            if any("\ud800" <= c <= "\udfff" for c in word):
+                self.error(f"{word!r} is not UTF-8; rename it")
+        return super().parse_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message and exit with code 2."""
+        line = f"{self.prog}: error: {message} (--help lists the flags)\n"
+        # All processes that torchrun starts have the same command line: one reports.
+        self.exit(2, line if os.environ.get("LOCAL_RANK", "0") == "0" else "")
+
+
+# ---------------------------------------------------------------------------- flag types
+
+
+def number(
+    kind: type, low: float, high: float = math.inf, *, above: bool = False, below: bool = False
+) -> Callable[[str], float]:
+    """A flag type: a number from `low` to `high`, which `above` and `below` exclude themselves."""
+
+    def parse(text: str) -> float:
+        bounds = f"{'above' if above else 'at least'} {low:g}"
+        if high < math.inf:
+            bounds += f" and {'below' if below else 'at most'} {high:g}"
+        word = "a whole number" if kind is int else "a number"
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {word}") from None
+        inside = low <= value <= high and value != math.inf
+        if not inside or (above and value == low) or (below and value == high):
+            raise argparse.ArgumentTypeError(f"{text} is out of range; expected {word} {bounds}")
+        return value
+
+    return parse
+
+
+def interval(text: str) -> str:
+    """A flag type: a number of steps ("500"), or of minutes ("10m")."""
+    if not re.fullmatch(r"[0-9]{1,9}m?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither steps (500) nor minutes (10m)")
+    return text
+
+
+POSITIVE_INT = number(int, 1, 10**6)
+COUNT = number(int, 0, 10**9)
+POSITIVE = number(float, 0, 1e6, above=True)
+NON_NEGATIVE = number(float, 0, 1e6)
+FRACTION = number(float, 0, 1, below=True)
+
+
+# ---------------------------------------------------------------------------- shared flags
+
+
+def add_training_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of every script that trains, under the course's names, in groups."""
+    add = parser.add_argument_group("model and data").add_argument
+    add("--model", default="bert-base-uncased", help="a folder, a hub id, or all-MiniLM-L6-v2")
+    add("--data_dir", type=Path, default=Path("data"), help="folder of the csv files")
+    add("--pooling", choices=["pooler", "cls", "mean"], default="pooler", help="sentence embedding")
+    add("--limit", type=number(int, 1), help="use a fixed random subset of N rows per file")
+    add(
+        "--hidden_dropout_prob",
+        type=FRACTION,
+        help="dropout in BERT and before the heads (default: the checkpoint's own)",
+    )
+    add = parser.add_argument_group("optimization").add_argument
+    add("--batch_size", type=POSITIVE_INT, default=32, help="rows per batch, over all processes")
+    add("--accumulate", type=POSITIVE_INT, default=1, help="batches per optimizer step")
+    add("--schedule", choices=["linear", "constant"], default="linear", help="after the warm-up")
+    add("--warmup", type=FRACTION, default=0.1, help="fraction of the steps")
+    add("--weight_decay", type=NON_NEGATIVE, default=0.01, help="not of biases and LayerNorm")
+    add("--clip", type=NON_NEGATIVE, default=1.0, help="global gradient norm; 0: no clipping")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=11711, help="of all random numbers")
+    add = parser.add_argument_group("hardware").add_argument
+    add("--use_gpu", action="store_true", help="the same as --device cuda")
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to run")
+    add(
+        "--precision",
+        choices=["auto", "fp32", "bf16"],
+        default="auto",
+        help="of matrix products; auto: bf16 where the hardware is faster with it",
+    )
+    add = parser.add_argument_group("run folder and evaluation").add_argument
+    add("--run_dir", type=Path, help="new folder for all output (default: runs/NAME-TIME)")
+    add("--resume", action="store_true", help="continue the run in --run_dir, or the latest one")
+    add(
+        "--save_every",
+        type=interval,
+        default="10m",
+        help="also save the training state every N steps (500) or minutes (10m); 0: only before"
+        " each evaluation",
+    )
+    add("--keep_last", action="store_true", help="keep the training state (last/) after the end")
+    add("--eval_every", type=COUNT, default=0, help="also evaluate every N steps; 0: per epoch")
+    add(
+        "--patience",
+        type=COUNT,
+        default=0,
+        help="stop after N evaluations without a better score; 0: never",
+    )
+
+
+def complete_training_args(
+    args: argparse.Namespace, parser: argparse.ArgumentParser, name: str
+) -> None:
+    """Resolve --use_gpu and the default --run_dir, `runs/NAME-TIME`, in place."""
+    if args.use_gpu and args.device not in ("auto", "cuda"):
+        parser.error(f"--use_gpu contradicts --device {args.device}; give one of them")
+    if args.use_gpu:
+        args.device = "cuda"
+    if args.run_dir is None:
+        args.run_dir = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        if args.resume:
+            args.run_dir = _latest_run(name) or args.run_dir
+
+
+def _latest_run(name: str) -> Path | None:
+    """The latest unfinished run of that name under runs/, or else the latest."""
+    runs = sorted(path.parent for path in Path("runs").glob(f"{name}-*-*/config.json"))
+    unfinished = [run for run in runs if not (run / "result.json").exists()]
+    return max(unfinished or runs, default=None)
+
+
+# ---------------------------------------------------------------------------- exit codes
+
+
+def print_error(message: str) -> None:
+    """Print a line on standard error, unless another process of the run has printed it."""
+    if not distributed.already_reported(message):
+        print(message, file=sys.stderr)
+
+
+def run_script(main: Callable[[Sequence[str] | None], None]) -> NoReturn:
+    """Run a script's `main` and exit: with 0, or with an error in one line and its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # escape what the terminal's encoding lacks
+            stream.reconfigure(errors="backslashreplace")
+    program = Path(sys.argv[0]).name
+    try:
+        main(None)
+        sys.stdout.flush()  # here, where a reader that is gone can be handled
+    except KeyboardInterrupt as stop:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the message below must get out
+        print_error(str(stop) or "interrupted; --resume continues a run that had begun")
+        sys.exit(130)
+    except BrokenPipeError:  # whoever read our standard output is gone, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except OSError as error:  # such as a full disk
+        parts = (error.filename, error.strerror or str(error) or type(error).__name__)
+        print_error(f"{program}: error: {': '.join(str(part) for part in parts if part)}")
+        sys.exit(2)
+    except UserError as error:
+        print_error(f"{program}: {'error: ' if error.exit_code else ''}{error}")
+        sys.exit(error.exit_code)
+    sys.exit(0)

@@ -1,0 +1,160 @@
+"""The machine: device, precision, seeds and memory."""
+
+import ctypes
+import os
+import random
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine import distributed
+from engine.errors import OutOfMemory, UserError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def setup_device(
+    seed: int, device: str, precision: str, recorded: dict[str, Any] | None = None
+) -> tuple[torch.device, torch.dtype]:
+    """Seed all random generators, request deterministic kernels, choose device and precision.
+
+    Args:
+        seed: for Python, numpy and PyTorch.
+        device: auto (a GPU if there is one), cpu, cuda or mps.
+        precision: of matrix products: fp32, bf16, or auto (bf16 where the hardware is faster).
+        recorded: the `config.json` of a run to resume, whose choices stand.
+
+    Returns:
+        The device, and torch.float32 or torch.bfloat16.
+
+    Raises:
+        UserError: this machine has no such device.
+    """
+    if recorded is not None:
+        device = recorded["device"]
+        precision = "bf16" if recorded["precision"] == "bfloat16" else "fp32"
+        if recorded.get("processes", 1) == distributed.world_size():
+            # With another number of threads PyTorch adds up in another order.
+            torch.set_num_threads(min(recorded["hardware"]["threads"], os.cpu_count() or 1))
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    device = _choose_device(device)
+    _use_deterministic_kernels(device)
+    if precision == "auto":
+        precision = distributed.broadcast_from_rank_zero(
+            lambda: "bf16" if prefers_bf16(device) else "fp32"
+        )
+    dtype = DTYPES[precision]
+    if device == "cpu":
+        # In fp32 MKL multiplies; oneDNN would only compute GELU, and keep a compiled kernel for
+        # every batch shape scattered over memory.
+        torch.backends.mkldnn.enabled = (
+            dtype != torch.float32 or not torch.backends.mkl.is_available()
+        )
+        keep_freed_memory()
+    return torch.device(device), dtype
+
+
+def _choose_device(device: str) -> str:
+    """Resolve auto, check that the device exists, and give each process a GPU of its own."""
+    available = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if device == "auto":
+        device = distributed.broadcast_from_rank_zero(
+            lambda: "cuda" if available["cuda"] else "cpu"
+        )
+    if not available[device]:
+        raise UserError(
+            f"--device {device} (--use_gpu means cuda): PyTorch {torch.__version__} finds no such"
+            " device here; give --device cpu, or install a PyTorch built for your GPU"
+        )
+    if device == "mps" and distributed.world_size() > 1:
+        raise UserError("--device mps: several processes cannot share it; start one")
+    if device == "cuda" and distributed.world_size() > 1:
+        local_rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if local_rank >= gpus:
+            raise UserError(f"--nproc_per_node is above the number of GPUs here, {gpus}: lower it")
+        torch.cuda.set_device(local_rank)
+    return device
+
+
+def _use_deterministic_kernels(device: str) -> None:
+    """Ask for kernels that give the same bits in every run."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by cuBLAS
+    # Filling new memory with NaN would cost time, and determinism does not need it.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    # An error on a GPU, where after a warning the backward pass of attention could differ from run
+    # to run. (torch.use_deterministic_algorithms does the same, but imports PyTorch's compiler.)
+    torch.set_deterministic_debug_mode("error" if device == "cuda" else "warn")
+
+
+def prefers_bf16(device: str) -> bool:
+    """Whether the hardware multiplies bfloat16 matrices clearly faster than float32 ones.
+
+    CPUs with bfloat16 instructions but without matrix units (AMX) are sometimes slower with them.
+    """
+    if device == "cuda":
+        return torch.cuda.get_device_capability() >= (8, 0)  # tensor cores, from Ampere on
+    return device == "cpu" and bool(torch.cpu.get_capabilities().get("amx_bf16"))
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to reuse large freed blocks instead of returning them to the system.
+
+    The gradient of the word embedding would otherwise be new, zeroed pages at every step, which
+    costs a small model 5% of its step time.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(-4, 0)  # M_MMAP_MAX: no separate mappings
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink the heap
+
+
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """The most memory this process has used: on the GPU, or RAM; None where unknown (Windows)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def get_rng_states(device: torch.device) -> list[Tensor]:
+    """States of the generators that dropout draws from: the CPU's, and the device's own."""
+    own = [] if device.type == "cpu" else [torch.get_device_module(device).get_rng_state()]
+    return [torch.get_rng_state(), *own]
+
+
+def set_rng_states(device: torch.device, states: Sequence[Tensor]) -> None:
+    """Restore what `get_rng_states` returned."""
+    torch.set_rng_state(states[0])
+    for state in states[1:]:
+        torch.get_device_module(device).set_rng_state(state)
+
+
+@contextmanager
+def catch_out_of_memory(batch: Any) -> Iterator[None]:
+    """Turn running out of memory into an OutOfMemory that names the batch size."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not known and "can't allocate memory" not in str(error):
+            raise
+        rows, tokens = batch.input_ids.shape
+        raise OutOfMemory(
+            f"out of memory on {batch.input_ids.device} with {rows} sequences of {tokens} tokens in"
+            " a batch: try a smaller --batch_size, and --accumulate for as many rows per step"
+        ) from None

@@ -1,0 +1,240 @@
+"""Data-parallel training over several processes, by hand on torch.distributed.
+
+    torchrun --nproc_per_node=2 multitask_classifier.py ...
+
+Every process holds the whole model, reads all data and takes a slice of the rows of each batch.
+Gradients are all-reduced after the backward pass instead of by DistributedDataParallel's hooks:
+heads of other tasks have no gradient in a step, a process may have no row of a short batch, PCGrad
+needs each task's gradient separately, and gradient caching takes two passes.
+
+Without torchrun there is one process of rank 0, and everything here does nothing.
+"""
+
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from itertools import compress
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.rendezvous import rendezvous
+
+from engine.errors import UserError
+
+BUCKET_SIZE = 1 << 24  # elements all-reduced at a time; bounds the memory of the copies
+JOIN_TIMEOUT = timedelta(minutes=5)  # for the other processes to start
+
+_rank, _world_size = 0, 1
+_store: Any = None  # key-value store shared by all processes
+
+
+class PeerProcessDied(UserError):
+    """Another process has ended, and this one cannot continue without it."""
+
+    exit_code = 1
+
+
+def rank() -> int:
+    """This process's number, from 0. Only rank 0 writes files and prints results."""
+    return _rank
+
+
+def world_size() -> int:
+    """The number of processes."""
+    return _world_size
+
+
+@contextmanager
+def process_group(args: Namespace) -> Iterator[None]:
+    """Join the processes that torchrun started, if it started any; leave them at the end.
+
+    Args:
+        args: the command line, which must be the same everywhere. Its `run_dir`, which may contain
+            the time, is taken from rank 0.
+
+    Raises:
+        UserError: torchrun's environment variables are incomplete, the other processes do not
+            appear, or they were given other arguments.
+    """
+    global _rank, _world_size, _store
+    with _rendezvous_errors():
+        started = int(os.environ.get("WORLD_SIZE", "1"))
+        if started > 1:
+            _store, _rank, _world_size = next(rendezvous("env://", timeout=JOIN_TIMEOUT))
+            nccl = torch.cuda.is_available() and distributed.is_nccl_available()
+            backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
+            distributed.init_process_group(
+                backend, store=_store, rank=_rank, world_size=_world_size
+            )
+    if started <= 1:
+        yield
+        return
+    if _rank:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    first = broadcast_from_rank_zero(lambda: vars(args))
+    args.run_dir = first["run_dir"]
+    different = sorted(name for name in first if first[name] != vars(args)[name])
+    if different:
+        raise UserError(f"process {_rank} was given another --{different[0]} than process 0")
+    yield
+    barrier()
+    distributed.destroy_process_group()
+    _rank, _world_size, _store = 0, 1, None
+
+
+@contextmanager
+def _rendezvous_errors() -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        reason = (str(error).splitlines() or ["?"])[0]
+        raise UserError(
+            f"the processes of this run cannot connect ({reason}): start them with torchrun"
+        ) from None
+
+
+def already_reported(message: str) -> bool:
+    """Whether another process has printed this message; if not, this one is expected to."""
+    with suppress(Exception):  # the store may be gone: better twice than never
+        return _store is not None and _store.add(f"reported/{message}", 1) > 1
+    return False
+
+
+# ---------------------------------------------------------------------------- collectives
+
+
+@contextmanager
+def _collective() -> Iterator[None]:
+    """Collectives fail with a RuntimeError when another process has died."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise PeerProcessDied(
+            "another process of this run has ended, so this one stops; the message of that process,"
+            " or torchrun's, says why; the same command with --resume continues the run"
+        ) from error
+
+
+def broadcast_from_rank_zero(function: Callable[[], Any]) -> Any:
+    """Call `function` in rank 0 only, and return its result (or raise its UserError) in all."""
+    if _world_size == 1:
+        return function()
+    result: list[Any] = [None]
+    if _rank == 0:
+        try:
+            result = [function()]
+        except UserError as error:
+            result = [error]
+    with _collective():
+        distributed.broadcast_object_list(result, src=0, device=torch.device("cpu"))
+    if isinstance(result[0], UserError):
+        raise result[0]
+    return result[0]
+
+
+def broadcast_parameters(module: nn.Module) -> None:
+    """Give all processes the weights of rank 0."""
+    if _world_size > 1:
+        with _collective():
+            for tensor in module.state_dict().values():
+                distributed.broadcast(tensor, src=0)
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """Sum a tensor over all processes, in place; every process gets the same bits."""
+    if _world_size > 1:
+        with _collective():
+            distributed.all_reduce(tensor)
+    return tensor
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
+    all_reduce_sum(torch.zeros(1))
+
+
+def any_rank(*flags: bool) -> list[bool]:
+    """For each flag, whether it is set in any process."""
+    if _world_size == 1:
+        return list(flags)
+    return (all_reduce_sum(torch.tensor(flags, dtype=torch.int32)) > 0).tolist()
+
+
+def rank_slice(count: int) -> slice:
+    """Which of `count` rows belong to this process; low ranks get the remainder."""
+    each, remainder = divmod(count, _world_size)
+    start = _rank * each + min(_rank, remainder)
+    return slice(start, start + each + (_rank < remainder))
+
+
+class _AllGatherRows(torch.autograd.Function):
+    """Concatenate along dimension 1; the gradient of the own rows flows back."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, count: int) -> Tensor:
+        ctx.own = rank_slice(count)
+        rows = part.new_zeros(part.size(0), count, *part.shape[2:])
+        rows[:, ctx.own] = part
+        return all_reduce_sum(rows)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient[:, ctx.own], None
+
+
+def all_gather_rows(part: Tensor, count: int) -> Tensor:
+    """Each process's rows (V, b, ...) -> all `count` rows (V, count, ...), differentiable.
+
+    A gradient reaches only this process's own rows: the loss over all rows is computed in every
+    process.
+    """
+    return part if _world_size == 1 else _AllGatherRows.apply(part, count)
+
+
+def all_reduce_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Replace each gradient by its sum over all processes.
+
+    `parameters` are in the same order everywhere. One that has a gradient in some processes only
+    counts as zero in the others; one that has none anywhere keeps none.
+    """
+    if _world_size == 1:
+        return
+    used = any_rank(*(p.grad is not None for p in parameters))
+    bucket: list[nn.Parameter] = []
+    for parameter in compress(parameters, used):
+        if bucket and sum(p.numel() for p in [*bucket, parameter]) > BUCKET_SIZE:
+            _all_reduce_bucket(bucket)
+            bucket = []
+        bucket.append(parameter)
+    if bucket:
+        _all_reduce_bucket(bucket)
+
+
+def _all_reduce_bucket(parameters: Sequence[nn.Parameter]) -> None:
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = all_reduce_sum(torch.cat([grad.flatten() for grad in grads]))
+    for p, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        p.grad = grad.view_as(p)
+
+
+# ---------------------------------------------------------------------------- random numbers
+
+
+def seed_by_rank(*numbers: int) -> None:
+    """Seed processes of rank above 0 by these numbers and their rank; rank 0 stays as it is.
+
+    So no two processes drop out the same units, and one process draws what it always has.
+    """
+    if _rank:
+        sequence = np.random.SeedSequence([*numbers, _rank])
+        torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
+
+
+def all_gather_rng_states(state: Tensor) -> Tensor:
+    """A generator's state (L,) -> the states of all processes (N, L); (L,) if there is one."""
+    return state if _world_size == 1 else all_gather_rows(state[None, None], _world_size)[0]

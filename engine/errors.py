@@ -1,0 +1,60 @@
+"""Errors that a user can act on: one line that says what was found, where, and what to do."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class UserError(ValueError):
+    """Something the user can fix; scripts print it without a traceback and exit with `exit_code`.
+
+    Characters that do not print are escaped, so the message stays one line and cannot send control
+    sequences to a terminal, whatever file contents it quotes. Very long messages are shortened.
+    """
+
+    exit_code = 2
+
+    def __init__(self, message: str):
+        if len(message) > 1000:
+            message = f"{message[:700]} ... {message[-300:]}"
+        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))
+
+
+class AlreadyFinished(UserError):
+    """The run is complete; there is nothing left to do."""
+
+    exit_code = 0
+
+
+class TrainingDiverged(UserError):
+    """A loss, gradient, weight or score is not finite."""
+
+    exit_code = 1
+
+
+class OutOfMemory(UserError):
+    """A batch did not fit into memory."""
+
+    exit_code = 1
+
+
+@contextmanager
+def reading(path: Path, kind: str) -> Iterator[None]:
+    """Turn whatever a parser raises on a damaged file into one UserError that names the file.
+
+    Args:
+        path: the file being read.
+        kind: what it should be, with its article, such as "a JSON object".
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; expected {kind}") from None
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise UserError(f"{path}: cannot be read ({reason}); expected {kind}") from None
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path}: damaged or not {kind} ({reason}): fetch it again") from None

@@ -1,0 +1,197 @@
+"""Files for other software: sentence-transformers modules, model cards, ONNX."""
+
+import json
+import logging
+import warnings
+from collections.abc import Sequence
+from importlib import util
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine.checkpoint import (
+    atomic_file,
+    check_weight,
+    read_json,
+    write_json,
+    write_tensors,
+    write_text,
+)
+from engine.errors import UserError
+from engine.hub import read_weights
+
+# ---------------------------------------------------------------------------- sentence-transformers
+
+# Its modules in order -> their folders, written as its older versions did: newer ones read both.
+MODULES = {"Transformer": "", "Pooling": "1_Pooling", "Dense": "2_Dense"}
+TANH = "torch.nn.modules.activation.Tanh"
+
+
+def write_modules(folder: Path, pooling: str, max_length: int, pooler: nn.Linear) -> None:
+    """Write what makes `SentenceTransformer(folder).encode` equal to `SentenceEncoder.encode`.
+
+    Args:
+        folder: holds, or will hold, encoder and tokenizer.
+        pooling: `pooler`, `cls` or `mean`.
+        max_length: in tokens; longer sentences are truncated.
+        pooler: BERT's own dense layer, which sentence-transformers does not consider part of the
+            encoder: with the pooling `pooler` it becomes a module of its own.
+    """
+    width = pooler.in_features
+    names = list(MODULES) if pooling == "pooler" else list(MODULES)[:2]
+    modules = []
+    for i, name in enumerate(names):
+        kind = f"sentence_transformers.models.{name}"
+        modules.append({"idx": i, "name": str(i), "path": MODULES[name], "type": kind})
+    write_text(folder / "modules.json", json.dumps(modules, indent=2) + "\n")
+    write_json(folder / "sentence_bert_config.json", {"max_seq_length": max_length})
+    write_json(
+        folder / MODULES["Pooling"] / "config.json",
+        {
+            "word_embedding_dimension": width,
+            "pooling_mode_cls_token": pooling != "mean",
+            "pooling_mode_mean_tokens": pooling == "mean",
+        },
+    )
+    if pooling == "pooler":
+        dense = folder / MODULES["Dense"]
+        shape = {"in_features": width, "out_features": width, "bias": True}
+        write_json(dense / "config.json", {**shape, "activation_function": TANH})
+        tensors = {f"linear.{name}": tensor for name, tensor in pooler.state_dict().items()}
+        write_tensors(dense / "model.safetensors", tensors)
+
+
+def read_pooler(folder: Path, width: int) -> dict[str, Tensor]:
+    """BERT's pooler as sentence-transformers trained it, under HuggingFace's names.
+
+    It trains the dense module that `write_modules` writes, and leaves the pooler among the
+    encoder's weights as it was. Empty if the folder has no such module: dense + tanh of hidden
+    size `width` on the first token.
+
+    Raises:
+        UserError: a file is damaged.
+    """
+    paths = [folder / MODULES[name] / "config.json" for name in ("Pooling", "Dense")]
+    if not all(path.is_file() for path in paths):
+        return {}
+    pooling, dense = map(read_json, paths)
+    first_token = pooling.get("pooling_mode") == "cls" or pooling.get("pooling_mode_cls_token")
+    wanted = {"in_features": width, "out_features": width, "activation_function": TANH}
+    plain = dense.get("bias", True) and not dense.get("use_residual")
+    if not (first_token and plain and all(dense.get(key) == wanted[key] for key in wanted)):
+        return {}
+    tensors, source = read_weights(folder / MODULES["Dense"])
+    found = {}
+    for name, shape in {"weight": (width, width), "bias": (width,)}.items():
+        tensor = tensors.get(f"linear.{name}")
+        if tensor is None or tensor.shape != shape:
+            raise UserError(f"{source}: linear.{name} of shape {shape} is missing: fetch it again")
+        check_weight(f"linear.{name}", tensor, source)
+        found[f"pooler.dense.{name}"] = tensor
+    return found
+
+
+# ---------------------------------------------------------------------------- model cards
+
+CARD_METRICS = ("accuracy", "macro_f1", "pearson", "spearman")
+CARD = """---
+base_model: {quoted_base}
+library_name: sentence-transformers
+pipeline_tag: sentence-similarity
+tags: [bert, feature-extraction, sentence-similarity]
+---
+
+# {name}
+
+A BERT encoder trained from `{base}` by
+
+    {command}
+
+(commit {commit}, {precision}) on {data}.
+
+| dev set | metric | value |
+|---|---|---|
+{lines}
+
+It loads in `transformers` and in `sentence-transformers`, whose `encode` returns its embeddings
+({pooling} pooling):
+
+```python
+from sentence_transformers import SentenceTransformer
+
+SentenceTransformer("THIS_FOLDER").encode(["A fine film.", "Dull."])
+```
+
+`MultitaskBERT.from_pretrained("THIS_FOLDER")` of the software that trained it loads the heads too.
+"""
+
+
+def model_card(run: Path, result: dict[str, Any]) -> str:
+    """The README.md of a run's best/: base model, command, data and dev metrics.
+
+    Args:
+        run: the run folder, whose `config.json` is read.
+        result: what `result.json` holds, or will.
+    """
+    config = read_json(run / "config.json")
+    rows, files = config["rows"]["train"], config["files"]
+    data = [f"{Path(path).name} ({rows[task]:,} rows)" for task, path in files["train"].items()]
+    lines = [
+        f"| {Path(files['dev'][task]).name} | {name} | {metrics[name]:.4f} |"
+        for task, metrics in result["dev"].items()
+        for name in CARD_METRICS
+        if name in metrics
+    ]
+    return CARD.format(
+        base=config["arguments"]["model"],
+        quoted_base=json.dumps(config["arguments"]["model"], ensure_ascii=False),  # valid YAML
+        name=run.resolve().name,
+        command=config["command"],
+        commit=(config["commit"] or "unknown")[:7],
+        precision=config["precision"],
+        data=", ".join(data),
+        lines="\n".join(lines),
+        pooling=read_json(run / "best" / "heads.json")["pooling"],
+    )
+
+
+# ---------------------------------------------------------------------------- ONNX
+
+
+def check_onnx_packages() -> None:
+    """UserError if a package that PyTorch's exporter needs is missing."""
+    missing = [name for name in ("onnx", "onnxscript") if util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"--export onnx: the package {missing[0]} is missing: run ./setup.sh --dev")
+
+
+def write_onnx(path: Path, encoder: nn.Module, outputs: Sequence[str], max_length: int) -> None:
+    """Export an encoder to ONNX, for batches of any size and sentences of any length.
+
+    Args:
+        path: the file, which will contain the weights too.
+        encoder: its `forward` takes input_ids, attention_mask and token_type_ids, (B, T) int64.
+        outputs: a name for each tensor that it returns.
+        max_length: the model's limit in tokens.
+    """
+    check_onnx_packages()
+    inputs = ("input_ids", "attention_mask", "token_type_ids")
+    sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", max=max_length)}
+    # Sizes other than 0 and 1, which the exporter would treat as constants; three tensors, because
+    # it would merge one that is passed three times.
+    example = tuple(torch.zeros(2, 3, dtype=torch.int64) for _ in inputs)
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with atomic_file(path) as temporary, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            encoder,
+            example,
+            temporary,
+            input_names=inputs,
+            output_names=outputs,
+            dynamic_shapes=(sizes,) * len(inputs),
+            external_data=False,
+            verbose=False,
+        )

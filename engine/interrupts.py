@@ -1,0 +1,63 @@
+"""Stopping a long job without losing work: signals, and when to save."""
+
+import os
+import signal
+import threading
+import time
+
+from engine import distributed
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """Training was asked to stop and has; the message says how to resume."""
+
+
+class StopSignals:
+    """In the `with` block, the first Ctrl-C or SIGTERM requests a stop, the second stops at once.
+
+    While `immediate` is set, when stopping at once loses nothing, the first stops at once too.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self.requested = False
+        self.immediate = False
+
+    def __enter__(self) -> "StopSignals":
+        self.previous = {}
+        if threading.current_thread() is threading.main_thread():
+            self.previous = {s: signal.signal(s, self._handle) for s in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+    def _handle(self, *_: object) -> None:
+        if self.requested or self.immediate:
+            for number in self.SIGNALS:  # a third signal must not disturb the exit
+                signal.signal(number, signal.SIG_IGN)
+            raise KeyboardInterrupt
+        self.requested = True
+        if distributed.rank() == 0:
+            os.write(2, b"\nstopping after this step; press Ctrl-C again to stop at once\n")
+
+
+class SaveTimer:
+    """Whether it is time to save: "500" is every 500 steps, "10m" every 10 minutes, "0" never."""
+
+    def __init__(self, interval: str, step: int):
+        self.steps = 0 if interval.endswith("m") else int(interval)
+        self.seconds = 60 * int(interval[:-1]) if interval.endswith("m") else 0
+        self.restart(step)
+
+    def restart(self, step: int) -> None:
+        """Count from this step on."""
+        self.step, self.time = step, time.perf_counter()
+
+    def is_due(self, step: int) -> bool:
+        """Whether the interval is over."""
+        if self.steps:
+            return step - self.step >= self.steps
+        return bool(self.seconds) and time.perf_counter() - self.time >= self.seconds

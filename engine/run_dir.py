@@ -1,0 +1,294 @@
+"""The folder of one training run: its record, its log, and the state to resume from.
+
+config.json is written first: arguments, data checksums, versions, hardware. Then log.jsonl grows, a
+line per step and per evaluation; best/ holds the best model, last/ the whole training state;
+result.json, written last, marks a run that finished.
+"""
+
+import errno
+import json
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import suppress
+from importlib import metadata, util
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine import distributed
+from engine.checkpoint import read_json, read_state, restore_folder, write_json, write_state
+from engine.errors import AlreadyFinished, UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+DRAFT = ".config.json.*.tmp"  # all that a process killed while it started a run leaves behind
+PACKAGES = ("torch", "numpy", "tokenizers", "scipy", "scikit-learn", "safetensors")
+# Arguments that change how a run is stored, not what it computes: a resumed run may change them.
+STORAGE_ARGUMENTS = ("save_every", "keep_last")
+
+
+class RunDir:
+    """A run folder; of several processes only rank 0 writes to it.
+
+    Attributes:
+        path: the folder.
+        stage: added to every log line and state, for runs that train in several stages; or None.
+        state: tensors and facts of an interrupted run for the trainer to take over; or None.
+        saving_seconds: time spent on saving states.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.stage: str | None = None
+        self.state: tuple[dict[str, Tensor], dict[str, Any]] | None = None
+        self.saving_seconds = 0.0
+        self._start_time = time.perf_counter()
+        self._log: Any = None
+        self._tensorboard: Any = None
+        self._lock: int | None = None
+
+    @staticmethod
+    def check(args: Namespace) -> dict[str, Any] | None:
+        """The `config.json` of the run that --resume continues; None if a new run starts.
+
+        Raises:
+            UserError: --run_dir is in use and not to be resumed, or was made by other arguments.
+            AlreadyFinished: the run has finished.
+        """
+        return distributed.broadcast_from_rank_zero(lambda: _check(args))
+
+    @classmethod
+    def start_or_resume(cls, args: Namespace, **facts: Any) -> "RunDir":
+        """Start a run in the new folder `args.run_dir`, or continue the one that is there.
+
+        Args:
+            args: the command line, with `run_dir`, `resume` and `seed`.
+            facts: what else `config.json` records; "data" maps each data file to its checksum.
+
+        Raises:
+            UserError: as `check`; another process uses the folder; data files have changed.
+        """
+        if distributed.broadcast_from_rank_zero(lambda: facts["data"]) != facts["data"]:
+            raise UserError("the processes read different data files: copy those of process 0")
+        run = cls(args.run_dir)
+        try:
+            distributed.broadcast_from_rank_zero(lambda: run._open(args, facts))
+            run._load_state()
+        except UserError:
+            run.close()
+            raise
+        seconds = run.state[1]["seconds"] if run.state else None
+        if distributed.broadcast_from_rank_zero(lambda: seconds) != seconds:
+            raise UserError(
+                f"--resume: {run.path} differs between processes: put it on a shared disk"
+            )
+        distributed.barrier()  # others may still read the state that rank 0 replaces
+        distributed.seed_by_rank(args.seed)
+        return run
+
+    def _open(self, args: Namespace, facts: dict[str, Any]) -> None:
+        """Lock the folder, then write config.json or check it against the run to resume."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._acquire_lock()
+            recorded = _check(args)  # again: another process may have been faster
+            if recorded is None:
+                if args.resume:
+                    print(f"{self.path}: nothing to resume there; starting a new run")
+                for draft in self.path.glob(DRAFT):
+                    draft.unlink()
+                config = {"arguments": plain_arguments(args), **facts, **provenance()}
+                write_json(self.path / "config.json", config)
+            else:
+                for name, checksum in facts["data"].items():
+                    if recorded["data"].get(name) != checksum:
+                        raise UserError(f"--resume: {name} has changed since the run began")
+                with open(self.path / "resumed.jsonl", "a", encoding="utf-8") as file:
+                    file.write(json.dumps(provenance()) + "\n")
+                for name in ("best", "probe"):
+                    restore_folder(self.path / name)
+                for draft in self.path.rglob(".*.tmp"):
+                    shutil.rmtree(draft) if draft.is_dir() else draft.unlink()
+            self._log = open(self.path / "log.jsonl", "ab", buffering=0)  # noqa: SIM115
+        except OSError as error:
+            raise UserError(f"--run_dir {self.path}: not writable ({error.strerror})") from None
+
+    def _acquire_lock(self) -> None:
+        """Lock the folder against other processes, where the file system can."""
+        if fcntl is None:
+            return
+        self._lock = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise UserError(f"--run_dir {self.path}: in use by another process") from None
+            print(f"note: {self.path} cannot be locked ({error.strerror})", file=sys.stderr)
+
+    def _load_state(self) -> None:
+        """Read the last saved state, and cut the log back to where it was saved."""
+        path = self.path / "last/state.safetensors"
+        length = 0
+        if path.exists():
+            self.state = read_state(path)
+            length = self.state[1]["log"]
+            self._start_time -= self.state[1]["seconds"]
+        if self._log is not None:
+            if length > os.fstat(self._log.fileno()).st_size:
+                raise UserError(f"{self._log.name}: has lost lines since {path} was saved")
+            self._log.seek(self._log.truncate(length))
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes to the folder."""
+        return self._log is not None
+
+    def seconds(self) -> float:
+        """How long the run has taken, without the time between interruption and resumption."""
+        return time.perf_counter() - self._start_time
+
+    def log(self, kind: str, step: int, **figures: Any) -> None:
+        """Append a line to log.jsonl and, if tensorboard is installed, to its event files."""
+        if not self.writes:
+            return
+        if not (self.path / "config.json").exists():
+            raise UserError(f"{self.path}: the run folder was deleted or emptied during training")
+        stage = {"stage": self.stage} if self.stage else {}
+        entry = {"kind": kind, "step": step, **stage, **figures}
+        try:
+            text = json.dumps(entry, ensure_ascii=False, allow_nan=False)
+            self._log.write(text.encode("utf-8") + b"\n")
+        except OSError as error:
+            error.filename = self._log.name
+            raise
+        if self._tensorboard is None and util.find_spec("tensorboard") is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # Hide what an interrupted run had written of this step and later ones.
+            self._tensorboard = SummaryWriter(str(self.path / "tensorboard"), purge_step=step)
+        if self._tensorboard is not None:
+            tag = "/".join(filter(None, [self.stage, kind, figures.get("of")]))
+            for name, value in _numbers(tag, figures):
+                self._tensorboard.add_scalar(name, value, step)
+
+    def save_state(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        """Replace the state in last/ by this one."""
+        if not self.writes:
+            return
+        start = self.seconds()
+        os.fsync(self._log.fileno())  # the state records the length of the log
+        own = {"stage": self.stage, "log": self._log.tell(), "seconds": start}
+        write_state(self.path / "last/state.safetensors", tensors, {**facts, **own})
+        self.saving_seconds += self.seconds() - start
+
+    def finish(self, result: dict[str, Any], keep_last: bool) -> None:
+        """Write result.json, which marks a finished run, and delete last/ unless it is kept."""
+        if self.writes:
+            write_json(self.path / "result.json", result)
+            if not keep_last:
+                shutil.rmtree(self.path / "last", ignore_errors=True)
+            shutil.rmtree(self.path / "probe", ignore_errors=True)
+        self.close()
+
+    def close(self) -> None:
+        """Close the log and release the lock."""
+        if self._log is not None:
+            self._log.close()
+        if self._tensorboard is not None:
+            with suppress(OSError):  # a full disk was reported when the step was logged
+                self._tensorboard.close()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+def _check(args: Namespace) -> dict[str, Any] | None:
+    """`RunDir.check` for one process."""
+    path, config = args.run_dir, args.run_dir / "config.json"
+    try:
+        if not path.exists() or (path.is_dir() and all(f.match(DRAFT) for f in path.iterdir())):
+            return None
+    except OSError as error:
+        raise UserError(f"--run_dir {path}: cannot be used ({error.strerror})") from None
+    if not path.is_dir():
+        raise UserError(f"--run_dir {path}: is a file; name a new folder")
+    if not args.resume:
+        raise UserError(f"--run_dir {path}: in use; name a new folder, or continue with --resume")
+    recorded = read_json(config)
+    was, now = recorded.get("arguments"), plain_arguments(args)
+    if not isinstance(was, dict):
+        raise UserError(f"{config}: not the record of a run; name a new --run_dir")
+    unknown = sorted(set(was) ^ set(now))
+    if unknown:
+        raise UserError(
+            f"--resume: {path} was made by another script or another version of it, which differ in"
+            f" --{unknown[0]}; start a new --run_dir"
+        )
+    changed = [n for n in sorted(now) if was[n] != now[n] and n not in STORAGE_ARGUMENTS]
+    if changed:
+        listed = ", ".join(f"--{name} was {was[name]} and is {now[name]}" for name in changed)
+        raise UserError(f"--resume: {path} was made with other arguments: {listed}")
+    if (path / "result.json").exists():
+        raise AlreadyFinished(f"{path}: has finished (result.json); nothing is changed")
+    return recorded
+
+
+def plain_arguments(args: Namespace) -> dict[str, Any]:
+    """The command line as JSON holds it, without --resume."""
+    words = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    return {name: value for name, value in words.items() if name != "resume"}
+
+
+def _numbers(tag: str, value: Any) -> Iterator[tuple[str, float]]:
+    """Every number in nested dicts, named by its path."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _numbers(f"{tag}/{key}", inner)
+    elif isinstance(value, int | float):
+        yield tag, value
+
+
+def provenance() -> dict[str, Any]:
+    """What is needed to repeat a run: command, commit, versions, hardware."""
+    changes = _git("status", "--porcelain", "--untracked-files=no")
+    return {
+        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "commit": _git("rev-parse", "HEAD"),
+        "uncommitted_changes": None if changes is None else bool(changes),
+        "python": platform.python_version(),
+        "versions": {name: metadata.version(name) for name in PACKAGES},
+        "hardware": {
+            "machine": platform.machine(),
+            "system": platform.system(),
+            "threads": torch.get_num_threads(),
+            "cpu": torch.backends.cpu.get_cpu_capability(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
+        "processes": distributed.world_size(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    """The answer of git about the project's own checkout; None outside of one."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    with suppress(OSError, subprocess.SubprocessError):
+        command = ["git", "-C", str(root), *arguments]
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+    return None

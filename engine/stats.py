@@ -1,0 +1,108 @@
+"""Is one model better than another? Paired tests and confidence intervals over dev rows."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+SIGNIFICANCE = 0.05  # p-values below it count as a difference
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The difference between two models' primary metrics, first minus second, on one task.
+
+    `low` and `high` bound its 95% confidence interval. `p` is the probability of a difference at
+    least as large if both models were equally good.
+    """
+
+    difference: float
+    low: float
+    high: float
+    p: float
+
+
+def compare(
+    gold: np.ndarray,
+    first: np.ndarray,
+    second: np.ndarray,
+    correlation: bool,
+    resamples: int = 9999,
+) -> Comparison:
+    """Compare two models on the same rows, each trained with one or several seeds.
+
+    The interval is a percentile bootstrap over rows. The test is a paired permutation test for
+    accuracy (with one seed, McNemar's) and the bootstrap itself for a correlation. Neither includes
+    the variance between seeds.
+
+    Args:
+        gold: labels, (N,).
+        first, second: predictions in the units of the labels, (seeds, N).
+        correlation: compare Pearson's r, else accuracy; averaged over seeds.
+        resamples: of bootstrap and permutation test; a correlation gets at most 1,999.
+    """
+    if np.array_equal(first, second):
+        return Comparison(0.0, 0.0, 0.0, 1.0)
+    rng = np.random.default_rng(0)
+    if correlation:
+        return _compare_correlations(gold, first, second, min(resamples, 1999), rng)
+    # What each row adds to the difference. Only a few values occur, so a resample of all rows is a
+    # draw of how often each value does: hundreds of times faster than drawing rows.
+    shares = np.mean(first == gold, axis=0) - np.mean(second == gold, axis=0)
+    values, counts = np.unique(shares.round(12), return_counts=True)
+    difference = values @ counts / len(gold)
+    drawn = rng.multinomial(len(gold), counts / len(gold), size=resamples) @ values / len(gold)
+    # The permutation test exchanges the models' answers to a row: its share changes sign.
+    flipped = rng.binomial(counts, 0.5, size=(resamples, len(counts)))
+    permuted = (counts - 2 * flipped) @ values / len(gold)
+    extreme = np.sum(np.abs(permuted) >= abs(difference) - 1e-12)
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    p = (1 + extreme) / (1 + resamples)
+    return Comparison(float(difference), float(low), float(high), float(p))
+
+
+def _compare_correlations(
+    gold: np.ndarray,
+    first: np.ndarray,
+    second: np.ndarray,
+    resamples: int,
+    rng: np.random.Generator,
+) -> Comparison:
+    """`compare` for Pearson's r."""
+    from scipy import stats  # half a second
+
+    def difference(gold: np.ndarray, *predicted: np.ndarray, axis: int = -1) -> np.ndarray:
+        r = [pearson(gold, row, axis) for row in predicted]
+        return np.mean(r[: len(first)], axis=0) - np.mean(r[len(first) :], axis=0)
+
+    samples = (gold, *first, *second)
+    options = {"n_resamples": resamples, "batch": 64, "rng": rng, "vectorized": True}
+    bootstrap = stats.bootstrap(samples, difference, paired=True, method="percentile", **options)
+    drawn = bootstrap.bootstrap_distribution
+    tails = [(1 + np.sum(tail)) / (1 + resamples) for tail in (drawn <= 0, drawn >= 0)]
+    low, high = bootstrap.confidence_interval
+    p = min(1.0, 2 * min(tails))
+    return Comparison(float(difference(*samples)), float(low), float(high), p)
+
+
+def pearson(x: np.ndarray, y: np.ndarray, axis: int = -1) -> np.ndarray:
+    """Pearson's r along an axis, for many resamples at once; 0 where one side is constant."""
+    x, y = (v - v.mean(axis=axis, keepdims=True) for v in (x, y))
+    scale = np.sqrt((x * x).sum(axis=axis) * (y * y).sum(axis=axis))
+    return np.divide((x * y).sum(axis=axis), scale, out=np.zeros_like(scale), where=scale > 0)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P-values adjusted for multiple tests (Holm 1979), in the given order."""
+    order = np.argsort(p_values)
+    adjusted = np.empty(len(p_values))
+    highest = 0.0
+    for rank, i in enumerate(order):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        adjusted[i] = highest
+    return adjusted.tolist()
+
+
+def format_p(p: float) -> str:
+    """A p-value for a table."""
+    return f"{p:.4f}" if p >= 1e-4 else "< 0.0001"

@@ -1,0 +1,246 @@
+"""Records of finished runs -> tables.json, tables.md, a LaTeX file per table, and plots.
+
+Every figure comes from the records and the gold labels; only the baseline for STS needs a model.
+tables.json holds each figure that the other files show.
+"""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bert import BertModel
+from datasets import TaskDataset, read_examples
+from engine.checkpoint import read_json, write_json, write_text
+from engine.errors import UserError
+from engine.stats import compare, holm
+from evaluation import baseline, primary_metric
+from experiments.conflict import plot_conflict, summarize_conflict
+from experiments.plots import plot_bars, plot_curves
+from experiments.render import FLOOR_MARGIN, latex, markdown
+from experiments.tables import CELLS, TABLES, TASK_TITLES, Column, Table
+from model import SentenceEncoder
+from tasks import TASKS
+from tokenizer import BertTokenizer
+
+Records = dict[str, list[dict[str, Any]]]  # cell -> its runs, by seed
+RECORD_KEYS = {
+    *("cell", "seed", "command", "commit", "precision", "started", "rows", "dev", "curve"),
+    *("conflict", "predictions"),
+}
+ROUNDING_TOLERANCE = 1e-3  # predictions are rounded in a record
+
+
+def report(args: argparse.Namespace) -> None:
+    """Write tables, plots and tables.json into --out, from the records in it."""
+    records = load_records(args.out)
+    tables = select_tables(args.tables, records)
+    shown = {cell for name in tables for cell in TABLES[name].cells}
+    records = {cell: runs for cell, runs in records.items() if cell in shown}
+    results = round_floats(summarize(tables, records, args.data_dir))
+    write_json(args.out / "tables.json", results)
+    for name, table in results["tables"].items():
+        write_text(args.out / f"{name}.tex", latex(table, results["baselines"]))
+        plot_bars(table, results["baselines"], args.out / f"{name}.png")
+    has_curves = plot_curves(records, args.out / "curves.png")
+    for cell in results["conflict"]:
+        plot_conflict([run["conflict"] for run in records[cell]], args.out, f"conflict-{cell}")
+    write_text(args.out / "tables.md", markdown(results, has_curves))
+    print(f"{args.out}: tables.json, tables.md, {', '.join(f'{n}.tex' for n in tables)}, and plots")
+
+
+# ---------------------------------------------------------------------------- records
+
+
+def load_records(out: Path) -> Records:
+    """The records in `out` by cell, in the order of their seeds."""
+    records: Records = {}
+    for path in sorted((out / "records").glob("*.json")):
+        record = read_json(path)
+        if missing := RECORD_KEYS - set(record):
+            raise UserError(f"{path}: not a record (no {min(missing)}); move it away")
+        if record["cell"] not in CELLS:
+            raise UserError(f"{path}: its cell {record['cell']!r} is in no table; move it away")
+        if CELLS[record["cell"]].flags not in record["command"]:
+            raise UserError(
+                f"{path}: made by `{record['command']}`, but its cell is now"
+                f" `{CELLS[record['cell']].flags}`; run it again"
+            )
+        records.setdefault(record["cell"], []).append(record)
+    if not records:
+        raise UserError(f"{out / 'records'}: no records; first: python -m experiments run TABLE")
+    return {cell: sorted(runs, key=lambda run: run["seed"]) for cell, runs in records.items()}
+
+
+def select_tables(names: Sequence[str], records: Records) -> list[str]:
+    """The named tables; without names, those whose columns all have records."""
+    tables = list(names) or [n for n, table in TABLES.items() if set(table.cells) <= set(records)]
+    if not tables or not any(set(TABLES[name].cells) & set(records) for name in tables):
+        raise UserError("no table has all of its columns recorded; name one to see what there is")
+    return tables
+
+
+def load_gold(records: Records, data_dir: Path) -> dict[str, np.ndarray]:
+    """Task -> the labels of the dev rows that the records were evaluated on, (N,).
+
+    Raises:
+        UserError: the rows in `data_dir` do not reproduce the recorded scores.
+    """
+    gold: dict[str, np.ndarray] = {}
+    for task in TASK_TITLES:
+        runs = [run for of in records.values() for run in of if task in run["predictions"]]
+        sizes = {len(run["predictions"][task]) for run in runs}
+        if len(sizes) > 1:
+            raise UserError(
+                f"the records have {min(sizes)} to {max(sizes)} dev rows of {task}: run them again"
+                " on the same data"
+            )
+        for size in sizes:
+            path = dev_file(data_dir, task)
+            examples, _, _ = read_examples(path, TASKS[task], limit=size)
+            gold[task] = np.array([example.label for example in examples])
+            for run in runs:
+                check_score(run, task, gold[task], path)
+    return gold
+
+
+def dev_file(data_dir: Path, task: str) -> Path:
+    """The dev file of a task."""
+    return data_dir / TASKS[task].files.format("dev")
+
+
+def check_score(run: Mapping[str, Any], task: str, gold: np.ndarray, path: Path) -> None:
+    """UserError unless a record's predictions have, on these labels, the score that it records."""
+    predicted, recorded = np.array(run["predictions"][task]), primary_metric(run["dev"][task])
+    name = f"the record of {run['cell']}, seed {run['seed']},"
+    if len(predicted) != len(gold):
+        raise UserError(f"{path}: {len(gold)} rows, but {name} has {len(predicted)}: wrong data")
+    score = primary_metric(TASKS[task].labels.metrics(predicted, gold))
+    if abs(score - recorded) > ROUNDING_TOLERANCE:
+        raise UserError(
+            f"{path}: {name} scored {recorded:.4f} on {task}, but {score:.4f} on these rows:"
+            " wrong data"
+        )
+
+
+# ---------------------------------------------------------------------------- statistics
+
+
+def summarize(tables: Sequence[str], records: Records, data_dir: Path) -> dict[str, Any]:
+    """Everything that tables.json holds."""
+    gold = load_gold(records, data_dir)
+    runs = [run for runs in records.values() for run in runs]
+    rows = {
+        split: {task: sorted({run["rows"][split].get(task, 0) for run in runs}) for task in gold}
+        for split in ("train", "dev")
+    }
+    measured = {cell: [run["conflict"] for run in runs] for cell, runs in records.items()}
+    return {
+        "rows": rows,
+        "baselines": baselines(runs, gold, data_dir),
+        "tables": {name: summarize_table(TABLES[name], records, gold) for name in tables},
+        "conflict": {
+            cell: summarize_conflict(runs) for cell, runs in measured.items() if all(runs)
+        },
+    }
+
+
+def summarize_table(
+    table: Table, records: Records, gold: Mapping[str, np.ndarray]
+) -> dict[str, Any]:
+    """A table's columns and comparisons."""
+    comparisons = [
+        compare_cells(column.cell, other, task, records, gold[task])
+        for column in table.columns
+        for other in column.compare_with
+        for task in gold
+        if column.cell in records and other in records
+    ]
+    corrected = holm([row["p"] for row in comparisons])
+    for row, p in zip(comparisons, corrected, strict=True):
+        row["p_corrected"] = p
+    columns = {c.cell: summarize_column(c, records.get(c.cell, [])) for c in table.columns}
+    return {"title": table.title, "columns": columns, "comparisons": comparisons}
+
+
+def summarize_column(column: Column, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A column's scores over seeds, and where they come from."""
+    scores = {}
+    for task, paper in zip(TASK_TITLES, column.paper, strict=True):
+        values = [primary_metric(run["dev"][task]) for run in runs if task in run["dev"]]
+        scores[task] = {
+            "mean": float(np.mean(values)) if values else None,
+            "sd": float(np.std(values, ddof=1)) if len(values) > 1 else None,
+            "seeds": len(values),
+            "paper": paper,
+        }
+    commits = [
+        (run["commit"] or "unknown")[:7] + ("+" if run.get("uncommitted_changes") else "")
+        for run in runs
+    ]
+    return {
+        "heading": column.heading,
+        "scores": scores,
+        "seeds": [run["seed"] for run in runs],
+        "precision": sorted({run["precision"] for run in runs}),
+        "commits": list(dict.fromkeys(commits)),
+        "command": runs[0]["command"] if runs else None,
+    }
+
+
+def compare_cells(
+    first: str, second: str, task: str, records: Records, gold: np.ndarray
+) -> dict[str, Any]:
+    """The difference between two cells on a task, the first minus the second."""
+    predicted = [np.array([r["predictions"][task] for r in records[c]]) for c in (first, second)]
+    ours, theirs = ([primary_metric(r["dev"][task]) for r in records[c]] for c in (first, second))
+    is_accuracy = TASKS[task].labels.integer
+    floor = majority_accuracy(gold) + FLOOR_MARGIN
+    accuracies = [(rows == gold).mean() for rows in predicted]
+    return {
+        **{"first": first, "second": second, "task": task},
+        **vars(compare(gold, *predicted, correlation=not is_accuracy)),
+        "seeds": min(len(ours), len(theirs)),
+        "seeds_separate": min(ours) > max(theirs) or max(ours) < min(theirs),
+        "both_at_majority": is_accuracy and bool(max(accuracies) < floor),
+    }
+
+
+def majority_accuracy(gold: np.ndarray) -> float:
+    """The accuracy of always predicting the most frequent class."""
+    return float(np.unique(gold, return_counts=True)[1].max() / len(gold))
+
+
+def baselines(
+    runs: Sequence[dict[str, Any]], gold: Mapping[str, np.ndarray], data_dir: Path
+) -> dict[str, Any]:
+    """Task -> a score without training: the majority class's, and for STS the untouched encoder's.
+
+    The second is left out if the runs' model cannot be loaded.
+    """
+    found: dict[str, Any] = {}
+    for task in [task for task in gold if TASKS[task].labels.integer]:
+        found[task] = {"kind": "majority class", "score": majority_accuracy(gold[task])}
+    words = [run["command"].split() for run in runs if not CELLS[run["cell"]].start_from]
+    for name in {command[command.index("--model") + 1] for command in words}:
+        try:
+            tokenizer = BertTokenizer.from_pretrained(name)
+            encoder = SentenceEncoder(BertModel.from_pretrained(name), tokenizer)
+            path = dev_file(data_dir, "sts")
+            dataset = TaskDataset(path, TASKS["sts"], tokenizer, limit=len(gold["sts"]))
+            kind, score = baseline(encoder, dataset, batch_size=64)
+            found["sts"] = {"kind": kind, "score": score}
+        except UserError as error:
+            print(f"no baseline for STS: {error}")
+    return found
+
+
+def round_floats(value: Any) -> Any:
+    """The same JSON value, floats rounded to 6 decimals: equal on every machine."""
+    if isinstance(value, dict):
+        return {key: round_floats(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [round_floats(inner) for inner in value]
+    return round(value, 6) if isinstance(value, float) else value

@@ -1,0 +1,417 @@
+"""Sentence embeddings from BERT, decoder heads, and the multitask model that shares one BERT.
+
+Shapes: B rows (sentences or pairs), T tokens, D hidden size, C logits of a task.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+
+from bert import BertModel, load_weights, match_weights
+from datasets import TokenizedDataset
+from engine.checkpoint import (
+    atomic_folder,
+    check_weight,
+    read_json,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
+from engine.errors import UserError, reading
+from engine.export import write_modules
+from engine.hub import read_weights, resolve_model
+from tasks import TASKS, Task, find_tasks
+from tokenizer import BertTokenizer
+
+POOLINGS = ("pooler", "cls", "mean")
+PAIR_ENCODINGS = ("separate", "joint")
+
+
+def pool(output: dict[str, Tensor], attention_mask: Tensor, pooling: str) -> Tensor:
+    """One embedding (B, D) per sequence from BERT's output.
+
+    `pooler` is the paper's choice, dense + tanh on the [CLS] token; `cls` that token's hidden state
+    itself; `mean` the average over all tokens but padding.
+    """
+    hidden_states = output["last_hidden_state"]  # (B, T, D)
+    if pooling == "pooler":
+        return output["pooler_output"]
+    if pooling == "cls":
+        return hidden_states[:, 0]
+    if pooling == "mean":
+        mask = attention_mask[:, :, None].to(hidden_states.dtype)  # (B, T, 1), 0 at padding
+        wide = torch.promote_types(hidden_states.dtype, torch.float32)  # sum bf16 in fp32
+        total = (hidden_states * mask).sum(1, dtype=wide)
+        return total / mask.sum(1, dtype=wide).clamp(min=1)
+    raise ValueError(f"pooling {pooling!r}: expected one of {', '.join(POOLINGS)}")
+
+
+# ---------------------------------------------------------------------------- decoder heads
+
+
+class LinearHead(nn.Module):
+    """logits = W dropout(u) + b, of one embedding: sentiment, and pairs encoded jointly."""
+
+    num_embeddings = 1  # that `forward` takes
+
+    def __init__(self, width: int, task: Task, dropout: float):
+        super().__init__()
+        self.dropout = nn.Dropout(dropout)
+        self.dense = nn.Linear(width, task.labels.num_logits)
+        nn.init.constant_(self.dense.bias, sum(task.logit_range) / 2)
+
+    def forward(self, u: Tensor) -> Tensor:
+        """u (B, D) -> logits (B, C)."""
+        return self.dense(self.dropout(u))
+
+
+class ConcatHead(LinearHead):
+    """logits = W [u; v] + b: the paper's "concatenate" decoder."""
+
+    num_embeddings = 2
+
+    def __init__(self, width: int, task: Task, dropout: float):
+        super().__init__(2 * width, task, dropout)
+
+    def forward(self, u: Tensor, v: Tensor) -> Tensor:
+        """u, v (B, D) -> logits (B, C)."""
+        return super().forward(torch.cat([u, v], dim=-1))
+
+
+class DotHead(LinearHead):
+    """logits = W (u * v) + b: the paper's "weighted dot product" decoder."""
+
+    num_embeddings = 2
+
+    def forward(self, u: Tensor, v: Tensor) -> Tensor:
+        """u, v (B, D) -> logits (B, C)."""
+        # W = 1 would be the dot product; a learned W weights the features.
+        return super().forward(u * v)
+
+
+class CosineHead(nn.Module):
+    """logits = w cos(u, v) + b; cosines of 0 and 1 start at the ends of the task's logit range.
+
+    Without dropout, which would change the angle between the vectors that are compared.
+    """
+
+    num_embeddings = 2
+
+    def __init__(self, width: int, task: Task, dropout: float):
+        super().__init__()
+        self.dense = nn.Linear(1, task.labels.num_logits)
+        low, high = task.logit_range
+        nn.init.constant_(self.dense.weight, high - low)
+        nn.init.constant_(self.dense.bias, low)
+
+    def forward(self, u: Tensor, v: Tensor) -> Tensor:
+        """u, v (B, D) -> logits (B, C)."""
+        return self.dense(F.cosine_similarity(u, v, dim=-1)[:, None])
+
+
+HEADS: dict[str, type[nn.Module]] = {
+    "linear": LinearHead,
+    "concat": ConcatHead,
+    "dot": DotHead,
+    "cosine": CosineHead,
+}
+
+
+# ---------------------------------------------------------------------------- sentence encoder
+
+
+class SentenceEncoder(nn.Module):
+    """BERT with pooling: token ids or texts in, one embedding per sequence out.
+
+    Args:
+        bert: the encoder.
+        tokenizer: for `encode` and `save_pretrained`.
+        pooling: `pooler`, `cls` or `mean` (`pool`).
+
+    Attribute `dtype`: of matrix products in BERT, torch.float32 or torch.bfloat16 (by autocast:
+    weights, embeddings, heads and losses stay float32).
+    """
+
+    decoders: dict[str, str] = {}  # noqa: RUF012  # heads by task; none here
+    pair_encoding = "separate"
+
+    def __init__(
+        self, bert: BertModel, tokenizer: BertTokenizer | None = None, pooling: str = "pooler"
+    ):
+        super().__init__()
+        if pooling not in POOLINGS:
+            raise UserError(f"pooling {pooling!r}: expected one of {', '.join(POOLINGS)}")
+        if tokenizer is not None and tokenizer.vocab_size > bert.config.vocab_size:
+            raise UserError(
+                f"--model: its tokenizer has {tokenizer.vocab_size} tokens, but vocab_size in its"
+                f" config.json is {bert.config.vocab_size}: they are not of one model"
+            )
+        self.bert = bert
+        self.tokenizer = tokenizer
+        self.pooling = pooling
+        self.dtype = torch.float32
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.bert.word_embedding.weight.device
+
+    def embed(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        token_type_ids: Tensor | None = None,
+        pooling: str | None = None,
+    ) -> Tensor:
+        """Token ids and mask (B, T) -> embeddings (B, D), float32; `pooling`: another one."""
+        bf16 = self.dtype == torch.bfloat16
+        with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=bf16):
+            output = self.bert(input_ids, attention_mask, token_type_ids)
+            return pool(output, attention_mask, pooling or self.pooling).float()
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """In the block: evaluation mode, no gradients, and weights cast to bfloat16 only once.
+
+        Autocast keeps the weights that it has cast until the outermost context ends, even if that
+        is a disabled one.
+        """
+        was_training = self.training
+        if any(module.training for module in self.modules()):  # eval() takes a millisecond
+            self.eval()
+        try:
+            with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=False):
+                yield
+        finally:
+            if was_training:
+                self.train()
+
+    def encode(self, texts: Sequence[str], batch_size: int = 64) -> np.ndarray:
+        """Embeddings of texts, a float32 array (N, D), in their order.
+
+        Texts of similar length share a batch; those beyond the model's limit are truncated. Open
+        `with model.evaluating():` around many small calls, and weights are cast once for all.
+        """
+        if isinstance(texts, str):
+            raise TypeError("encode takes a list of str; for one sentence, encode([text])[0]")
+        vectors = np.empty((len(texts), self.bert.config.hidden_size), dtype=np.float32)
+        if not len(texts):
+            return vectors
+        dataset = TokenizedDataset("", Path("texts"), [list(texts)], self.tokenizer)
+        with self.evaluating():
+            # Longest first, so that memory runs out at once or not at all.
+            for batch in dataset.eval_batches(batch_size, shard=False):
+                batch = batch.to(self.device)
+                vectors[batch.rows] = self.embed(batch.input_ids, batch.attention_mask).cpu()
+        return vectors
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a HuggingFace folder of encoder and tokenizer, with the heads beside them.
+
+        `transformers` and `sentence-transformers` load it, the latter with the same `encode`. The
+        folder appears whole or not at all, in place of one that was written like this before.
+
+        Raises:
+            UserError: the folder contains something else.
+        """
+        folder = Path(folder).resolve()
+        # Overwrite only what this method wrote, never a user's folder of something else.
+        replaceable = not folder.exists() or (folder / "heads.json").exists()
+        if not replaceable and not (folder.is_dir() and not any(folder.iterdir())):
+            raise UserError(f"{folder}: contains something other than a model; left alone")
+        with atomic_folder(folder) as draft:
+            self._write(draft)
+
+    def _write(self, folder: Path) -> None:
+        self.bert.save_pretrained(folder)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder)
+            write_modules(folder, self.pooling, self.tokenizer.max_length, self.bert.pooler_dense)
+        settings = {"pooling": self.pooling, "pair_encoding": self.pair_encoding}
+        write_json(folder / "heads.json", {"decoders": self.decoders, **settings})
+
+    def load(self, folder: Path) -> None:
+        """Take over the weights that `save_pretrained` wrote for a model of the same shape."""
+        tensors, source = read_weights(folder)
+        load_weights(self.bert, match_weights(self.bert, tensors, source), source)
+
+
+# ---------------------------------------------------------------------------- multitask model
+
+
+class MultitaskBERT(SentenceEncoder):
+    """One BERT shared by several tasks, with a decoder head for each.
+
+    Args:
+        bert, tokenizer, pooling: as for `SentenceEncoder`.
+        tasks: the rows of the table that get a head.
+        decoders: task name -> row of `HEADS`, where it is not the task's default.
+        pair_encoding: `separate` gives each sentence of a pair an embedding of its own (the paper's
+            bi-encoder); `joint` encodes "[CLS] a [SEP] b [SEP]", and a `linear` head decides.
+    """
+
+    def __init__(
+        self,
+        bert: BertModel,
+        tasks: Sequence[Task],
+        decoders: dict[str, str] | None = None,
+        pooling: str = "pooler",
+        pair_encoding: str = "separate",
+        tokenizer: BertTokenizer | None = None,
+    ):
+        super().__init__(bert, tokenizer, pooling)
+        if pair_encoding not in PAIR_ENCODINGS:
+            raise UserError(f"pair encoding {pair_encoding!r}: expected separate or joint")
+        if pair_encoding == "joint" and bert.config.type_vocab_size < 2:
+            raise UserError("--pair_encoding joint: this model has one segment (type_vocab_size)")
+        self.pair_encoding = pair_encoding
+        self.decoders = {}
+        self.heads = nn.ModuleDict()
+        for task in tasks:
+            # One embedding of a jointly encoded pair leaves nothing to compare.
+            default = "linear" if pair_encoding == "joint" else task.head
+            name = (decoders or {}).get(task.name) or default
+            if name not in HEADS:
+                raise UserError(f"decoder {name!r} of {task.name}: expected {', '.join(HEADS)}")
+            if HEADS[name].num_embeddings != self.embeddings_per_row(task):
+                raise UserError(
+                    f"decoder {name!r} of {task.name}: takes {HEADS[name].num_embeddings}"
+                    f" embeddings per row, but there are {self.embeddings_per_row(task)}"
+                )
+            self.decoders[task.name] = name
+            width, dropout = bert.config.hidden_size, bert.config.hidden_dropout_prob
+            self.heads[task.name] = HEADS[name](width, task, dropout)
+
+    def freeze(self, frozen: bool = True) -> None:
+        """Linear probing: BERT's weights get no gradients, and its dropout stays off."""
+        self.bert.requires_grad_(not frozen)
+
+    def train(self, mode: bool = True) -> "MultitaskBERT":
+        """Switch dropout on or off; a frozen BERT has none."""
+        super().train(mode)
+        self.bert.train(mode and self.bert.word_embedding.weight.requires_grad)
+        return self
+
+    def embeddings_per_row(self, task: Task) -> int:
+        """2 for a pair whose sentences are encoded separately, else 1."""
+        return 2 if len(task.text_columns) == 2 and self.pair_encoding == "separate" else 1
+
+    def decode(self, task: str, embeddings: Tensor) -> Tensor:
+        """Embeddings of a task's rows -> logits (B, C).
+
+        For rows with two embeddings: all first sentences, then all second ones, (2 B, D).
+        """
+        return self.heads[task](*embeddings.chunk(self.embeddings_per_row(TASKS[task])))
+
+    def forward(
+        self,
+        task: str,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        token_type_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Logits (B, C) of a task's rows; pairs encoded separately are two sequences, (2 B, T)."""
+        return self.decode(task, self.embed(input_ids, attention_mask, token_type_ids))
+
+    # The course's own interface: ids and masks of a batch in, logits out.
+
+    def predict_sentiment(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Five logits per sentence, (B, 5)."""
+        return self("sst", input_ids, attention_mask)
+
+    def predict_paraphrase(
+        self, ids_1: Tensor, mask_1: Tensor, ids_2: Tensor, mask_2: Tensor
+    ) -> Tensor:
+        """One logit per pair, (B, 1); its sigmoid is the probability of a paraphrase."""
+        return self._predict_pair("para", ids_1, mask_1, ids_2, mask_2)
+
+    def predict_similarity(
+        self, ids_1: Tensor, mask_1: Tensor, ids_2: Tensor, mask_2: Tensor
+    ) -> Tensor:
+        """One score per pair, (B, 1), from 0 to 5 but not clipped."""
+        return self._predict_pair("sts", ids_1, mask_1, ids_2, mask_2)
+
+    def _predict_pair(
+        self, task: str, ids_1: Tensor, mask_1: Tensor, ids_2: Tensor, mask_2: Tensor
+    ) -> Tensor:
+        """Logits (B, C) of pairs tokenised separately, (B, T1) and (B, T2)."""
+        pad = self.bert.config.pad_token_id
+        # The course tokenises the sentences of a pair separately, whatever the model wants.
+        if self.pair_encoding == "joint":
+            pairs = zip(ids_1, mask_1.bool(), ids_2, mask_2.bool(), strict=True)
+            joined = [self._join(a[keep_a], b[keep_b]) for a, keep_a, b, keep_b in pairs]
+            rows, types = zip(*joined, strict=True)
+            mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+            ids = pad_sequence(list(rows), batch_first=True, padding_value=pad)
+            return self(task, ids, mask, pad_sequence(list(types), batch_first=True))
+        width = max(ids_1.size(1), ids_2.size(1))
+        ids = [F.pad(x, (0, width - x.size(1)), value=pad) for x in (ids_1, ids_2)]
+        masks = [F.pad(x, (0, width - x.size(1))) for x in (mask_1, mask_2)]
+        return self(task, torch.cat(ids), torch.cat(masks))
+
+    def _join(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids of "[CLS] a [SEP]" and of "[CLS] b [SEP]" -> ids and segment ids of the pair."""
+        cls, sep, a, b = a[:1], a[-1:], a[1:-1], b[1:-1]
+        limit = self.bert.config.max_position_embeddings
+        room = (self.tokenizer.max_length if self.tokenizer else limit) - 3
+        if len(a) + len(b) > room:  # truncate the longer one first, as the tokenizer does
+            short = min(len(a), len(b), room // 2)
+            kept = (short, room - short) if len(a) <= len(b) else (room - short, short)
+            a, b = a[: kept[0]], b[: kept[1]]
+        ids = torch.cat([cls, a, sep, b, sep])
+        return ids, (torch.arange(len(ids), device=ids.device) >= len(a) + 2).long()
+
+    def _write(self, folder: Path) -> None:
+        super()._write(folder)
+        write_tensors(folder / "heads.safetensors", self.heads.state_dict())
+
+    def load(self, folder: Path) -> None:
+        """Take over the weights that `save_pretrained` wrote for a model of the same shape."""
+        super().load(folder)
+        self._load_heads(folder / "heads.safetensors")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "MultitaskBERT":
+        """Load a trained model: a run folder (its best/), or what `save_pretrained` wrote.
+
+        Raises:
+            UserError: there is no such folder, a file is damaged, or a task is not in `TASKS`.
+        """
+        if not Path(folder).is_dir():
+            raise UserError(f"{folder}: no such run folder or model folder")
+        folder = resolve_model(folder)
+        path = folder / "heads.json"
+        settings = read_json(path)
+        bert = BertModel.from_pretrained(folder)
+        tokenizer = BertTokenizer.from_pretrained(folder)
+        try:
+            with reading(path, "the settings of a trained model"):
+                decoders: dict[str, Any] = settings["decoders"]
+                model = cls(
+                    bert,
+                    find_tasks(list(decoders)),
+                    decoders,
+                    settings["pooling"],
+                    settings["pair_encoding"],
+                    tokenizer,
+                )
+        except UserError as error:
+            raise UserError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
+        if decoders:
+            model._load_heads(folder / "heads.safetensors")
+        return model.eval()
+
+    def _load_heads(self, path: Path) -> None:
+        """Read the heads' weights; UserError for other names or shapes, or non-finite numbers."""
+        tensors = read_tensors(path)
+        for name, tensor in tensors.items():
+            check_weight(name, tensor, path)
+        with reading(path, "the weights of the heads in heads.json"):
+            self.heads.load_state_dict(tensors)

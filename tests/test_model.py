@@ -1,0 +1,346 @@
+"""Pooling, decoder heads, and the model that shares one BERT among several tasks."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import BAD, GOOD, NOUNS
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import multitask_classifier
+from bert import BertModel
+from engine.errors import UserError
+from model import HEADS, POOLINGS, MultitaskBERT, SentenceEncoder, pool
+from optimizer import AdamW
+from tasks import TASKS
+from tokenizer import BertTokenizer
+
+PAPER = ("sst", "para", "sts")
+TEXTS = ["the film is great", "", "a", "the cat " * 100, "a dog sees a house"] * 3
+
+
+def build(tiny, tasks=PAPER, **options) -> MultitaskBERT:
+    """A tiny model with random heads, in evaluation mode."""
+    torch.manual_seed(1)
+    tokenizer = BertTokenizer.from_pretrained(tiny)
+    bert = BertModel.from_pretrained(tiny)
+    found = [TASKS[name] for name in tasks]
+    return MultitaskBERT(bert, found, tokenizer=tokenizer, **options).eval()
+
+
+def tokenize(model, *texts) -> dict[str, torch.Tensor]:
+    return model.tokenizer(*texts, padding=True, truncation=True, return_tensors="pt")
+
+
+def ids_and_mask(model, texts) -> tuple[torch.Tensor, torch.Tensor]:
+    batch = tokenize(model, texts)
+    return batch["input_ids"], batch["attention_mask"]
+
+
+# ---------------------------------------------------------------------------- pooling and heads
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pooling_against_a_plain_loop(dtype):
+    """Padding counts for nothing, and a row of padding alone stays finite."""
+    torch.manual_seed(0)
+    hidden = torch.randn(4, 6, 3).to(dtype)
+    lengths = [6, 1, 4, 0]
+    mask = torch.tensor([[int(i < n) for i in range(6)] for n in lengths])
+    output = {"last_hidden_state": hidden, "pooler_output": torch.randn(4, 3)}
+    assert torch.equal(pool(output, mask, "pooler"), output["pooler_output"])
+    assert torch.equal(pool(output, mask, "cls"), hidden[:, 0])
+    found = pool(output, mask, "mean")
+    for row, n in enumerate(lengths):
+        expected = [sum(hidden[row, i, d].item() for i in range(n)) / max(n, 1) for d in range(3)]
+        assert found[row].tolist() == pytest.approx(expected, abs=1e-6)
+    with pytest.raises(ValueError, match="pooling 'max'"):
+        pool(output, mask, "max")
+
+
+@pytest.mark.parametrize("task", PAPER)
+@pytest.mark.parametrize("name", HEADS)
+def test_heads_against_their_formulas(name, task):
+    rng = np.random.default_rng(0)
+    u, v = rng.normal(size=(2, 6, 8)).astype(np.float32)
+    head = HEADS[name](8, TASKS[task], 0.5).eval()
+    weight, bias = (p.detach().numpy() for p in head.dense.parameters())
+    cosine = (u * v).sum(1) / np.linalg.norm(u, axis=1) / np.linalg.norm(v, axis=1)
+    concat = np.concatenate([u, v], axis=1)
+    features = {"linear": u, "concat": concat, "dot": u * v, "cosine": cosine[:, None]}[name]
+    given = [torch.from_numpy(x) for x in (u, v)][: head.num_embeddings]
+    logits = head(*given).detach().numpy()
+    assert logits.shape == (6, TASKS[task].labels.num_logits)
+    np.testing.assert_allclose(logits, features @ weight.T + bias, atol=1e-5)
+
+
+@pytest.mark.parametrize(("task", "low", "high"), [("sts", 0, 5), ("para", -5, 5)])
+def test_heads_start_in_the_logit_range_of_the_task(task, low, high):
+    """The cosine head at its ends, the others around its middle."""
+    u = torch.tensor([[1.0, 0, 0], [1.0, 0, 0]])
+    v = torch.tensor([[0.0, 1, 0], [2.0, 0, 0]])
+    head = HEADS["cosine"](3, TASKS[task], 0.1)
+    assert head(u, v).flatten().tolist() == pytest.approx([low, high])
+    assert HEADS["dot"](3, TASKS[task], 0.1).dense.bias.item() == (low + high) / 2
+
+
+def test_dropout_acts_before_the_dense_layer_and_not_on_the_cosine():
+    torch.manual_seed(0)
+    u, v = torch.randn(2, 200, 8).unbind()
+    for name, head_class in HEADS.items():
+        head = head_class(8, TASKS["sts"], 0.5).train()
+        inputs = (u, v)[: head.num_embeddings]
+        assert torch.equal(head(*inputs), head(*inputs)) == (name == "cosine")
+    head = HEADS["linear"](8, TASKS["sst"], 0.5).train()
+    seen = []
+    head.dense.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    head(u)
+    assert torch.equal(seen[0][seen[0] != 0], 2 * u[seen[0] != 0])
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"decoders": {"sts": "linear"}}, "'linear' of sts"),
+        ({"decoders": {"para": "dot"}, "pair_encoding": "joint"}, "'dot' of para"),
+        ({"decoders": {"sst": "concat"}}, "'concat' of sst"),
+        ({"decoders": {"para": "bilinear"}}, "'bilinear' of para: expected linear, concat, dot"),
+        ({"pooling": "max"}, "pooling 'max'"),
+        ({"pair_encoding": "both"}, "'both'"),
+    ],
+)
+def test_decoders_and_poolings_that_do_not_fit_are_refused(tiny, options, expected):
+    with pytest.raises(UserError) as caught:
+        build(tiny, **options)
+    assert expected in str(caught.value)
+
+
+def test_a_joint_model_decides_with_linear_heads(tiny):
+    model = build(tiny, pair_encoding="joint")
+    assert model.decoders == dict.fromkeys(PAPER, "linear")
+    assert build(tiny).decoders == {"sst": "linear", "para": "dot", "sts": "dot"}
+
+
+# ---------------------------------------------------------------------------- course interface
+
+
+def test_the_courses_methods_agree_with_forward(tiny):
+    """Also where the two sides of a pair are padded to different lengths."""
+    model = build(tiny)
+    first, second = ["the film", "a dog sees the plot"], ["the cat moves a car house", "a"]
+    a, b = ids_and_mask(model, first), ids_and_mask(model, second)
+    both = tokenize(model, first + second)
+    with torch.no_grad():
+        assert torch.equal(model.predict_sentiment(*a), model("sst", *a))
+        assert model.predict_sentiment(*a).shape == (2, 5)
+        for name, predict in (
+            ("para", model.predict_paraphrase),
+            ("sts", model.predict_similarity),
+        ):
+            expected = model(name, both["input_ids"], both["attention_mask"])
+            assert predict(*a, *b).shape == (2, 1)
+            torch.testing.assert_close(predict(*a, *b), expected, atol=1e-5, rtol=0)
+            embeddings = model.embed(both["input_ids"], both["attention_mask"])
+            assert torch.equal(model.decode(name, embeddings), expected)
+    assert multitask_classifier.MultitaskBERT is MultitaskBERT
+
+
+@pytest.fixture(scope="module")
+def joint(tiny):
+    return build(tiny, ["sts"], pair_encoding="joint")
+
+
+words = st.integers(0, 46).map(lambda n: " ".join((NOUNS + GOOD + BAD)[i % 18] for i in range(n)))
+
+
+@settings(max_examples=60)
+@given(st.lists(st.tuples(words, words), min_size=1, max_size=3))
+def test_a_joint_model_joins_pairs_as_the_tokenizer_does(joint, rows):
+    """Ids, mask and segments; truncated to the model's limit of 48 tokens."""
+    first, second = map(list, zip(*rows, strict=True))
+    seen = []
+    hook = joint.bert.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
+    sides = [*ids_and_mask(joint, first), *ids_and_mask(joint, second)]
+    with torch.no_grad():
+        joint.predict_similarity(*sides)
+    hook.remove()
+    expected = tokenize(joint, first, second)
+    for found, key in zip(seen[0], ("input_ids", "attention_mask", "token_type_ids"), strict=True):
+        assert torch.equal(found, expected[key]), key
+
+
+# ---------------------------------------------------------------------------- encode
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_encode_gives_each_text_its_embedding_in_order(tiny, pooling):
+    bert, tokenizer = BertModel.from_pretrained(tiny), BertTokenizer.from_pretrained(tiny)
+    model = SentenceEncoder(bert, tokenizer, pooling).eval()
+    vectors = model.encode(TEXTS, batch_size=4)
+    assert (vectors.shape, vectors.dtype) == ((15, 32), np.float32)
+    oracle = transformers.BertModel.from_pretrained(tiny).eval()
+    for text, vector in zip(TEXTS, vectors, strict=True):
+        with torch.no_grad():
+            output = oracle(**tokenize(model, [text]))
+        hidden = output.last_hidden_state[0]
+        expected = {"pooler": output.pooler_output[0], "cls": hidden[0], "mean": hidden.mean(0)}
+        np.testing.assert_allclose(vector, expected[pooling].numpy(), atol=1e-5)
+        other = model.embed(*ids_and_mask(model, [text]), pooling="mean")[0]
+        np.testing.assert_allclose(other.detach(), expected["mean"].numpy(), atol=1e-5)
+    assert model.encode([]).shape == (0, 32)
+    with pytest.raises(TypeError, match="list of str"):
+        model.encode("one sentence")
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_evaluating_restores_the_mode(tiny, frozen):
+    """Also after an error. A frozen BERT never has dropout."""
+    model = build(tiny)
+    model.freeze(frozen)
+    for mode in (True, False):
+        model.train(mode)
+        before = [module.training for module in model.modules()]
+        assert model.bert.training == (mode and not frozen)
+        model.encode(TEXTS)
+        assert [module.training for module in model.modules()] == before
+        with pytest.raises(KeyError), model.evaluating():
+            assert not any(module.training for module in model.modules())
+            assert not torch.is_grad_enabled()
+            raise KeyError
+        assert [module.training for module in model.modules()] == before
+        assert torch.is_grad_enabled()
+        assert all(p.requires_grad != frozen for p in model.bert.parameters())
+        assert all(p.requires_grad for p in model.heads.parameters())
+
+
+# ---------------------------------------------------------------------------- bfloat16
+
+
+def test_bf16_keeps_weights_embeddings_and_logits_in_fp32(tiny):
+    model = build(tiny)
+    batch = tokenize(model, ["the film is great", "a dog"])
+    exact = model("sst", **batch)
+    model.dtype = torch.bfloat16
+    seen = []
+    layer = model.bert.bert_layers[0].interm_dense
+    layer.register_forward_hook(lambda _, inputs, output: seen.append(output.dtype))
+    logits = model("sst", **batch)
+    assert seen == [torch.bfloat16]
+    assert model.embed(**batch).dtype == logits.dtype == torch.float32
+    torch.testing.assert_close(logits, exact, atol=0.05, rtol=0.05)
+    assert not torch.equal(logits, exact)
+    logits.sum().backward()
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
+
+
+class WeightCasts(TorchDispatchMode):
+    """Counts the casts to bfloat16 of tensors with these numbers in memory."""
+
+    def __init__(self, parameters):
+        super().__init__()
+        self.count = {p.data_ptr(): 0 for p in parameters}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten._to_copy.default and result.dtype == torch.bfloat16:
+            place = args[0].data_ptr()
+            self.count[place] = self.count.get(place, 0) + (place in self.count)
+        return result
+
+
+def test_weights_are_cast_to_bf16_once_in_an_evaluation(tiny):
+    """However many calls there are in the block."""
+    model = build(tiny)
+    model.dtype = torch.bfloat16
+    weights = [m.weight for m in model.bert.modules() if isinstance(m, nn.Linear)]
+    casts = WeightCasts(weights)
+    with casts, model.evaluating():
+        for _ in range(3):
+            model.encode(TEXTS, batch_size=8)
+    assert [casts.count[weight.data_ptr()] for weight in weights] == [1] * 13
+
+
+def test_weights_that_have_changed_are_cast_anew(tiny):
+    model = build(tiny)
+    texts = ["the film is great", "a dog", "the film"]
+    exact = model.encode(texts)
+    model.dtype = torch.bfloat16
+    rounded = model.encode(texts)
+    assert rounded.dtype == np.float32 and not np.array_equal(rounded, exact)
+    norms = np.linalg.norm(rounded, axis=1) * np.linalg.norm(exact, axis=1)
+    assert ((rounded * exact).sum(1) / norms > 0.999).all()
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    AdamW(model.parameters(), lr=0.1).step()
+    changed = model.encode(texts)
+    assert not np.allclose(changed, rounded, atol=0.01)
+    model.dtype = torch.float32
+    np.testing.assert_allclose(changed, model.encode(texts), atol=0.05)
+
+
+# ---------------------------------------------------------------------------- saving and loading
+
+
+@pytest.mark.parametrize("pair_encoding", ["separate", "joint"])
+def test_saved_and_loaded_is_the_same_to_the_bit(tiny, tmp_path, pair_encoding):
+    """From the run folder and from its best/, by transformers, and into a model that exists."""
+    decoders = {"para": "concat", "sts": "cosine"} if pair_encoding == "separate" else {}
+    model = build(tiny, pooling="mean", decoders=decoders, pair_encoding=pair_encoding)
+    best = tmp_path / "run" / "best"
+    model.save_pretrained(best)
+    other = build(tiny, pooling="mean", decoders=decoders, pair_encoding=pair_encoding)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.zero_()
+    other.load(best)
+    for again in (*map(MultitaskBERT.from_pretrained, (tmp_path / "run", best)), other):
+        settings = [(m.pooling, m.decoders, m.pair_encoding) for m in (again, model)]
+        assert settings[0] == settings[1]
+        assert not again.training
+        weights = again.state_dict()
+        assert list(weights) == list(model.state_dict())
+        assert all(torch.equal(p, weights[name]) for name, p in model.state_dict().items())
+        assert np.array_equal(again.encode(TEXTS), model.encode(TEXTS))
+    theirs = transformers.BertModel.from_pretrained(best).state_dict()
+    ours = model.bert.state_dict()
+    assert torch.equal(ours["word_embedding.weight"], theirs["embeddings.word_embeddings.weight"])
+
+
+def test_saving_leaves_a_folder_of_something_else_alone(tiny, tmp_path):
+    model = build(tiny, ["sst"])
+    (tmp_path / "mine").mkdir()
+    model.save_pretrained(tmp_path / "mine")  # empty: it may be used
+    model.save_pretrained(tmp_path / "mine")  # a model is replaced
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.txt").write_text("precious", encoding="utf-8")
+    with pytest.raises(UserError, match="contains something other than a model"):
+        model.save_pretrained(tmp_path / "thesis")
+    assert [p.name for p in (tmp_path / "thesis").iterdir()] == ["thesis.txt"]
+
+
+def test_heads_that_do_not_fit_are_refused(tiny, tmp_path):
+    build(tiny).save_pretrained(tmp_path / "best")
+    path = tmp_path / "best" / "heads.json"
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    for change, expected in [
+        ({"decoders": {**stored["decoders"], "sts": "concat"}}, "heads.safetensors: "),
+        ({"decoders": {"sst": "linear"}}, "heads.safetensors: "),
+        ({"decoders": {"nli": "dot"}}, "nli: no such task"),
+        ({"decoders": ["sst"]}, "heads.json: damaged"),
+        ({"decoders": None}, "heads.json: damaged"),
+        ({"pooling": []}, "pooling "),
+    ]:
+        path.write_text(json.dumps({**stored, **change}), encoding="utf-8")
+        with pytest.raises(UserError) as caught:
+            MultitaskBERT.from_pretrained(tmp_path)
+        assert expected in str(caught.value)
+    with pytest.raises(UserError, match=r"heads\.json: no such file"):
+        MultitaskBERT.from_pretrained(tiny)
+    with pytest.raises(UserError, match="no such run folder"):
+        MultitaskBERT.from_pretrained(tmp_path / "nothing")

@@ -1,0 +1,252 @@
+"""The training scripts as a whole: what a run leaves, which weights a step moves, the methods."""
+
+from argparse import Namespace
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from conftest import load_multitask, quick_run, read_log, run_contents
+from safetensors.torch import load_file
+
+import classifier
+import multitask_classifier
+from datasets import TaskDataset
+from engine.checkpoint import read_json
+from evaluation import embed_batch
+from model import MultitaskBERT
+from multitask_classifier import make_backward
+from optimizer import AdamW
+from tasks import TASKS
+
+FINETUNE = ("--option", "finetune")
+
+# ---------------------------------------------------------------------------- what a run leaves
+
+
+@pytest.mark.parametrize("option", ["pretrain", "finetune"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_same_seed_gives_the_same_bits(train, tmp_path, option, precision):
+    more = ("--option", option, "--precision", precision, "--keep_last")
+    for name, seed in (("a", 5), ("b", 5), ("c", 6)):
+        train(multitask_classifier, tmp_path / name, *more, "--seed", seed)
+    first, second, other = (run_contents(tmp_path / name) for name in "abc")
+    assert first == second
+    assert {"best/model.safetensors", "predictions/sts-test-output.csv"} <= set(first)
+    assert first["best/heads.safetensors"] != other["best/heads.safetensors"]
+
+
+def test_a_run_leaves_its_record_predictions_and_a_table(train, tmp_path):
+    out = train(multitask_classifier, tmp_path / "run", *FINETUNE)
+    config, result = (read_json(tmp_path / f"run/{name}.json") for name in ("config", "result"))
+    assert config["arguments"]["epochs"] == 2 and config["device"] == "cpu"
+    assert config["rows"]["train"] == {"sst": 40, "para": 40, "sts": 20}
+    assert config["decoders"] == {"sst": "linear", "para": "dot", "sts": "dot"}
+    dev = read_log(tmp_path / "run", "dev")
+    assert [entry["epoch"] for entry in dev] == [1, 2]  # as on the screen
+    best = max(dev, key=lambda entry: entry["score"])
+    assert (result["best_step"], result["best_epoch"]) == (best["step"], best["epoch"])
+    assert result["overall"] == best["score"] and result["dev"] == best["tasks"]
+    for task in ("sst", "para", "sts"):
+        for split, rows in (("dev", 16), ("test", 8)):
+            path = tmp_path / f"run/predictions/{task}-{split}-output.csv"
+            lines = path.read_text(encoding="utf-8").splitlines()[1:]
+            name = TASKS[task].files.format("test-student" if split == "test" else split)
+            assert [line.split(" , ")[0] for line in lines] == [f"{name}-{i}" for i in range(rows)]
+    assert not (tmp_path / "run/last").exists()
+    table = [line.split() for line in out.splitlines() if line.startswith("  ")]
+    assert table[0] == ["task", "metric", "score", "baseline", "rows"]
+    for line, (task, metrics) in zip(table[1:], result["dev"].items(), strict=False):
+        metric = "pearson" if task == "sts" else "accuracy"
+        ((name, value),) = result["baselines"][task].items()
+        assert line[:3] == [task, metric, f"{metrics[metric]:.3f}"]
+        assert f"{value:.3f} ({name}) 16" in " ".join(line)
+    assert table[-1] == ["overall", f"{result['overall']:.3f}"]
+
+
+def test_a_task_that_predicts_one_class_says_so_while_training(train, tmp_path):
+    more = [*FINETUNE, "--lr", "1e-9", "--head_lr", "1e-9", "--tasks", "para"]
+    out = train(multitask_classifier, tmp_path / "run", *more)
+    confusion = read_log(tmp_path / "run", "dev")[0]["tasks"]["para"]["confusion"]
+    assert np.count_nonzero(np.sum(confusion, axis=0)) == 1
+    line = next(line for line in out.splitlines() if line.startswith("epoch 1, step 5: para acc"))
+    assert "(majority class)" in line or "(one class only)" in line
+
+
+def test_predictions_come_from_the_best_weights(train, data, tmp_path):
+    """A rate that spoils the model after the first epochs: the last weights are not the best."""
+    more = ["--tasks", "sst", "--epochs", 6, "--lr", "0.02", "--schedule", "constant", "--seed", 5]
+    train(multitask_classifier, tmp_path / "run", *FINETUNE, *more)
+    assert read_json(tmp_path / "run/result.json")["best_epoch"] < 6
+    model = MultitaskBERT.from_pretrained(tmp_path / "run")
+    batch = TaskDataset(data / "ids-sst-dev.csv", TASKS["sst"], model.tokenizer).batch(
+        np.arange(16)
+    )
+    with torch.no_grad():
+        predicted = model.predict_sentiment(batch.input_ids, batch.attention_mask).argmax(1)
+    lines = (tmp_path / "run/predictions/sst-dev-output.csv").read_text().splitlines()[1:]
+    assert [int(line.split(" , ")[1]) for line in lines] == predicted.tolist()
+
+
+def test_linear_probing_leaves_bert_and_a_run_folder_is_a_model(train, run_script, tiny, tmp_path):
+    train(classifier, tmp_path / "a", "--option", "pretrain")
+    before = load_file(tiny / "model.safetensors")
+    after = load_file(tmp_path / "a/best/model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    train(classifier, tmp_path / "b", "--model", tmp_path / "a")
+    (tmp_path / "a/best").rename(tmp_path / "moved")
+    code, _, err = run_script(classifier, "--model", tmp_path / "a", "--run_dir", tmp_path / "c")
+    assert code == 2 and "without best/" in err
+
+
+@pytest.mark.parametrize("task", ["sst", "cfimdb"])
+def test_the_classifier_learns(train, tmp_path, task):
+    more = [*FINETUNE, "--task", task, "--epochs", 15, "--pooling", "mean", "--lr", "3e-3"]
+    train(classifier, tmp_path / "run", *more)
+    losses = [entry["loss"] for entry in read_log(tmp_path / "run", "train")]
+    assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:5])
+    result = read_json(tmp_path / "run/result.json")
+    assert result["dev"][task]["accuracy"] > result["baselines"][task]["majority class"]
+
+
+@pytest.mark.parametrize("heads", [["--sts_decoder", "cosine", "--para_decoder", "concat"], None])
+@pytest.mark.parametrize("sampling", ["proportional", "annealed"])
+def test_other_encodings_heads_samplings_and_accumulation(train, tmp_path, heads, sampling):
+    more = heads or ["--pair_encoding", "joint"]
+    more = [*FINETUNE, "--sampling", sampling, "--accumulate", 2, *more]
+    train(multitask_classifier, tmp_path / "run", *more)
+    decoders = read_json(tmp_path / "run/config.json")["decoders"]
+    assert decoders["sts"] == ("cosine" if heads else "linear")
+    assert len(read_log(tmp_path / "run", "train")) == 2 * (3 + 3 + 2)
+
+
+def test_hidden_dropout_reaches_bert_and_heads(train, tmp_path, monkeypatch):
+    models, freeze = [], MultitaskBERT.freeze
+    spy = lambda self, frozen: (models.append(self), freeze(self, frozen))  # noqa: E731
+    monkeypatch.setattr(MultitaskBERT, "freeze", spy)
+    train(multitask_classifier, tmp_path / "run", "--hidden_dropout_prob", "0.37")
+    modules = [of for of in models[0].named_modules() if "self_attention" not in of[0]]
+    dropouts = [module.p for name, module in modules if name.endswith("dropout")]
+    assert len(dropouts) == 1 + 2 * 2 + 3  # embeddings, two layers, three heads
+    assert set(dropouts) == {0.37}
+
+
+@pytest.mark.parametrize("tasks", ["sst", "sts"])
+def test_outputs_that_are_not_finite_end_the_run_without_a_result(
+    tiny, data, tmp_path, run_script, monkeypatch, tasks
+):
+    """Weights may be finite and too large: no metric and no model is made of what comes out."""
+    decode = MultitaskBERT.decode
+    spoiled = lambda self, *x: decode(self, *x) * (1 if self.training else float("nan"))  # noqa: E731
+    monkeypatch.setattr(MultitaskBERT, "decode", spoiled)
+    flags = quick_run(tiny, data, tmp_path / "run", *FINETUNE, "--tasks", tasks)
+    code, _, err = run_script(multitask_classifier, *flags)
+    line = err.strip().splitlines()[-1]
+    assert code == 1 and "outputs for 16 rows are not finite" in line and "--lr" in line
+    assert not (tmp_path / "run/best").exists() and not (tmp_path / "run/result.json").exists()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_the_script_runs_on_a_gpu(train, tmp_path):
+    train(multitask_classifier, tmp_path / "run", *FINETUNE, "--use_gpu")
+
+
+# ---------------------------------------------------------------------------- which weights move
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("left_out", [None, "sts"])
+def test_a_step_moves_its_own_head_and_bert_and_nothing_else(tiny, data, frozen, left_out):
+    """Not even by momentum; nothing reaches a frozen BERT, or BERT from a task left out."""
+    model, datasets = load_multitask(tiny, data)
+    model.freeze(frozen)
+    modules = [*model.heads.values(), *([] if frozen else [model.bert])]
+    optimizers = [AdamW(module.parameters(), lr=1e-2) for module in modules]
+    args = Namespace(surgery="none", leave_out=left_out)
+    backward = make_backward(args, model, partial(embed_batch, model))
+
+    def take_step(batch) -> set[str]:
+        before = {name: p.clone() for name, p in model.state_dict().items()}
+        backward([batch], 0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        return {n for n, p in model.state_dict().items() if not torch.equal(p, before[n])}
+
+    for dataset in datasets:  # moments that are not zero
+        take_step(dataset.batch(np.arange(4)))
+    for dataset in datasets:
+        moved = take_step(dataset.batch(np.arange(4, 10)))
+        head = f"heads.{dataset.name}."
+        assert {n for n in moved if n.startswith("heads.")} == {
+            n for n in model.state_dict() if n.startswith(head)
+        }
+        if frozen or dataset.name == left_out:
+            assert all(name.startswith(head) for name in moved)
+        else:  # softmax does not depend on the keys' bias
+            layers = {n for n in model.state_dict() if n.startswith("bert.bert_layers")}
+            assert all("key.bias" in name for name in layers - moved)
+
+
+# ---------------------------------------------------------------------------- methods
+
+
+def test_pcgrad_and_sum_train_on_all_tasks_in_a_step_and_differ(train, tmp_path):
+    losses = {}
+    for surgery in ("sum", "pcgrad"):
+        more = [*FINETUNE, "--surgery", surgery, "--accumulate", 2, "--lr", "1e-2"]
+        train(multitask_classifier, tmp_path / surgery, *more)
+        entries = read_log(tmp_path / surgery, "train")
+        assert [entry["of"] for entry in entries] == ["sst+para+sts"] * 4  # 2 steps of STS an epoch
+        losses[surgery] = [entry["loss"] for entry in entries]
+    assert losses["sum"][0] == losses["pcgrad"][0]
+    assert losses["sum"][1:] != losses["pcgrad"][1:]
+
+
+def test_lpft_probes_until_dev_stops_improving_and_fine_tunes_from_those_heads(
+    train, tmp_path, monkeypatch
+):
+    heads, fit = [], multitask_classifier.train
+
+    def watched(args, model, *rest, **options):
+        heads.append({name: p.clone() for name, p in model.heads.state_dict().items()})
+        found = fit(args, model, *rest, **options)
+        if len(heads) == 1:
+            heads.append(load_file(tmp_path / "run/probe/heads.safetensors"))
+        return found
+
+    monkeypatch.setattr(multitask_classifier, "train", watched)
+    out = train(multitask_classifier, tmp_path / "run", "--option", "lpft", "--epochs", 1)
+    assert "the probe has converged" in out
+    first, probed, second = heads
+    assert all(torch.equal(second[name], probed[name]) for name in probed)
+    assert any(not torch.equal(first[name], probed[name]) for name in probed)
+    dev = read_log(tmp_path / "run", "dev")
+    scores = [entry["score"] for entry in dev if entry["stage"] == "probe"]
+    assert len(scores) in (int(np.argmax(scores)) + 4, 50)  # three evaluations without a better one
+    assert [entry["stage"] for entry in dev[len(scores) :]] == ["finetune"]
+    for entry in read_log(tmp_path / "run", "train"):
+        names = {"sst", "para", "sts"} | ({"bert"} if entry["stage"] == "finetune" else set())
+        assert set(entry["lr"]) == names and len(set(entry["lr"].values())) == 1
+    assert read_json(tmp_path / "run/result.json")["best_epoch"] == 1
+    assert not (tmp_path / "run/probe").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ([*FINETUNE, "--leave_out", "nli"], "--leave_out nli: not in --tasks"),
+        ([*FINETUNE, "--tasks", "sst,sts", "--leave_out", "para"], "para: not in --tasks sst,sts"),
+        (["--leave_out", "sst"], "--leave_out is for training BERT"),
+        (["--surgery", "pcgrad"], "--surgery is for training BERT"),
+        (["--measure_conflict", "5"], "--measure_conflict is for training BERT"),
+        ([*FINETUNE, "--conflict_rows", "9"], "--conflict_rows needs --measure_conflict N"),
+        ([*FINETUNE, "--tasks", "sst", "--measure_conflict", "9"], "needs two tasks or more"),
+        ([*FINETUNE, "--surgery", "sum", "--tasks", "sst"], "needs two tasks or more"),
+        ([*FINETUNE, "--surgery", "sum", "--sampling", "annealed"], "--sampling roundrobin"),
+    ],
+)
+def test_methods_that_have_no_effect_are_refused(run_script, flags, expected):
+    code, _, err = run_script(multitask_classifier, *flags)
+    assert code == 2 and expected in err and len(err.strip().splitlines()) == 1

@@ -1,0 +1,252 @@
+"""Run folders: what they record, what --resume refuses, locks, full disks, and what stays."""
+
+import errno
+import json
+import os
+import random
+import shlex
+import shutil
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from engine import run_dir
+from engine.checkpoint import read_json, read_state, write_state, write_tensors
+from engine.errors import AlreadyFinished, UserError
+from engine.run_dir import RunDir
+
+DATA = {"train.csv": "abc", "dev.csv": "def"}
+
+
+def arguments(path: Path, *, resume: bool = False, **changes) -> Namespace:
+    """A command line."""
+    defaults = {"lr": 1e-5, "model": Path("a model"), "save_every": "10m", "keep_last": False}
+    return Namespace(run_dir=path, resume=resume, seed=3, **{**defaults, **changes})
+
+
+@pytest.fixture
+def interrupted(tmp_path) -> Path:
+    """A run that saved its state after one line of the log and was killed after two."""
+    run = RunDir.start_or_resume(arguments(tmp_path / "run"), data=DATA)
+    run.log("train", 0, loss=0.5)
+    run.save_state({"weight": torch.ones(3)}, {"step": 1})
+    run.log("train", 1, loss=0.25)
+    run.close()
+    return tmp_path / "run"
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    """All files but the list of attempts to resume."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {path: path.read_bytes() for path in files if path.name != "resumed.jsonl"}
+
+
+def refused(path: Path, *, resume: bool = True, data: dict = DATA, **changes) -> str:
+    """The line with which a run is refused, which leaves the folder as it is."""
+    before = contents(path)
+    args = arguments(path, resume=resume, **changes)
+    with pytest.raises(UserError) as caught:  # both, as the scripts do
+        RunDir.check(args)
+        RunDir.start_or_resume(args, data=data)
+    assert contents(path) == before
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# ---------------------------------------------------------------------------- a new run
+
+
+def test_a_run_records_what_it_takes_to_repeat_it(tmp_path, monkeypatch):
+    """config.json first, a line in the log per call and at once, result.json last."""
+    monkeypatch.setattr(sys, "argv", ["classifier.py", "--lr", "1e-5", "--note", "two words"])
+    folder = tmp_path / "runs" / "one"
+    run = RunDir.start_or_resume(arguments(folder, note="día"), data=DATA, device="cpu")
+    config = read_json(folder / "config.json")
+    assert config["arguments"]["note"] == "día" and config["arguments"]["model"] == "a model"
+    assert config["data"] == DATA and config["device"] == "cpu"
+    assert shlex.split(config["command"])[1:] == sys.argv
+    assert config["versions"]["torch"] == torch.__version__
+    assert config["versions"]["numpy"] == np.__version__
+    assert config["hardware"]["threads"] == torch.get_num_threads()
+    assert config["python"] == sys.version.split()[0] and config["processes"] == 1
+    assert {"commit", "uncommitted_changes", "started"} <= config.keys()
+    run.log("train", 1, loss=0.5)
+    run.stage = "probe"
+    run.log("dev", 2, tasks={"sst": {"accuracy": 0.25}}, note="line\nbreak “é”")
+    text = (folder / "log.jsonl").read_text(encoding="utf-8")
+    dev = {"kind": "dev", "step": 2, "stage": "probe", "tasks": {"sst": {"accuracy": 0.25}}}
+    assert [json.loads(line) for line in text[:-1].split("\n")] == [
+        {"kind": "train", "step": 1, "loss": 0.5},
+        {**dev, "note": "line\nbreak “é”"},
+    ]
+    assert not (folder / "result.json").exists()
+    run.finish({"accuracy": 0.25}, keep_last=False)
+    assert read_json(folder / "result.json") == {"accuracy": 0.25}
+
+
+@pytest.mark.parametrize("keep_last", [False, True])
+def test_a_finished_run_keeps_its_training_state_only_on_request(interrupted, keep_last):
+    run = RunDir.start_or_resume(arguments(interrupted, resume=True), data=DATA)
+    (interrupted / "probe").mkdir()
+    run.finish({}, keep_last)
+    assert (interrupted / "last").exists() == keep_last
+    assert not (interrupted / "probe").exists()
+    with pytest.raises(AlreadyFinished, match="nothing is changed"):
+        RunDir.check(arguments(interrupted, resume=True))
+
+
+def test_a_folder_in_use_is_refused_and_not_touched(interrupted, tmp_path, capsys):
+    assert "in use" in refused(interrupted, resume=False)
+    hidden = tmp_path / "hidden"
+    hidden.mkdir()
+    (hidden / ".notes").write_text("mine", encoding="utf-8")
+    assert "in use" in refused(hidden, resume=False)
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
+    assert "is a file" in refused(tmp_path / "file", resume=False)
+    assert "--run_dir" in refused(tmp_path / "file" / "run", resume=False)
+    with pytest.raises(UserError, match="File name too long"):
+        RunDir.check(arguments(tmp_path / ("n" * 300)))
+    (tmp_path / "empty").mkdir()
+    RunDir.start_or_resume(arguments(tmp_path / "empty", resume=True), data=DATA).close()
+    assert "nothing to resume" in capsys.readouterr().out
+
+
+def test_of_two_runs_that_start_at_once_one_is_refused(tmp_path, monkeypatch):
+    """The second has found the folder empty before the first writes to it."""
+    path = tmp_path / "run"
+    acquire = RunDir._acquire_lock
+
+    def late(self):
+        monkeypatch.setattr(RunDir, "_acquire_lock", acquire)
+        RunDir.start_or_resume(arguments(path, lr=1.0), data=DATA).close()
+        acquire(self)
+
+    assert RunDir.check(arguments(path, lr=2.0)) is None
+    monkeypatch.setattr(RunDir, "_acquire_lock", late)
+    with pytest.raises(UserError, match="in use"):
+        RunDir.start_or_resume(arguments(path, lr=2.0), data=DATA)
+    assert read_json(path / "config.json")["arguments"]["lr"] == 1.0
+
+
+def test_a_run_killed_while_it_started_leaves_a_folder_that_can_be_used(tmp_path):
+    """All that it leaves is a draft of config.json."""
+    (tmp_path / ".config.json.123.tmp").write_text("{", encoding="utf-8")
+    RunDir.start_or_resume(arguments(tmp_path), data=DATA).close()
+    assert not list(tmp_path.glob(".*"))
+
+
+# ---------------------------------------------------------------------------- locks
+
+
+def test_a_folder_that_another_process_uses_is_refused(interrupted):
+    run = RunDir.start_or_resume(arguments(interrupted, resume=True), data=DATA)
+    assert "in use by another process" in refused(interrupted)
+    run.close()
+    RunDir.start_or_resume(arguments(interrupted, resume=True), data=DATA).close()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_only_gets_a_note(tmp_path, monkeypatch, capsys, number):
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(run_dir.fcntl, "flock", flock)
+    RunDir.start_or_resume(arguments(tmp_path / "run"), data=DATA).close()
+    assert f"cannot be locked ({os.strerror(number)})" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------- resuming
+
+
+def test_resuming_returns_the_state_and_cuts_the_log_back_to_it(interrupted):
+    run = RunDir.start_or_resume(arguments(interrupted, resume=True), data=DATA)
+    tensors, facts = run.state
+    assert torch.equal(tensors["weight"], torch.ones(3)) and facts["step"] == 1
+    assert len((interrupted / "log.jsonl").read_text().splitlines()) == 1
+    assert run.seconds() >= facts["seconds"]
+    run.close()
+    again = (interrupted / "resumed.jsonl").read_text(encoding="utf-8").splitlines()
+    assert {"command", "versions", "started"} <= json.loads(again[0]).keys()
+
+
+def test_other_arguments_and_data_are_refused_by_name(interrupted):
+    line = refused(interrupted, lr=2.0, model=Path("b"))
+    assert "--lr was 1e-05 and is 2.0, --model was a model and is b" in line
+    assert "another script" in (line := refused(interrupted, option="x")) and "--option" in line
+    line = refused(interrupted, data={**DATA, "dev.csv": "other"})
+    assert "dev.csv has changed since the run began" in line
+    # What only changes how a run is stored may change; a refused run has left no lock.
+    args = arguments(interrupted, resume=True, save_every="5", keep_last=True)
+    RunDir.start_or_resume(args, data=DATA).close()
+
+
+def test_a_damaged_record_or_log_is_refused(interrupted):
+    record = (interrupted / "config.json").read_bytes()
+    for content in (b"{", b"[]", b"{}", b'{"arguments": 3}'):
+        (interrupted / "config.json").write_bytes(content)
+        assert "config.json" in refused(interrupted)
+    (interrupted / "config.json").write_bytes(record)
+    (interrupted / "log.jsonl").write_text("", encoding="utf-8")
+    with pytest.raises(UserError, match=r"log\.jsonl: has lost lines"):
+        RunDir.start_or_resume(arguments(interrupted, resume=True), data=DATA)
+
+
+class Trap:
+    """Unpickled by a careless loader, it creates a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_a_damaged_state_is_refused_and_nothing_in_it_executed(interrupted, tmp_path):
+    """Any bytes, or the real ones cut or with a few overwritten."""
+    path = interrupted / "last/state.safetensors"
+    whole = path.read_bytes()
+    tensors, _ = read_state(path)
+    header = 8 + int.from_bytes(whole[:8], "little")
+    rng = random.Random(3)
+    damaged = [b"", whole[: header + 3], whole + b"x", rng.randbytes(500)]
+    for trial in range(60):
+        content = bytearray(whole)
+        while content == whole:
+            place = rng.randrange(header if trial % 2 else len(whole))
+            content[place : place + 4] = rng.randbytes(4)
+        damaged.append(bytes(content))
+    torch.save({"weight": Trap(tmp_path / "executed")}, tmp_path / "pickle")
+    write_tensors(tmp_path / "without facts", tensors)
+    damaged += [(tmp_path / name).read_bytes() for name in ("pickle", "without facts")]
+    for content in damaged:
+        path.write_bytes(content)
+        assert str(path) in refused(interrupted)
+    assert not (tmp_path / "executed").exists()
+    write_state(path, tensors, {"step": 1, "log": 0, "seconds": 0.0})
+    RunDir.start_or_resume(arguments(interrupted, resume=True), data=DATA).close()
+
+
+# ---------------------------------------------------------------------------- disks
+
+
+def test_a_folder_that_vanishes_is_named(tmp_path):
+    run = RunDir.start_or_resume(arguments(tmp_path / "run"), data=DATA)
+    shutil.rmtree(tmp_path / "run")
+    with pytest.raises(UserError, match="was deleted or emptied during training"):
+        run.log("train", 1, loss=1.0)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+def test_a_log_on_a_full_disk_is_named(interrupted):
+    run = RunDir.start_or_resume(arguments(interrupted, resume=True), data=DATA)
+    log, run._log = run._log, open("/dev/full", "ab", buffering=0)  # noqa: SIM115
+    with pytest.raises(OSError) as caught:
+        run.log("train", 1, loss=1.0)
+    assert caught.value.errno == errno.ENOSPC and caught.value.filename
+    run.close()
+    log.close()

@@ -1,0 +1,92 @@
+"""Comparisons of two models, against scipy, against formulas, and against simulated truth."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from engine.stats import compare, format_p, holm
+
+
+def test_accuracy_of_one_seed_is_mcnemars_exact_test():
+    """It is then a binomial test on the rows that only one of the models gets right."""
+    rng = np.random.default_rng(0)
+    gold = rng.integers(0, 5, 400)
+    first, second = (np.where(rng.random(400) < share, gold, 9) for share in (0.6, 0.5))
+    result = compare(gold, first[None], second[None], correlation=False)
+    only = [int(np.sum((a == gold) & (b != gold))) for a, b in ((first, second), (second, first))]
+    assert result.difference == pytest.approx((only[0] - only[1]) / 400)
+    expected = stats.binomtest(only[0], sum(only)).pvalue
+    assert result.p == pytest.approx(expected, rel=0.25, abs=0.003)
+    # The bootstrap interval is close to the normal approximation.
+    margin = 1.96 * np.std((first == gold) * 1.0 - (second == gold) * 1.0) / 20
+    assert result.low == pytest.approx(result.difference - margin, abs=0.012)
+    assert result.high == pytest.approx(result.difference + margin, abs=0.012)
+
+
+def test_scores_are_averaged_over_seeds():
+    gold = np.array([0, 1, 1, 0])
+    first = np.array([[0, 1, 1, 0], [0, 1, 0, 1]])  # accuracies 1.0 and 0.5
+    second = np.array([[1, 1, 1, 0]])  # 0.75
+    assert compare(gold, first, second, correlation=False).difference == 0
+    scores = np.array([0.0, 1, 2, 5])
+    ours = np.array([[0.1, 1, 2, 4], [3, 1, 2, 0.5]])
+    theirs = np.array([[1.0, 0, 5, 2]])
+    r = [stats.pearsonr(scores, row).statistic for row in (*ours, *theirs)]
+    result = compare(scores, ours, theirs, correlation=True, resamples=99)
+    assert result.difference == pytest.approx((r[0] + r[1]) / 2 - r[2])
+
+
+def test_a_clear_difference_of_correlations_is_significant_and_noise_is_not():
+    rng = np.random.default_rng(1)
+    gold = rng.uniform(0, 5, 500)
+    good, other, bad = (gold + noise * rng.normal(size=500) for noise in (1.0, 1.0, 4.0))
+    clear = compare(gold, good[None], bad[None], correlation=True)
+    assert clear.p < 0.01 and 0 < clear.low < clear.difference < clear.high
+    unclear = compare(gold, good[None], other[None], correlation=True)
+    assert unclear.p > 0.05 and unclear.low < 0 < unclear.high
+
+
+def test_exchanging_the_models_mirrors_the_result():
+    rng = np.random.default_rng(2)
+    gold = rng.uniform(0, 5, 200)
+    first, second = gold + rng.normal(size=(2, 200)), gold + 2 * rng.normal(size=(3, 200))
+    one = compare(gold, first, second, correlation=True)
+    other = compare(gold, second, first, correlation=True)
+    assert other.difference == pytest.approx(-one.difference)
+    assert (other.low, other.high) == pytest.approx((-one.high, -one.low))
+    assert other.p == pytest.approx(one.p)
+
+
+def test_a_model_does_not_differ_from_itself():
+    gold = np.arange(6.0) % 3
+    for correlation in (False, True):
+        result = compare(gold, gold[None], gold[None], correlation)
+        assert (result.difference, result.p) == (0, 1)
+
+
+def test_constant_predictions_have_correlation_zero():
+    gold = np.arange(20.0)
+    result = compare(gold, gold[None], np.ones((1, 20)), correlation=True, resamples=99)
+    assert result.difference == pytest.approx(1)
+
+
+@settings(max_examples=100)
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
+def test_holm_rejects_what_the_step_down_procedure_rejects(p_values):
+    """The k-th smallest of m is rejected while it is at most level / (m - k + 1) (Holm 1979)."""
+    corrected = holm(p_values)
+    for level in (0.01, 0.05, 0.3):
+        rejected = set()
+        for rank, i in enumerate(np.argsort(p_values, kind="stable")):
+            if p_values[i] * (len(p_values) - rank) > level:
+                break
+            rejected.add(i)
+        assert {i for i, p in enumerate(corrected) if p <= level} == rejected
+
+
+def test_p_values_are_printed_with_four_decimals():
+    assert [format_p(p) for p in (1, 0.05, 0.0001, 0.00009)] == [
+        *("1.0000", "0.0500", "0.0001", "< 0.0001")
+    ]
