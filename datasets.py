@@ -29,7 +29,6 @@ from tokenizer import CHUNK, BertTokenizer
 
 NLI_COLUMNS = ("sent0", "sent1", "hard_neg")  # premise, entailment, contradiction
 POOL = 50  # batches sorted by length together: 3-5% padding, and shuffling stays thorough
-PAD_TO = 8  # tokens; fewer batch shapes, for each of which oneDNN compiles kernels of its own
 
 Row = TypeVar("Row")
 
@@ -219,7 +218,6 @@ class TokenizedDataset:
         self.unit = unit
         self.min_batch_size = min_batch_size
         self.pad_token_id = tokenizer.pad_token_id
-        self.max_length = tokenizer.max_length
         self.embeddings_per_row = 1 if joint else len(columns)
         self.token_ids: list[list[np.ndarray]] = [[] for _ in range(self.embeddings_per_row)]
         self.first_lengths: list[int] | None = [] if joint else None  # tokens of segment 0
@@ -251,10 +249,9 @@ class TokenizedDataset:
         return f"{self.unit} " + " ".join(str(row + 1) for row in rows)
 
     def batch(self, rows: np.ndarray, global_rows: np.ndarray | None = None) -> Batch:
-        """The batch of these row numbers, padded to its longest sentence, in steps of PAD_TO."""
+        """The batch of these row numbers, padded to its longest sentence."""
         sentences = [column[row] for column in self.token_ids for row in rows]
-        width = -(-max(map(len, sentences), default=0) // PAD_TO) * PAD_TO
-        width = min(width, self.max_length)
+        width = max(map(len, sentences), default=0)
         # All first sentences, then all second ones, padded on the right.
         input_ids = np.full((len(sentences), width), self.pad_token_id, dtype=np.int64)
         attention_mask = np.zeros((len(sentences), width), dtype=np.int64)

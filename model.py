@@ -32,6 +32,7 @@ from tokenizer import BertTokenizer
 
 POOLINGS = ("pooler", "cls", "mean")
 PAIR_ENCODINGS = ("separate", "joint")
+LENGTH_STEP = 4  # tokens, of a batch in bf16
 
 
 def pool(output: dict[str, Tensor], attention_mask: Tensor, pooling: str) -> Tensor:
@@ -172,6 +173,14 @@ class SentenceEncoder(nn.Module):
     ) -> Tensor:
         """Token ids and mask (B, T) -> embeddings (B, D), float32; `pooling`: another one."""
         bf16 = self.dtype == torch.bfloat16
+        if bf16:
+            # For bf16 on CPUs, oneDNN compiles its kernels anew for every length: have few lengths.
+            limit = self.bert.config.max_position_embeddings
+            more = min(-input_ids.size(1) % LENGTH_STEP, limit - input_ids.size(1))
+            input_ids = F.pad(input_ids, (0, more), value=self.bert.config.pad_token_id)
+            attention_mask = F.pad(attention_mask, (0, more))
+            if token_type_ids is not None:
+                token_type_ids = F.pad(token_type_ids, (0, more))
         with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=bf16):
             output = self.bert(input_ids, attention_mask, token_type_ids)
             return pool(output, attention_mask, pooling or self.pooling).float()

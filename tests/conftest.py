@@ -33,8 +33,8 @@ torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
 GOOD = ["great", "lovely", "fine", "superb"]
 BAD = ["dull", "awful", "poor", "weak"]
 NOUNS = ["film", "plot", "scene", "actor", "story", "song", "cat", "dog", "car", "house"]
-PAIR = ["sentence1", "sentence2"]
 VERBS = ["sees", "likes", "finds", "takes", "moves"]
+PAIR = ["sentence1", "sentence2"]
 
 
 @pytest.fixture(scope="session")
@@ -48,17 +48,10 @@ def tiny(tmp_path_factory) -> Path:
     (folder / "vocab.txt").write_text("\n".join(tokens) + "\n", encoding="utf-8")
     write_json(folder / "tokenizer_config.json", {"do_lower_case": True})
     torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(tokens),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=48,
-        initializer_range=0.2,
-    )
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"intermediate_size": 64, "max_position_embeddings": 48}
+    config = BertConfig(vocab_size=len(tokens), initializer_range=0.2, **sizes)
     BertModel(config).save_pretrained(folder)
-    BertTokenizer.from_pretrained(folder)
     return folder
 
 
@@ -84,24 +77,23 @@ def write_data(folder: Path, sizes: dict[str, int], seed: int = 0) -> Path:
         word = rng.choice(GOOD if label >= classes / 2 else BAD)
         return [f"the {rng.choice(NOUNS)} is {word} {'!' * label}".strip(), label]
 
-    def pair(kind: str) -> list:
-        a = sentence(rng)
-        same = rng.random() < 0.5
-        b = f"{a} !" if same else sentence(rng)
-        return [a, b, float(same) if kind == "para" else round(2.6 + 2 * same, 1)]
+    def pair(low: float, high: float) -> list:
+        a, same = sentence(rng), rng.random() < 0.5
+        return [a, f"{a} !", high] if same else [a, sentence(rng), low]
 
+    kinds = {
+        "ids-sst": (["sentence", "sentiment"], sentiment, [5]),
+        "ids-cfimdb": (["sentence", "sentiment"], sentiment, [2]),
+        "quora": ([*PAIR, "is_duplicate"], pair, [0.0, 1.0]),
+        "sts": ([*PAIR, "similarity"], pair, [2.6, 4.6]),
+    }
     folder.mkdir(parents=True, exist_ok=True)
     for split, size in sizes.items():
         name = "test-student" if split == "test" else split
-        kinds = {
-            f"ids-sst-{name}.csv": (["sentence", "sentiment"], lambda: sentiment(5)),
-            f"ids-cfimdb-{name}.csv": (["sentence", "sentiment"], lambda: sentiment(2)),
-            f"quora-{name}.csv": ([*PAIR, "is_duplicate"], lambda: pair("para")),
-            f"sts-{name}.csv": ([*PAIR, "similarity"], lambda: pair("sts")),
-        }
-        for file, (header, row) in kinds.items():
+        for kind, (header, row, given) in kinds.items():
+            file = f"{kind}-{name}.csv"
             count = size // 2 if file == "sts-train.csv" else size
-            rows = [[f"{file}-{i}", *row()] for i in range(count)]
+            rows = [[f"{file}-{i}", *row(*given)] for i in range(count)]
             if split == "test":
                 header, rows = header[:-1], [r[:-1] for r in rows]
             write_csv(folder / file, ["id", *header], rows)
@@ -129,14 +121,9 @@ def read_log(run_dir: Path, kind: str) -> list[dict]:
 
 def run_contents(run_dir: Path) -> dict:
     """Everything that a run made with --keep_last leaves, except for times, memory and paths."""
-    found = {
-        str(path.relative_to(run_dir)): path.read_bytes()
-        for path in run_dir.rglob("*")
-        if path.is_file() and "tensorboard" not in path.parts
-    }
-    for name in ("config.json", "resumed.jsonl", "best/README.md"):
-        found.pop(name, None)
-    del found["result.json"]
+    files = {str(p.relative_to(run_dir)): p for p in run_dir.rglob("*") if p.is_file()}
+    changing = ("config.json", "resumed.jsonl", "best/README.md", "tensorboard/")
+    found = {name: p.read_bytes() for name, p in files.items() if not name.startswith(changing)}
     result = read_json(run_dir / "result.json")
     for name in ("training_seconds", "saving_seconds", "peak_memory_bytes", "predictions"):
         result.pop(name, None)

@@ -3,7 +3,6 @@
 import json
 import resource
 import signal
-from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,13 +11,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bert import BertConfig, BertModel
+from engine.checkpoint import write_json
 from engine.errors import UserError
 from model import MultitaskBERT
 from tasks import TASKS
 from tokenizer import BertTokenizer
 
+SIZES = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+SIZES |= {"intermediate_size": 12, "max_position_embeddings": 16}
+TEXTS = ["the film is not great ! " * 9, "café [SEP] 中文 $A \u200b", ""]
 
-def names(folder: Path) -> list[str]:
+
+def names(folder):
     """Every file and folder directly inside, hidden ones too."""
     return sorted(path.name for path in folder.iterdir())
 
@@ -28,108 +32,80 @@ class TooSlow(BaseException):
 
 
 @contextmanager
-def within(seconds: int) -> Iterator[None]:
-    """Fail a block that takes longer: opening a pipe, for example, would wait forever."""
+def within(seconds, mebibytes):
+    """Fail a block that takes longer (opening a pipe waits forever) or reserves more memory."""
 
-    def stop(*_: object) -> None:
+    def stop(*_):
         raise TooSlow(f"not done within {seconds} s")
 
-    before = signal.signal(signal.SIGALRM, stop)
+    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0])
+    memory, handler = resource.getrlimit(resource.RLIMIT_AS), signal.signal(signal.SIGALRM, stop)
+    size = pages * resource.getpagesize() + (mebibytes << 20)
+    resource.setrlimit(resource.RLIMIT_AS, (size, memory[1]))
     signal.alarm(seconds)
     try:
         yield
     finally:
         signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGALRM, handler)
+        resource.setrlimit(resource.RLIMIT_AS, memory)
 
 
-@contextmanager
-def within_memory(mebibytes: int) -> Iterator[None]:
-    """Let a block reserve only so much more memory than the process has."""
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    used = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmSize"))
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, ((used << 10) + (mebibytes << 20), before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, before)
-
-
-def refused(call: Callable[[], object], *parts: object) -> str:
+def refused(call, *parts, mebibytes=10_000):
     """The message of the UserError that `call` must raise: one line that contains every part."""
-    with within(20), pytest.raises(UserError) as caught:
+    with within(20, mebibytes), pytest.raises(UserError) as caught:
         call()
     message = str(caught.value)
-    assert message.isprintable()
-    assert len(message) < 1100
+    assert message.isprintable() and len(message) < 1100
     for part in parts:
         assert str(part) in message
     return message
 
 
-def edit_json(path: Path, *keys: str, **values: object) -> None:
+def edit_json(path, *keys, **values):
     """Change values of the object at these keys inside a JSON file."""
-    tree = json.loads(path.read_bytes())
-    place = tree
+    tree = place = json.loads(path.read_bytes())
     for key in keys:
         place = place[key]
     place.update(values)
     path.write_text(json.dumps(tree), encoding="utf-8")
 
 
-def edit_tensors(path: Path, **changed: torch.Tensor | None) -> None:
+def edit_tensors(path, **changed):
     """Replace, add or (None) drop tensors of a safetensors file."""
-    tensors = load_file(path)
-    for name, tensor in changed.items():
-        tensors.pop(name, None)
-        if tensor is not None:
-            tensors[name] = tensor
-    save_file(tensors, path)
+    tensors = {**load_file(path), **changed}
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path)
 
 
-def save_as_pickle(folder: Path, zipped: bool = True) -> Path:
+def save_as_pickle(folder, zipped=True):
     """Replace model.safetensors by a pickle, in today's format or that of before PyTorch 1.6."""
-    tensors = load_file(folder / "model.safetensors")
+    tensors, path = load_file(folder / "model.safetensors"), folder / "pytorch_model.bin"
     (folder / "model.safetensors").unlink()
-    path = folder / "pytorch_model.bin"
     torch.save(tensors, path, _use_new_zipfile_serialization=zipped)
     return path
 
 
-def save_as_shards(folder: Path, kind: str = "model.safetensors") -> Path:
+def save_as_shards(folder, kind="model.safetensors"):
     """Replace model.safetensors by two shards and an index."""
-    tensors = load_file(folder / "model.safetensors")
+    tensors, suffix = load_file(folder / "model.safetensors"), Path(kind).suffix
     (folder / "model.safetensors").unlink()
-    weight_map = {name: f"shard-{i % 2}{Path(kind).suffix}" for i, name in enumerate(tensors)}
+    weight_map = {name: f"shard-{i % 2}{suffix}" for i, name in enumerate(tensors)}
     for file in set(weight_map.values()):
-        part = {name: tensor for name, tensor in tensors.items() if weight_map[name] == file}
-        (save_file if kind.endswith(".safetensors") else torch.save)(part, folder / file)
-    index = folder / f"{kind}.index.json"
-    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}), encoding="utf-8")
-    return index
+        shard = {name: tensor for name, tensor in tensors.items() if weight_map[name] == file}
+        (save_file if suffix == ".safetensors" else torch.save)(shard, folder / file)
+    write_json(folder / f"{kind}.index.json", {"metadata": {}, "weight_map": weight_map})
+    return folder / f"{kind}.index.json"
 
 
-def save_small_model(tiny: Path, folder: Path) -> Path:
+def save_small_model(tiny, folder):
     """A model with a head for each task, as `save_pretrained` writes it."""
     tokenizer = BertTokenizer.from_pretrained(tiny)
     torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=tokenizer.vocab_size,
-        hidden_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=12,
-        max_position_embeddings=16,
-    )
-    model = MultitaskBERT(BertModel(config), list(TASKS.values()), tokenizer=tokenizer)
-    model.save_pretrained(folder)
+    bert = BertModel(BertConfig(vocab_size=tokenizer.vocab_size, **SIZES))
+    MultitaskBERT(bert, list(TASKS.values()), tokenizer=tokenizer).save_pretrained(folder)
     return folder
 
 
-TEXTS = ["the film is not great ! " * 9, "café [SEP] 中文 $A \u200b", ""]
-
-
-def use_model(folder: Path) -> None:
+def use_model(folder):
     """Load all that a model folder contains, and run it."""
     MultitaskBERT.from_pretrained(folder).encode(TEXTS)

@@ -14,14 +14,14 @@ import pytest
 import torch
 from conftest import quick_run, read_log, run_contents, write_data
 from forker import LIMIT
+from model_files import edit_json
 from safetensors.torch import load_file
 
 import classifier
 from engine import distributed
-from engine.checkpoint import read_json, read_state, write_json
+from engine.checkpoint import read_json, read_state
 
 ROOT = Path(__file__).resolve().parent.parent
-SAMPLE = ROOT / "data" / "sample"
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +29,8 @@ def model(tiny, tmp_path_factory) -> Path:
     """The tiny model without dropout, which would be different in each process."""
     folder = tmp_path_factory.mktemp("model") / "model"
     shutil.copytree(tiny, folder)
-    config = read_json(folder / "config.json")
-    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    write_json(folder / "config.json", config)
+    rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    edit_json(folder / "config.json", **rates)
     return folder
 
 
@@ -62,22 +61,19 @@ def assert_same_run(found: Path, expected: Path) -> None:
     """Losses, metrics, weights, moments and predictions of two runs are equal to 1e-6."""
     for kind in ("train", "dev", "conflict"):
         for mine, theirs in zip(read_log(found, kind), read_log(expected, kind), strict=True):
-            mine.pop("summary", None), theirs.pop("summary", None)
-            assert_close(mine, theirs)
+            assert_close(*({**entry, "summary": ""} for entry in (mine, theirs)))
     (mine, facts), (theirs, other_facts) = (
         read_state(run / "last/state.safetensors") for run in (found, expected)
     )
     assert facts["step"] == other_facts["step"] and facts["rows"] == other_facts["rows"]
     assert set(mine) == set(theirs)
-    for name, tensor in theirs.items():
-        if not name.startswith("random."):
-            torch.testing.assert_close(mine[name], tensor, atol=1e-6, rtol=1e-6, msg=name)
+    pairs = [(mine[name], theirs[name]) for name in theirs if not name.startswith("random.")]
     for path in (expected / "best").glob("*.safetensors"):
         weights = load_file(found / "best" / path.name)
-        for name, tensor in load_file(path).items():
-            torch.testing.assert_close(weights[name], tensor, atol=1e-6, rtol=1e-6)
-    results = [read_json(run / "result.json")["dev"] for run in (found, expected)]
-    assert_close(*results)
+        pairs += [(weights[name], tensor) for name, tensor in load_file(path).items()]
+    for tensor, other in pairs:
+        torch.testing.assert_close(tensor, other, atol=1e-6, rtol=1e-6)
+    assert_close(*(read_json(run / "result.json")["dev"] for run in (found, expected)))
     for path in (expected / "predictions").glob("*.csv"):
         predictions = read_predictions(found / "predictions" / path.name)
         assert predictions == pytest.approx(read_predictions(path), abs=1e-5)
@@ -85,21 +81,17 @@ def assert_same_run(found: Path, expected: Path) -> None:
 
 # ---------------------------------------------------------------------------- equal to one process
 
+MULTITASK = "multitask_classifier --option "
 JOBS = {
-    "probe": ("multitask_classifier", "--option", "pretrain", "--sampling", "annealed"),
-    "finetune": ("multitask_classifier", "--option", "finetune", "--leave_out", "para"),
-    "joint": (
-        *("multitask_classifier", "--option", "finetune", "--sampling", "proportional"),
-        *("--accumulate", 2, "--measure_conflict", 99, "--pair_encoding", "joint"),
-    ),
-    "pcgrad": ("multitask_classifier", "--option", "finetune", "--surgery", "pcgrad"),
-    "classifier": ("classifier", "--option", "finetune", "--eval_every", 2, "--patience", 3),
+    "probe": MULTITASK + "pretrain --sampling annealed",
+    "finetune": MULTITASK + "finetune --leave_out para",
+    "joint": MULTITASK + "finetune --sampling proportional --accumulate 2 --measure_conflict 99"
+    " --pair_encoding joint",
+    "pcgrad": MULTITASK + "finetune --surgery pcgrad",
+    "classifier": "classifier --option finetune --eval_every 2 --patience 3",
     # The last batch has 2 rows. The loss divides cosines, and their rounding, by the temperature.
-    "supervised": ("simcse", "--limit", 18, "--lr", "5e-5", "--temperature", 1),
-    "unsupervised": (
-        *("simcse", "--limit", 6, "--lr", "5e-5", "--mode", "unsupervised"),
-        *("--accumulate", 2, "--temperature", 1),
-    ),
+    "supervised": "simcse --limit 18 --lr 5e-5 --temperature 1",
+    "unsupervised": "simcse --limit 6 --lr 5e-5 --temperature 1 --mode unsupervised --accumulate 2",
 }
 SMALL_BUCKETS = "from engine import distributed; distributed.BUCKET_SIZE = 5000"
 
@@ -107,16 +99,15 @@ SMALL_BUCKETS = "from engine import distributed; distributed.BUCKET_SIZE = 5000"
 @pytest.mark.parametrize("job", JOBS)
 def test_several_processes_leave_what_one_leaves(job, forker, model, rows, tmp_path):
     """The last batches have 1 or 2 rows, so that some process has none; heads sit steps out."""
-    script, *more = JOBS[job]
-    data = SAMPLE if script == "simcse" else rows
+    script, *more = JOBS[job].split()
+    data = ROOT / "data/sample" if script == "simcse" else rows
     runs = {n: tmp_path / str(n) for n in ((1, 2, 3) if job == "finetune" else (1, 3))}
     for n, run in runs.items():
         flags = quick_run(model, data, run, "--keep_last", *more)
         forker.run(n, script, flags, SMALL_BUCKETS)
         assert read_json(run / "config.json")["processes"] == n
         assert read_json(run / "result.json")["processes"] == n
-    for n in list(runs)[1:]:
-        assert_same_run(runs[n], runs[1])
+        assert_same_run(run, runs[1])
     assert run_contents(runs[3]).keys() == run_contents(runs[1]).keys()
     if job == "finetune":  # what three processes predict is what one predicts, to the bit
         for task, file in (("sts", "sts-dev.csv"), ("sst", "ids-sst-dev.csv")):
@@ -129,23 +120,20 @@ def test_several_processes_leave_what_one_leaves(job, forker, model, rows, tmp_p
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_every_row_belongs_to_one_process_and_no_two_draw_the_same_numbers(size, monkeypatch):
     monkeypatch.setattr(distributed, "_world_size", size)
-    drawn = []
-    for count in range(8):
-        parts = []
-        for rank in range(size):
-            monkeypatch.setattr(distributed, "_rank", rank)
-            parts.append(np.arange(count)[distributed.rank_slice(count)].tolist())
-        assert parts == [part.tolist() for part in np.array_split(np.arange(count), size)]
+    parts, drawn = [], []
     for rank in range(size):
         monkeypatch.setattr(distributed, "_rank", rank)
+        parts.append([np.arange(n)[distributed.rank_slice(n)].tolist() for n in range(8)])
         torch.manual_seed(5)
         distributed.seed_by_rank(5)
         drawn.append(torch.rand(1).item())
+    for n, slices in enumerate(zip(*parts, strict=True)):
+        assert list(slices) == [part.tolist() for part in np.array_split(np.arange(n), size)]
     assert len(set(drawn)) == size
     assert drawn[0] == torch.rand(1, generator=torch.Generator().manual_seed(5)).item()
 
 
-# ---------------------------------------------------------------------------- resuming
+# ---------------------------------------------------------------------------- signals and errors
 
 KILL_AT = """
 import os
@@ -159,51 +147,45 @@ RunDir.log = log_and_kill
 """
 
 
+def fail(forker, processes: int, script: str, flags: list, patch: str = "") -> tuple[list, str]:
+    """Run a script that must fail: each process's exit code, and standard error."""
+    forker.start(processes, script, flags, patch)
+    codes, _, err = forker.wait()
+    assert "Traceback" not in err
+    return codes, err
+
+
 @pytest.mark.parametrize(("option", "rank"), [("pretrain", 1), ("finetune", 0)])
-def test_when_one_process_is_killed_all_end_and_resume_to_the_same_bits(
-    option, rank, forker, tiny, rows, tmp_path
-):
-    """With dropout; one of the others says why it ends."""
+def test_a_killed_process_ends_all_until_they_resume(option, rank, forker, tiny, rows, tmp_path):
+    """To the same bits, with dropout; one of the others says why it ends."""
     more = ("--option", option, "--save_every", 2, "--keep_last")
     forker.run(2, "multitask_classifier", quick_run(tiny, rows, tmp_path / "whole", *more))
     flags = quick_run(tiny, rows, tmp_path / "broken", *more)
-    forker.start(2, "multitask_classifier", flags, KILL_AT.format(rank=rank, step=9, signal=9))
-    codes, _, err = forker.wait()
+    patch = KILL_AT.format(rank=rank, step=9, signal=9)
+    codes, err = fail(forker, 2, "multitask_classifier", flags, patch)
     assert codes[rank] == -9 and codes[1 - rank] == 1
-    assert "Traceback" not in err
     assert err.count("another process of this run has ended") == 1
     forker.run(2, "multitask_classifier", [*flags, "--resume"])
     assert run_contents(tmp_path / "broken") == run_contents(tmp_path / "whole")
 
 
-def test_ctrl_c_in_any_process_stops_all_and_another_number_continues(
-    forker, model, rows, tmp_path
-):
+def test_ctrl_c_in_any_process_stops_all_and_another_number_goes_on(forker, model, rows, tmp_path):
     """2, then 1, then 3 processes leave what one leaves."""
     more = ("--option", "finetune", "--surgery", "pcgrad", "--save_every", 0, "--keep_last")
     forker.run(1, "multitask_classifier", quick_run(model, rows, tmp_path / "whole", *more))
     flags = quick_run(model, rows, tmp_path / "run", *more, "--resume")
     for n, rank, step in ((2, 1, 0), (1, 0, 2)):
         patch = KILL_AT.format(rank=rank, step=step, signal=2)
-        forker.start(n, "multitask_classifier", flags, patch)
-        codes, _, err = forker.wait()
-        assert codes == [130] * n, err
-        assert err.count(f"stopped at step {step + 1}; ") == 1 and "Traceback" not in err
+        codes, err = fail(forker, n, "multitask_classifier", flags, patch)
+        assert codes == [130] * n and err.count(f"stopped at step {step + 1}; ") == 1, err
     forker.run(3, "multitask_classifier", flags)
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
-# ---------------------------------------------------------------------------- errors
-
-
-def test_an_error_of_all_processes_is_printed_once(
-    forker, model, rows, tmp_path, run_script, monkeypatch
-):
+def test_an_error_of_all_is_printed_once(forker, model, rows, tmp_path, run_script, monkeypatch):
     for more in (["--lr", "x"], ["--model", tmp_path / "none"], ["--run_dir", rows]):
-        forker.start(2, "classifier", quick_run(model, rows, tmp_path / "run", *more))
-        codes, _, err = forker.wait()
-        assert codes == [2, 2], err
-        assert err.count("error: ") == len(err.strip().splitlines()) == 1, err
+        codes, err = fail(forker, 2, "classifier", quick_run(model, rows, tmp_path / "run", *more))
+        assert codes == [2, 2] and err.count("error: ") == len(err.strip().splitlines()) == 1, err
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     code, _, err = run_script(classifier, *quick_run(model, rows, tmp_path / "run"))
@@ -224,10 +206,8 @@ bert.BertModel.forward = forward
 
 def test_an_error_of_one_process_ends_all(forker, model, rows, tmp_path):
     flags = quick_run(model, rows, tmp_path / "run", "--option", "finetune")
-    forker.start(3, "classifier", flags, OUT_OF_MEMORY)
-    codes, _, err = forker.wait()
-    assert codes == [1, 1, 1]
-    assert err.count("out of memory on cpu") == 1 and "Traceback" not in err
+    codes, err = fail(forker, 3, "classifier", flags, OUT_OF_MEMORY)
+    assert codes == [1, 1, 1] and err.count("out of memory on cpu") == 1
     assert err.count("another process of this run has ended") == 1
 
 
@@ -244,28 +224,19 @@ datasets.read_examples = lambda *given: (*read_examples(*given)[:2], str(rank))
 """
 
 
-@pytest.mark.parametrize(
-    ("patch", "expected"),
-    [(DIFFERENT_SEEDS, "another --seed than process 0"), (DIFFERENT_DATA, "different data files")],
-)
-def test_different_command_lines_or_data_are_refused(
-    forker, model, rows, tmp_path, patch, expected
-):
-    forker.start(2, "classifier", quick_run(model, rows, tmp_path / "run"), patch)
-    codes, _, err = forker.wait()
-    assert codes[1] == 2 and expected in err and "Traceback" not in err
+def test_different_command_lines_or_data_are_refused(forker, model, rows, tmp_path):
+    for patch, expected in (
+        (DIFFERENT_SEEDS, "another --seed than process 0"),
+        (DIFFERENT_DATA, "different data files"),
+    ):
+        codes, err = fail(forker, 2, "classifier", quick_run(model, rows, tmp_path / "run"), patch)
+        assert codes[1] == 2 and expected in err
 
 
 def test_torchrun(model, rows, tmp_path):
-    torchrun = Path(sys.executable).with_name("torchrun")
-    flags = quick_run(model, rows, tmp_path / "run", "--option", "finetune")
-    done = subprocess.run(
-        [torchrun, "--nproc_per_node=2", "classifier.py", *flags],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=2 * LIMIT,
-    )
+    command = [Path(sys.executable).with_name("torchrun"), "--nproc_per_node=2", "classifier.py"]
+    command += quick_run(model, rows, tmp_path / "run", "--option", "finetune")
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=2 * LIMIT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("run folder: ") == 1
     assert read_json(tmp_path / "run/result.json")["processes"] == 2

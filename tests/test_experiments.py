@@ -1,7 +1,7 @@
 """The tables end to end on tiny data, their statistics by hand, and the committed results."""
 
+import importlib
 import itertools
-import json
 import os
 import re
 import shutil
@@ -13,8 +13,8 @@ import pytest
 from scipy import stats
 
 import multitask_classifier
-import simcse
 from datasets import read_examples
+from engine.checkpoint import read_json, read_text, write_text
 from engine.errors import UserError
 from engine.run_dir import RunDir
 from experiments import __main__ as experiments
@@ -25,14 +25,6 @@ from tasks import TASKS
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE, RESULTS = ROOT / "data" / "sample", ROOT / "results"
-PNG = b"\x89PNG"
-
-
-def read_json(path):
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-# ---------------------------------------------------------------------------- statistics
 
 
 @pytest.mark.parametrize("angle", [-0.6, 0.0, 0.9])
@@ -59,21 +51,15 @@ def test_disattenuation_recovers_the_cosine_of_the_expected_gradients(angle):
     assert conflict.disattenuated_cosine(*with_gap) == (found, low, high)
 
 
-def measurement(step, **cosines):
-    pairs = {
-        pair.replace("_", "|"): {"cosine": cosine, "magnitude": 0.5}
-        for pair, cosine in cosines.items()
-    }
-    return {"step": step, "parts": {"pooler": pairs, "overall": pairs}}
-
-
 def test_conflict_is_summarized_over_measurements():
-    cosines = [-0.3, 0.1, -0.4, None]
-    run = [measurement(i, sst_sts=c, sst_sst=None, sts_sts=0.5) for i, c in enumerate(cosines)]
-    summary = conflict.summarize_conflict([run[:2], run[2:]])
+    measured = []
+    for cosine in (-0.3, 0.1, -0.4, None):
+        cosines = {"sst|sts": cosine, "sst|sst": None, "sts|sts": 0.5}
+        pairs = {pair: {"cosine": value, "magnitude": 0.5} for pair, value in cosines.items()}
+        measured.append({"step": len(measured), "parts": {"pooler": pairs, "overall": pairs}})
+    summary = conflict.summarize_conflict([measured[:2], measured[2:]])
     assert (summary["runs"], summary["measurements"]) == (2, 4)
-    found = summary["pairs"]["sst|sts"]
-    known = cosines[:3]
+    found, known = summary["pairs"]["sst|sts"], [-0.3, 0.1, -0.4]
     expected = stats.t.interval(0.95, 2, np.mean(known), stats.sem(known))
     assert found["cosine"] == pytest.approx(-0.2)
     assert found["interval"] == pytest.approx(expected)
@@ -113,27 +99,20 @@ def test_curves_leave_out_the_probe_of_lpft_and_cells_evaluated_once(tmp_path, m
         points = [{"step": i, "score": i / 10, "stage": stage} for i, stage in enumerate(stages)]
         return {"curve": points}
 
-    records = {
-        "once": [run("finetune")],
-        "lpft": [run("probe", "probe", "finetune"), run("probe", "finetune")],
-        "twice": [run(None, None), run(None, None, None)],
-    }
-    assert plots.plot_curves(records, tmp_path / "curves.png")
+    once, twice = [run("finetune")], [run(None, None), run(None, None, None)]
+    lpft = [run("probe", "probe", "finetune"), run("probe", "finetune")]
+    assert plots.plot_curves({"once": once, "lpft": lpft, "twice": twice}, tmp_path / "a.png")
     assert [line.get_label() for line in drawn[0].lines] == ["twice"]
-    assert not plots.plot_curves({"once": records["once"]}, tmp_path / "curves.png")
-
-
-# ---------------------------------------------------------------------------- jobs
+    assert not plots.plot_curves({"once": once}, tmp_path / "a.png")
 
 
 def test_probes_share_the_encoders_in_turn():
-    """Five probes of three encoders: 1, 2, 3, 1, 2; each encoder is trained once, and before."""
+    """Each encoder is trained once, and before the jobs that start from it."""
     jobs = runner.list_jobs(["table1"], 3, 5)
     probes = [job for job in jobs if job.cell == "probe-simcse"]
     assert [job.encoder.seed for job in probes] == [1, 2, 3, 1, 2]
-    assert {job.seed for job in jobs if job.cell == "simcse"} == {1, 2, 3}
+    assert [job.seed for job in jobs if job.cell == "simcse"] == [1, 2, 3]
     assert all(jobs.index(job.encoder) < jobs.index(job) for job in probes)
-    assert Job("probe", 4).encoder is None
     assert set(runner.list_jobs(["table1"], 1, 2)) < set(jobs)  # more seeds only add jobs
 
 
@@ -145,24 +124,34 @@ def test_flags_of_a_cell_override_those_for_all():
 
 
 def test_a_script_is_a_process_with_its_own_log(tmp_path):
-    log = tmp_path / "job.log"
-    assert runner.start_process(["simcse.py", "--temperature", "0"], log) == 2
-    assert "argument --temperature: 0 is out of range" in runner.last_line(log)
+    assert runner.start_process(["simcse.py", "--temperature", "0"], tmp_path / "log") == 2
+    assert "argument --temperature: 0 is out of range" in runner.last_line(tmp_path / "log")
     assert runner.last_line(tmp_path / "none.log") == "no output"
+
+
+@pytest.fixture
+def command(run_script):
+    """Runs `python -m experiments`, which must succeed or fail with `error`; what it prints."""
+
+    def run(*flags: object, error: str = "", code: int = 2) -> str:
+        ended, out, err = run_script(experiments, *flags)
+        assert ended == (code if error else 0) and error in err, err
+        return out + err
+
+    return run
 
 
 @pytest.fixture
 def grid(tiny, tmp_path, monkeypatch):
     """Flags of `run` on part of the sample data, and the started jobs; scripts run in-process."""
     shutil.copytree(SAMPLE, tmp_path / "data")
-    modules = {"multitask_classifier.py": multitask_classifier, "simcse.py": simcse}
     started = {}  # job -> its --model
 
     def start_process(command, log):
         given = dict(itertools.pairwise(command))
         started[Path(given["--run_dir"]).name] = given["--model"]
         try:
-            modules[command[0]].main(command[1:])
+            importlib.import_module(Path(command[0]).stem).main(command[1:])
         except UserError as error:
             log.write_text(str(error), encoding="utf-8")
             return error.exit_code
@@ -175,18 +164,16 @@ def grid(tiny, tmp_path, monkeypatch):
     return flags, started
 
 
-def test_every_table_runs_and_is_reported(grid, tmp_path, run_script):
+def test_every_table_runs_and_is_reported(grid, tmp_path, command):
     flags, started = grid
-    code, _, err = run_script(experiments, "run", "all", *flags)
-    assert code == 0, err
+    command("run", "all", *flags)
     assert {name.rsplit("-seed", 1)[0] for name in started} == set(CELLS)
     order = list(started)
     assert order.index("simcse-seed2") < order.index("probe-simcse-seed2")
     assert started["probe-simcse-seed2"] == str(tmp_path / "runs/simcse-seed2/best")
     out = tmp_path / "results"
-    reported = ["--data_dir", tmp_path / "data", "--out", out]
-    code, _, err = run_script(experiments, "report", *reported)
-    assert code == 0, err
+    reported = ["report", "--data_dir", tmp_path / "data", "--out", out]
+    command(*reported)
 
     results = read_json(out / "tables.json")
     assert set(results["tables"]) == set(TABLES) and list(results["conflict"]) == ["finetune"]
@@ -204,8 +191,7 @@ def test_every_table_runs_and_is_reported(grid, tmp_path, run_script):
     assert row["difference"] == pytest.approx(expected, abs=1e-3)  # of rounded predictions
     assert row["low"] <= row["difference"] <= row["high"]
 
-    text = (out / "tables.md").read_text(encoding="utf-8")
-    tex = (out / "ablation.tex").read_text(encoding="utf-8")
+    text, tex = read_text(out / "tables.md"), read_text(out / "ablation.tex")
     assert f"| {mean:.3f} ± {sd:.3f} |" in text
     assert f"| Cosine for STS - Mean pooling | sts | {row['difference']:+.3f} |" in text
     assert f"Cosine for STS - Mean pooling & sts & ${row['difference']:+.3f}$ & " in tex
@@ -213,31 +199,27 @@ def test_every_table_runs_and_is_reported(grid, tmp_path, run_script):
     assert "train: sst 24, para 24, sts 24; dev: sst 24, para 24, sts 24." in text
     assert "embedded all-MiniLM" not in text  # the model is another one
     images = re.findall(r"\]\((.*\.png)\)", text)
-    assert {f"{name}.png" for name in TABLES} < set(images)
-    assert {"conflict-finetune-layers.png", "conflict-finetune-steps.png"} < set(images)
-    assert all((out / image).read_bytes().startswith(PNG) for image in images)
+    expected = [*TABLES, "conflict-finetune-layers", "conflict-finetune-steps"]
+    assert {f"{name}.png" for name in expected} < set(images)
+    assert all((out / image).read_bytes().startswith(b"\x89PNG") for image in images)
     # No sentence of the data is in a record.
     examples, _, _ = read_examples(SAMPLE / "ids-sst-dev.csv", TASKS["sst"], limit=24)
-    for path in out.rglob("*.json"):
-        recorded = path.read_text(encoding="utf-8")
-        assert not any(example.texts[0] in recorded for example in examples)
+    recorded = "".join(map(read_text, out.rglob("*.json")))
+    assert not any(example.texts[0] in recorded for example in examples)
 
     # Labels, or a cell, that have changed since a record was made are noticed.
     dev = tmp_path / "data/quora-dev.csv"
-    original = dev.read_text(encoding="utf-8")
-    dev.write_text(original.replace("\t1.0\n", "\t0\n"), encoding="utf-8")
-    code, _, err = run_script(experiments, "report", *reported)
-    assert code == 2 and "quora-dev.csv: the record of " in err and "wrong data" in err
-    dev.write_text(original, encoding="utf-8")
+    original = read_text(dev)
+    write_text(dev, original.replace("\t1.0\n", "\t0\n"))
+    assert "wrong data" in command(*reported, error="quora-dev.csv: the record of ")
+    write_text(dev, original)
     path = out / "records/simcse-seed1.json"
-    text = path.read_text(encoding="utf-8")
-    path.write_text(text.replace("--temperature 1", "--temperature 2"), encoding="utf-8")
-    code, _, err = run_script(experiments, "report", *reported)
-    assert code == 2 and "its cell is now `--batch_size 32 --temperature 1`" in err
+    write_text(path, read_text(path).replace("--temperature 1", "--temperature 2"))
+    command(*reported, error="its cell is now `--batch_size 32 --temperature 1`")
 
 
 def test_recorded_runs_are_skipped_and_interrupted_ones_resumed(
-    grid, tmp_path, run_script, monkeypatch
+    grid, tmp_path, command, monkeypatch
 ):
     flags, started = grid
     log = RunDir.log
@@ -249,161 +231,119 @@ def test_recorded_runs_are_skipped_and_interrupted_ones_resumed(
 
     with monkeypatch.context() as patch:
         patch.setattr(RunDir, "log", interrupt)
-        assert run_script(experiments, "run", "table3", *flags)[0] == 130
+        command("run", "table3", *flags, error="--resume continues", code=130)
     assert list(started) == ["probe-concat-seed1"]
-    code, out, err = run_script(experiments, "run", "table3", *flags)
-    assert code == 0, err
-    assert "6 runs, 0 already recorded" in out
+    assert "6 runs, 0 already recorded" in command("run", "table3", *flags)
     assert (tmp_path / "runs/probe-concat-seed1/resumed.jsonl").exists()
     started.clear()
-    code, out, _ = run_script(experiments, "run", "table3", *flags)
-    assert code == 0 and "6 runs, 6 already recorded" in out and not started
+    assert "6 runs, 6 already recorded" in command("run", "table3", *flags)
+    assert not started
     # A record that is lost is written again, from the finished run.
     lost = tmp_path / "results/records/probe-seed1.json"
     content = lost.read_bytes()
     lost.unlink()
-    assert run_script(experiments, "run", "table3", *flags)[0] == 0
+    command("run", "table3", *flags)
     assert lost.read_bytes() == content
     # Neither records nor run folders of another command are taken for this one's.
     other = [*flags[:-1], "--flags=--epochs 2 --limit 24"]
-    code, _, err = run_script(experiments, "run", "table3", *other)
-    assert code == 2 and "use another --out" in err
+    command("run", "table3", *other, error="use another --out")
     other[other.index("--out") + 1] = tmp_path / "other"
-    code, out, err = run_script(experiments, "run", "table3", *other)
-    assert code == 2 and "--epochs was 1 and is 2" not in out and "made with other" in out + err
+    assert "made with other" in command("run", "table3", *other, error="1 of 6 runs failed")
 
     # With these records, `report` shows the one complete table, and names no other.
     reported = ["--data_dir", tmp_path / "data", "--out", tmp_path / "results"]
-    assert run_script(experiments, "report", *reported)[0] == 0
+    command("report", *reported)
     assert list(read_json(tmp_path / "results/tables.json")["tables"]) == ["table3"]
-    text = (tmp_path / "results/tables.md").read_text(encoding="utf-8")
+    text = read_text(tmp_path / "results/tables.md")
     assert "not run" not in text and "SimCSE, probe" not in text
-    assert run_script(experiments, "report", "table1", *reported)[0] == 0
-    text = (tmp_path / "results/tables.md").read_text(encoding="utf-8")
-    assert "| SimCSE, probe |  |  |  | not run |" in text
+    command("report", "table1", *reported)
+    assert "| SimCSE, probe |  |  |  | not run |" in read_text(tmp_path / "results/tables.md")
 
 
-def test_jobs_whose_encoder_failed_are_skipped(grid, tmp_path, run_script, monkeypatch):
+def test_jobs_whose_encoder_failed_are_skipped(grid, tmp_path, command, monkeypatch):
     """Others run. And an encoder is trained again if a job needs it and its folder is gone."""
     flags, started = grid
     flags[flags.index("--probe_seeds") + 1] = 1
     start = runner.start_process
-    monkeypatch.setattr(
-        runner, "start_process", lambda c, log: 1 if c[0] == "simcse.py" else start(c, log)
-    )
-    code, out, err = run_script(experiments, "run", "table1", *flags)
-    assert code == 2 and "3 of 5 runs failed (simcse-seed1, ...)" in err
+    fail = lambda command, log: 1 if command[0] == "simcse.py" else start(command, log)  # noqa: E731
+    monkeypatch.setattr(runner, "start_process", fail)
+    said = command("run", "table1", *flags, error="3 of 5 runs failed (simcse-seed1, ...)")
     assert list(started) == ["probe-seed1", "finetune-seed1"]
-    assert "probe-simcse-seed1: skipped, because simcse-seed1 failed" in out + err
+    assert "probe-simcse-seed1: skipped, because simcse-seed1 failed" in said
     monkeypatch.setattr(runner, "start_process", start)
-    assert run_script(experiments, "run", "table1", *flags)[0] == 0
+    command("run", "table1", *flags)
     for name in ("simcse-seed1", "probe-simcse-seed1"):
         shutil.rmtree(tmp_path / "runs" / name)
     (tmp_path / "results/records/probe-simcse-seed1.json").unlink()
     started.clear()
-    assert run_script(experiments, "run", "table1", *flags)[0] == 0
+    command("run", "table1", *flags)
     assert list(started) == ["simcse-seed1", "probe-simcse-seed1"]
 
 
 def test_interruption_and_bad_input_stop_the_command_and_other_failures_do_not(
-    grid, run_script, monkeypatch
+    grid, command, monkeypatch
 ):
     flags, _ = grid
     codes = iter([1, -signal.SIGTERM, 2])
     monkeypatch.setattr(runner, "start_process", lambda command, log: next(codes))
-    code, _, err = run_script(experiments, "run", "table3", *flags)
-    assert code == 2 and "2 of 6 runs failed (probe-concat-seed1, ...)" in err
-    code, _, err = run_script(experiments, "run", "table3", *flags)
-    assert code == 2 and "1 of 6 runs failed" in err
+    command("run", "table3", *flags, error="2 of 6 runs failed (probe-concat-seed1, ...)")
+    command("run", "table3", *flags, error="1 of 6 runs failed")
     assert next(codes, None) is None
 
 
-def test_two_commands_do_not_share_a_folder_of_runs(
-    grid, tmp_path, run_script, monkeypatch, capsys
-):
+def test_two_commands_do_not_share_a_folder_of_runs(grid, tmp_path, command, monkeypatch, capsys):
     flags, started = grid
     with runner.exclusive_lock(tmp_path / "runs"):
-        code, _, err = run_script(experiments, "run", "table3", *flags)
-    assert code == 2 and "in use by another run" in err and not started
+        command("run", "table3", *flags, error="in use by another run")
+    assert not started
     monkeypatch.setattr(runner, "fcntl", None)  # Windows
     with runner.exclusive_lock(tmp_path / "runs"):
         assert "warning: cannot lock" in capsys.readouterr().err
 
 
-# ---------------------------------------------------------------------------- one run
-
-
-@pytest.fixture(scope="module")
-def measured_run(tiny, data, tmp_path_factory):
-    """A fine-tuned run with measurements of gradient conflict."""
-    folder = tmp_path_factory.mktemp("measured") / "run"
-    flags = ["--model", tiny, "--data_dir", data, "--run_dir", folder, "--epochs", 1]
-    flags += ["--option", "finetune", "--measure_conflict", 3, "--precision", "fp32", "--no_test"]
-    multitask_classifier.main([str(flag) for flag in flags])
-    return folder
-
-
-def test_plots_of_one_run(measured_run, run_script, monkeypatch):
-    read = []
-    original = plots.read_examples
-    monkeypatch.setattr(
-        plots,
-        "read_examples",
-        lambda path, *rest, **more: read.append(path) or original(path, *rest, **more),
-    )
-    code, out, err = run_script(experiments, "conflict", measured_run)
-    assert code == 0, err
-    assert r"| sst\|sts |" in out and "disattenuated cosine" in out
-    code, out, err = run_script(experiments, "map", measured_run)
-    assert code == 0, err
-    files = read_json(measured_run / "config.json")["files"]["dev"]
+def test_plots_of_one_run(train, command, tmp_path, monkeypatch):
+    run, read, original = tmp_path / "run", [], plots.read_examples
+    conflict_flags = ["--option", "finetune", "--measure_conflict", 3, "--epochs", 1, "--no_test"]
+    train(multitask_classifier, run, *conflict_flags)
+    record = lambda path, *rest, **more: read.append(path) or original(path, *rest, **more)  # noqa: E731
+    monkeypatch.setattr(plots, "read_examples", record)
+    said = command("conflict", run)
+    assert r"| sst\|sts |" in said and "disattenuated cosine" in said
+    assert f"{run}/map.png" in command("map", run)
+    files = read_json(run / "config.json")["files"]["dev"]
     assert [str(path) for path in read] == list(files.values())  # the run's own
-    assert f"{measured_run}/map.png" in out
-    assert run_script(experiments, "map", measured_run, "--data_dir", SAMPLE, "--limit", 9)[0] == 0
+    command("map", run, "--data_dir", SAMPLE, "--limit", 9)
     assert {path.parent for path in read[3:]} == {SAMPLE}
     for name in ("conflict-layers.png", "conflict-steps.png", "map.png"):
-        assert (measured_run / name).read_bytes().startswith(PNG)
+        assert (run / name).read_bytes().startswith(b"\x89PNG")
 
-
-def test_runs_that_cannot_be_plotted(measured_run, tmp_path, run_script):
-    run = shutil.copytree(measured_run, tmp_path / "run")
-    log = run / "log.jsonl"
-    lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
-    log.write_text("".join(line for line in lines if '"conflict"' not in line), encoding="utf-8")
-    code, _, err = run_script(experiments, "conflict", run)
-    assert code == 2 and "no measurements; train with --measure_conflict N" in err
-    log.write_text(lines[0] + '{"kind": "conf', encoding="utf-8")
-    code, _, err = run_script(experiments, "conflict", run)
-    assert code == 2 and "damaged or not the log of a run" in err
+    lines = read_text(run / "log.jsonl").splitlines(keepends=True)
+    write_text(run / "log.jsonl", "".join(line for line in lines if '"conflict"' not in line))
+    command("conflict", run, error="no measurements; train with --measure_conflict N")
+    write_text(run / "log.jsonl", lines[0] + '{"kind": "conf')
+    command("conflict", run, error="damaged or not the log of a run")
 
 
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        ([], "run|report|conflict|map"),
-        (["run", "table9"], "table9: no such table; there are table1, table2"),
-        (["report", "table9"], "table9: no such table"),
-        (["run", "table1", "--seeds", "0"], "--seeds"),
-        (["run", "table1", "--flags=--seed 'x"], "--flags"),
-        (["run", "table1", "--flags=--seed=3"], "--flags: --seed is set by this command"),
-        (["run", "table1", "--flags=--limit 3 --model x"], "--flags: --model is set by"),
-        (["run", "table1", "--data_dir", "nowhere"], "--data_dir nowhere: no such folder"),
-        (["report", "--out", "nowhere"], "no records; first: python -m experiments run"),
-        (["report", "--out", "{tmp}"], "x.json: not a record"),
-        (["conflict", "nowhere"], "nowhere/log.jsonl: no such file"),
-        (["map", "nowhere"], "nowhere"),
-        (["run", "table1", "--out", __file__], "Not a directory"),
-        (["run", "table1", "--out", "{tmp}", "--runs", __file__], "File exists"),
+        ("", "run|report|conflict|map"),
+        ("run table9", "table9: no such table; there are table1, table2"),
+        ("run table1 --seeds 0", "--seeds"),
+        ("run table1 --flags='x", "--flags"),
+        ("run table1 --flags=--seed=3", "--flags: --seed is set by this command"),
+        ("run table1 --data_dir nowhere", "--data_dir nowhere: no such folder"),
+        ("report --out nowhere", "no records; first: python -m experiments run"),
+        ("report --out {tmp}", "x.json: not a record"),
+        ("conflict nowhere", "nowhere/log.jsonl: no such file"),
+        ("map nowhere", "nowhere"),
+        ("run table1 --out {tmp}/records/x.json", "Not a directory"),
     ],
 )
-def test_bad_usage(run_script, tmp_path, flags, expected):
+def test_bad_usage(command, tmp_path, flags, expected):
     (tmp_path / "records").mkdir()
     (tmp_path / "records/x.json").write_text('{"cell": "probe"}', encoding="utf-8")
-    code, _, err = run_script(experiments, *(flag.format(tmp=tmp_path) for flag in flags))
-    assert code == 2 and expected in err and len(err.strip().splitlines()) == 1
-
-
-# ---------------------------------------------------------------------------- committed results
+    assert command(*flags.format(tmp=tmp_path).split(), error=expected).count("\n") == 1
 
 
 def test_the_committed_records_are_readable_and_complete():
@@ -413,12 +353,10 @@ def test_the_committed_records_are_readable_and_complete():
 
 
 @pytest.mark.skipif("MINBERT_DATA" not in os.environ, reason="needs the course's data")
-def test_the_committed_tables_are_those_of_the_records(tmp_path, run_script):
+def test_the_committed_tables_are_those_of_the_records(tmp_path, command):
     """One table is enough: the others are computed in the same way."""
     shutil.copytree(RESULTS / "records", tmp_path / "records")
-    flags = ["--data_dir", os.environ["MINBERT_DATA"], "--out", tmp_path]
-    code, _, err = run_script(experiments, "report", "table3", *flags)
-    assert code == 0, err
+    command("report", "table3", "--data_dir", os.environ["MINBERT_DATA"], "--out", tmp_path)
     found, committed = read_json(tmp_path / "tables.json"), read_json(RESULTS / "tables.json")
     committed["tables"] = {"table3": committed["tables"]["table3"]}
     assert flatten(found) == pytest.approx(flatten(committed), abs=1e-4)
@@ -434,7 +372,7 @@ def flatten(value, path=""):
 
 def test_every_figure_in_the_readme_is_in_the_tables():
     """Decimal figures of results/README.md, up to its last section, on figures from elsewhere."""
-    text = (RESULTS / "README.md").read_text(encoding="utf-8").split("## Figures from elsewhere")[0]
+    text = read_text(RESULTS / "README.md").split("## Figures from elsewhere")[0]
     figures = re.findall(r"(?<![\w.])\d*\.\d+(?![\w.]*\d)", re.sub(r"`[^`]*`", "", text))
     assert len(figures) > 20
     values = [v for v in flatten(read_json(RESULTS / "tables.json")).values() if type(v) is float]

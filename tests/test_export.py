@@ -15,6 +15,7 @@ import onnxruntime
 import pytest
 import torch
 import transformers
+from conftest import quick_run
 from huggingface_hub import ModelCard
 from model_files import edit_json, refused
 from safetensors.torch import load_file, save_file
@@ -23,7 +24,7 @@ import classifier
 import evaluation
 import multitask_classifier
 import simcse
-from bert import BertModel
+from bert import BertModel, hub_name
 from engine.checkpoint import read_json
 from engine.export import read_pooler
 from model import POOLINGS, MultitaskBERT, SentenceEncoder
@@ -58,12 +59,9 @@ for folder in folders:
 def models(tiny):
     """A model of each pooling."""
     torch.manual_seed(5)
-    tokenizer = BertTokenizer.from_pretrained(tiny)
-    bert = BertModel.from_pretrained(tiny)
-    return {
-        how: MultitaskBERT(bert, [TASKS["sst"]], pooling=how, tokenizer=tokenizer).eval()
-        for how in POOLINGS
-    }
+    options = {"tokenizer": BertTokenizer.from_pretrained(tiny)}
+    bert, tasks = BertModel.from_pretrained(tiny), [TASKS["sst"]]
+    return {how: MultitaskBERT(bert, tasks, pooling=how, **options).eval() for how in POOLINGS}
 
 
 @pytest.fixture(scope="module")
@@ -84,17 +82,12 @@ def folders(models, tmp_path_factory):
 
 
 @pytest.mark.parametrize("how", POOLINGS)
-def test_sentence_transformers_computes_the_same_embeddings(models, folders, how):
-    found = np.load(folders / f"{how}-loaded.npy")
-    np.testing.assert_allclose(found, models[how].encode(TEXTS), rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("how", POOLINGS)
-def test_a_model_that_sentence_transformers_trained_loads_here(models, folders, how):
-    """The pooler too, which it trains as a module of its own; saved and loaded it stays so."""
-    folder = folders / f"{how}-trained"
-    theirs = np.load(folders / f"{how}-trained.npy")
-    assert np.abs(theirs - models[how].encode(TEXTS)).max() > 1e-3
+def test_embeddings_equal_those_of_sentence_transformers(models, folders, how):
+    """Before and after it trains the model, whose pooler is a module of its own to it."""
+    folder, before = folders / f"{how}-trained", models[how].encode(TEXTS)
+    loaded, theirs = (np.load(folders / f"{how}-{when}.npy") for when in ("loaded", "trained"))
+    np.testing.assert_allclose(loaded, before, rtol=0, atol=1e-5)
+    assert np.abs(theirs - before).max() > 1e-3
     tokenizer = BertTokenizer.from_pretrained(folder)
     model = SentenceEncoder(BertModel.from_pretrained(folder), tokenizer, how)
     np.testing.assert_allclose(model.encode(TEXTS), theirs, rtol=0, atol=1e-5)
@@ -129,14 +122,14 @@ def test_a_dense_module_of_another_kind_is_not_taken_for_the_pooler(dense, modul
 
 
 def test_a_damaged_dense_module_is_refused(dense):
-    path = dense / "2_Dense" / "model.safetensors"
-    good = path.read_bytes()
-    save_file({"linear.weight": torch.zeros(32, 32), "linear.bias": torch.zeros(1)}, path)
-    refused(lambda: BertModel.from_pretrained(dense), path, "linear.bias of shape (32,) is missing")
-    nan = {"linear.weight": torch.zeros(32, 32), "linear.bias": torch.full((32,), torch.nan)}
-    save_file(nan, path)
-    refused(lambda: BertModel.from_pretrained(dense), path, "linear.bias contains NaN")
-    path.write_bytes(good[:-10])
+    path, weight = dense / "2_Dense" / "model.safetensors", torch.zeros(32, 32)
+    for bias, expected in (
+        (torch.zeros(1), "linear.bias of shape (32,) is missing"),
+        (torch.full((32,), torch.nan), "linear.bias contains NaN"),
+    ):
+        save_file({"linear.weight": weight, "linear.bias": bias}, path)
+        refused(lambda: BertModel.from_pretrained(dense), path, expected)
+    path.write_bytes(path.read_bytes()[:-10])
     refused(lambda: BertModel.from_pretrained(dense), path, "damaged")
 
 
@@ -146,23 +139,16 @@ def test_a_damaged_dense_module_is_refused(dense):
 @pytest.mark.parametrize("how", POOLINGS)
 def test_transformers_loads_the_same_bits(models, folders, how):
     theirs = transformers.BertModel.from_pretrained(folders / how).state_dict()
-    models[how].bert.save_pretrained(folders / f"{how}-bert")
-    ours = load_file(folders / f"{how}-bert" / "model.safetensors")
-    assert theirs.keys() == ours.keys()
-    assert all(torch.equal(theirs[name], ours[name]) for name in ours)
+    ours = {hub_name(name): p.detach() for name, p in models[how].bert.named_parameters()}
+    torch.testing.assert_close(dict(theirs), ours, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
-    "kind",
-    [
-        transformers.BertModel,
-        transformers.BertForSequenceClassification,
-        transformers.BertForQuestionAnswering,
-        transformers.BertForMaskedLM,
-    ],
+    "kind", ["Model", "ForSequenceClassification", "ForQuestionAnswering", "ForMaskedLM"]
 )
 def test_a_model_that_transformers_trained_loads_here(folders, tmp_path, kind):
     """With any of its heads, which are left out: the encoder is the same."""
+    kind = getattr(transformers, f"Bert{kind}")
     theirs = kind.from_pretrained(folders / "cls", attn_implementation="eager")
     tokenizer = transformers.BertTokenizerFast.from_pretrained(folders / "cls")
     batch = tokenizer(TEXTS, padding=True, truncation=True, return_tensors="pt")
@@ -172,8 +158,7 @@ def test_a_model_that_transformers_trained_loads_here(folders, tmp_path, kind):
     theirs.eval().save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
 
-    ours = BertModel.from_pretrained(tmp_path / "model")
-    encoder = getattr(theirs, "bert", theirs)
+    ours, encoder = BertModel.from_pretrained(tmp_path / "model"), getattr(theirs, "bert", theirs)
     with torch.no_grad():
         expected, found = encoder(**batch), ours(**batch)
     tokens = batch["attention_mask"].bool()
@@ -196,22 +181,20 @@ def test_the_best_model_has_a_model_card(folders, data, tmp_path, run_script, sc
 
     The base model is one that sentence-transformers trained: that can be trained on.
     """
-    base = shutil.copytree(folders / "pooler-trained", tmp_path / "base: model #1")
-    run = tmp_path / "my run"
-    nli = tmp_path / "triples.csv"
-    nli.write_text("sent0,sent1,hard_neg\n" + "a film,a plot,a cat\n" * 8, encoding="utf-8")
-    flags = ["--model", base, "--data_dir", data, "--epochs", 1, "--run_dir", run]
-    code, _, err = run_script(script, *flags, *(["--nli", nli] if script is simcse else []))
+    base, run = tmp_path / "base: #1", tmp_path / "my run"
+    shutil.copytree(folders / "pooler-trained", base)
+    (tmp_path / "triples.csv").write_text("sent0,sent1,hard_neg\n" + "a film,a plot,a cat\n" * 8)
+    more = ["--nli", tmp_path / "triples.csv"] if script is simcse else []
+    code, _, err = run_script(script, *quick_run(base, data, run, *more))
     assert code == 0, err
     card = ModelCard.load(run / "best" / "README.md")
     config, result = read_json(run / "config.json"), read_json(run / "result.json")
-    assert card.data.base_model == str(base)
-    assert card.data.library_name == "sentence-transformers"
-    assert all(text in card.text for text in ("# my run", f"`{base}`", config["command"]))
-    files = ["triples.csv (8 rows)"]
+    assert (card.data.base_model, card.data.library_name) == (str(base), "sentence-transformers")
+    parts = ["triples.csv (8 rows)"]
     if script is multitask_classifier:
-        files = ["ids-sst-train.csv (40 rows)", "quora-train.csv (40", "sts-train.csv (20 rows)"]
-    assert all(file in card.text for file in files)
+        parts = ["ids-sst-train.csv (40 rows)", "quora-train.csv (40", "sts-train.csv (20 rows)"]
+    for part in ("# my run", f"`{base}`", config["command"], *parts):
+        assert part in card.text
     table = [line.strip("| ").split(" | ") for line in card.text.splitlines() if line[:2] == "| "]
     expected = [
         [Path(config["files"]["dev"][task]).name, name, f"{value:.4f}"]
@@ -227,18 +210,15 @@ def test_the_best_model_has_a_model_card(folders, data, tmp_path, run_script, sc
 
 
 def test_onnx_computes_the_same_outputs_for_any_batch_and_length(
-    tiny, data, tmp_path, run_script, monkeypatch
+    train, tmp_path, run_script, monkeypatch
 ):
-    run = tmp_path / "run"
-    flags = ["--model", tiny, "--data_dir", data, "--epochs", 1, "--limit", 8, "--run_dir", run]
-    assert run_script(classifier, *flags, "--pooling", "mean")[0] == 0
-    code, out, err = run_script(evaluation, run, "--export", "onnx")
+    run, export = tmp_path / "run", [tmp_path / "run", "--export", "onnx"]
+    train(classifier, run, "--limit", 8, "--pooling", "mean")
     path = run / "best" / "onnx" / "model.onnx"
-    assert (code, out) == (0, f"{path}\n"), err
+    assert run_script(evaluation, *export)[:2] == (0, f"{path}\n")
     assert [file.name for file in path.parent.iterdir()] == ["model.onnx"]
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    model = MultitaskBERT.from_pretrained(run)
-    rng = np.random.default_rng(0)
+    model, rng = MultitaskBERT.from_pretrained(run), np.random.default_rng(0)
     for rows, length in ((1, 1), (1, 2), (2, 3), (7, 20), (3, 48)):
         ids = torch.from_numpy(rng.integers(5, 50, (rows, length)))
         tokens = torch.from_numpy(rng.integers(1, length + 1, (rows, 1)))
@@ -246,18 +226,17 @@ def test_onnx_computes_the_same_outputs_for_any_batch_and_length(
         batch = {"input_ids": ids, "attention_mask": mask, "token_type_ids": ids % 2}
         with torch.no_grad():
             expected = {**model.bert(**batch), "sentence_embedding": model.embed(**batch)}
-        names = [output.name for output in session.get_outputs()]
         found = session.run(None, {name: tensor.numpy() for name, tensor in batch.items()})
+        names = [output.name for output in session.get_outputs()]
         assert set(names) == set(expected)
         for name, value in zip(names, found, strict=True):
             np.testing.assert_allclose(value, expected[name].numpy(), rtol=0, atol=1e-4)
 
     before = path.read_bytes()
-    code, _, err = run_script(evaluation, run, "--export", "onnx")
+    code, _, err = run_script(evaluation, *export)
     assert (code, path.read_bytes()) == (2, before)
     assert "model.onnx: exists and is not overwritten" in err
     monkeypatch.setattr("engine.export.util.find_spec", lambda name: None)
-    code, _, err = run_script(evaluation, run, "--export", "onnx", "--out", tmp_path / "other.onnx")
-    assert code == 2
-    assert "the package onnx is missing: run ./setup.sh --dev" in err
+    code, _, err = run_script(evaluation, *export, "--out", tmp_path / "other.onnx")
+    assert code == 2 and "the package onnx is missing: run ./setup.sh --dev" in err
     assert not (tmp_path / "other.onnx").exists()

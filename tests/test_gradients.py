@@ -1,6 +1,7 @@
 """Gradients of one and of several tasks: accumulation, and PCGrad by hand and by property."""
 
 from functools import partial
+from itertools import permutations, product
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,14 +11,7 @@ from conftest import load_multitask
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.gradients import (
-    backward_by_task,
-    inner_product,
-    pcgrad,
-    project,
-    sum_gradients,
-    sum_losses,
-)
+from engine.gradients import backward_by_task, pcgrad, project, sum_gradients, sum_losses
 from evaluation import embed_batch
 from multitask_classifier import row_losses
 
@@ -45,15 +39,13 @@ def test_accumulated_batches_give_the_gradient_of_the_big_batch(sizes):
     """Parts weigh by their rows; a batch without rows, as a process may have, adds nothing."""
     x = torch.randn(sum(sizes), 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     w = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
-    loss_fn = lambda batch: (x[batch.rows] @ w - 1) ** 2  # noqa: E731
-    (expected,) = torch.autograd.grad(loss_fn(Batch(rows=range(len(x)))).mean(), w)
+    mean = ((x @ w - 1) ** 2).mean()
+    (expected,) = torch.autograd.grad(mean, w)
     parts = np.split(np.arange(len(x)), np.cumsum(sizes)[:-1])
-    loss = sum_losses(loss_fn, [Batch(rows=rows, global_rows=rows) for rows in parts], [w])
-    assert loss == pytest.approx(((x @ w - 1) ** 2).mean().item())
+    batches = [Batch(rows=rows, global_rows=rows) for rows in parts]
+    loss = sum_losses(lambda batch: (x[batch.rows] @ w - 1) ** 2, batches, [w])
+    assert loss == pytest.approx(mean.item())
     torch.testing.assert_close(w.grad, expected)
-
-
-# ---------------------------------------------------------------------------- PCGrad
 
 
 def test_projection_by_hand():
@@ -66,11 +58,8 @@ def test_projection_by_hand():
     for size in (1e-23, 1e23):  # whose squares leave float32
         gradients = [torch.tensor([1.0, 0.0])], [torch.tensor([-size, 0.0])]
         torch.testing.assert_close(pcgrad(gradients)[0], torch.zeros(2))
-
-
-def test_agreeing_orthogonal_and_zero_gradients_are_only_summed():
     for rows in ([[1, 0, 0], [0, 2, 0]], [[1, 1, 0], [1, 0, 3]], [[1, 0, 0], [0, 0, 0]]):
-        gradients = make_gradients(*rows)
+        gradients = make_gradients(*rows)  # orthogonal, agreeing, zero: only summed
         expected = np.sum(rows, axis=0).tolist()
         assert flat(pcgrad(gradients)) == flat(sum_gradients(gradients)) == expected
 
@@ -82,13 +71,11 @@ def test_the_order_of_projections_is_random():
     for seed in range(40):
         torch.manual_seed(seed)
         results.add(tuple(np.round(flat(pcgrad(gradients)), 9)))
-    possible = set()
-    for reverse in np.ndindex(2, 2, 2):
-        parts = []
-        for i in range(3):
-            others = [gradients[j] for j in range(3) if j != i]
-            parts.append(project(gradients[i], others[::-1] if reverse[i] else others))
-        possible.add(tuple(np.round(flat(sum_gradients(parts)), 9)))
+    options = []
+    for own in gradients:
+        orders = permutations([other for other in gradients if other is not own])
+        options.append([project(own, order) for order in orders])
+    possible = {tuple(np.round(flat(sum_gradients(parts)), 9)) for parts in product(*options)}
     assert len(results) > 1 and results <= possible
 
 
@@ -99,12 +86,12 @@ numbers = st.floats(-3, 3).map(lambda x: round(x, 3))
 @given(st.lists(st.lists(numbers, min_size=4, max_size=4), min_size=2, max_size=5))
 def test_no_conflict_is_left_with_the_gradient_last_projected_against(rows):
     own, *others = make_gradients(*rows)
-    for i in range(1, len(others) + 1):
-        before, after = project(own, others[: i - 1]), project(own, others[:i])
-        assert inner_product(after, others[i - 1]) >= -1e-9
-        assert inner_product(after, after) <= inner_product(before, before) + 1e-9
-        if inner_product(before, others[i - 1]) >= 0:
-            assert flat(after) == flat(before)
+    for i, row in enumerate(rows[1:]):
+        before, after = (np.array(flat(project(own, others[:n]))) for n in (i, i + 1))
+        assert after @ row >= -1e-9
+        assert after @ after <= before @ before + 1e-9
+        if before @ row > 1e-9:
+            assert after.tolist() == before.tolist()
 
 
 @pytest.mark.parametrize("pooling", ["pooler", "mean"])

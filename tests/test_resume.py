@@ -22,7 +22,7 @@ from engine.checkpoint import read_state
 from engine.run_dir import RunDir
 
 SAMPLE = Path(__file__).resolve().parent.parent / "data" / "sample"
-SCRIPTS = {"classifier": classifier, "multitask_classifier": multitask_classifier, "simcse": simcse}
+SCRIPTS = {"classifier": classifier, "simcse": simcse}  # or else multitask_classifier
 SAVING = ("--save_every", 2, "--keep_last")
 
 
@@ -33,28 +33,23 @@ class Death(BaseException):
 # ---------------------------------------------------------------------------- at chosen writes
 
 JOBS = {
-    "probe": ("multitask_classifier", "--option", "pretrain", "--sampling", "annealed"),
-    "bf16": ("multitask_classifier", "--option", "finetune", "--precision", "bf16"),
-    "accumulate": (
-        *("multitask_classifier", "--option", "finetune", "--sampling", "proportional"),
-        *("--accumulate", 2),
-    ),
-    "lpft": ("multitask_classifier", "--option", "lpft", "--pair_encoding", "joint"),
-    "pcgrad": (
-        *("multitask_classifier", "--option", "finetune", "--surgery", "pcgrad"),
-        *("--measure_conflict", 3),
-    ),
-    "patience": ("classifier", "--option", "finetune", "--eval_every", 2, "--patience", 1),
-    "simcse": ("simcse", "--limit", 24, "--accumulate", 2),
+    "probe": "--option pretrain --sampling annealed",
+    "bf16": "--option finetune --precision bf16",
+    "accumulate": "--option finetune --sampling proportional --accumulate 2",
+    "lpft": "--option lpft --pair_encoding joint",
+    "pcgrad": "--option finetune --surgery pcgrad --measure_conflict 3",
+    "classifier": "--option finetune --eval_every 2 --patience 1",
+    "simcse": "--limit 24 --accumulate 2",
 }
 
 
 @pytest.mark.parametrize("job", JOBS)
 def test_a_death_at_any_write_costs_nothing(job, tiny, data, tmp_path, run_script, monkeypatch):
     """At lines of the log, and at files and folders that are about to be replaced."""
-    name, *more = JOBS[job]
-    script, data = SCRIPTS[name], SAMPLE if name == "simcse" else data
-    code, _, err = run_script(script, *quick_run(tiny, data, tmp_path / "whole", *SAVING, *more))
+    script = SCRIPTS.get(job, multitask_classifier)
+    data = SAMPLE if script is simcse else data
+    more = (*SAVING, *JOBS[job].split())
+    code, _, err = run_script(script, *quick_run(tiny, data, tmp_path / "whole", *more))
     assert code == 0, err
     left = 0
 
@@ -70,16 +65,16 @@ def test_a_death_at_any_write_costs_nothing(job, tiny, data, tmp_path, run_scrip
 
     monkeypatch.setattr(RunDir, "log", mortal(RunDir.log))
     monkeypatch.setattr(os, "replace", mortal(os.replace))
-    flags = quick_run(tiny, data, tmp_path / "broken", *SAVING, *more, "--resume")
+    flags = quick_run(tiny, data, tmp_path / "broken", *more, "--resume")
     for deaths in range(200):
         left = 8 + 3 * deaths
-        try:
+        with suppress(Death):
             code, _, err = run_script(script, *flags)
-        except Death:
-            continue
-        assert code == 0, err
-        break
+            assert code == 0, err
+            break
     assert deaths >= 3
+    code, _, err = run_script(script, *flags)  # which leaves a finished run as it is
+    assert code == 0 and "has finished" in err and "error" not in err
     assert run_contents(tmp_path / "broken") == run_contents(tmp_path / "whole")
     assert len((tmp_path / "broken/resumed.jsonl").read_text().splitlines()) >= deaths - 1
     assert not list((tmp_path / "broken").rglob(".*"))
@@ -87,49 +82,30 @@ def test_a_death_at_any_write_costs_nothing(job, tiny, data, tmp_path, run_scrip
 
 # ---------------------------------------------------------------------------- in processes
 
-LARGEST_FILE = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0}))"
-
-
-def start(forker, script: str, flags: list, patch: str = "") -> int:
-    """Start a script in a process of its own; its pid."""
-    forker.start(1, script, flags, patch)
-    return forker.pids[0]
-
 
 def wait(forker) -> tuple[int, str]:
     """Its exit code, and what it printed: errors last."""
     (code,), out, err = forker.wait()
+    assert "Traceback" not in err, err
     return code, out + err
-
-
-def wait_for(condition, what: str) -> None:
-    """Return as soon as the condition holds."""
-    for _ in range(6000):
-        if condition():
-            return
-        time.sleep(0.01)
-    raise AssertionError(what)
 
 
 def test_kill_9_at_20_random_moments(forker, tiny, data, tmp_path):
     """In loading, steps, evaluations, saving, predictions; every killed run is resumed."""
     more = (*SAVING, "--option", "finetune", "--eval_every", 4, "--epochs", 1)
     started = time.perf_counter()
-    start(forker, "multitask_classifier", quick_run(tiny, data, tmp_path / "whole", *more))
-    code, output = wait(forker)
+    forker.run(1, "multitask_classifier", quick_run(tiny, data, tmp_path / "whole", *more))
     seconds = time.perf_counter() - started
-    assert code == 0, output
     whole = run_contents(tmp_path / "whole")
     rng = random.Random(1)
     kills = finished = 0
     while kills < 20 or not finished:
         run = tmp_path / f"run{finished}"
-        flags = quick_run(tiny, data, run, *more, "--resume")
-        pid = start(forker, "multitask_classifier", flags)
+        forker.start(1, "multitask_classifier", quick_run(tiny, data, run, *more, "--resume"))
         if kills < 20:
             time.sleep(rng.random() * seconds)
             with suppress(ProcessLookupError):  # it has finished already
-                os.kill(pid, signal.SIGKILL)
+                os.kill(forker.pids[0], signal.SIGKILL)
         code, output = wait(forker)
         if code == -signal.SIGKILL:
             kills += 1
@@ -141,20 +117,21 @@ def test_kill_9_at_20_random_moments(forker, tiny, data, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_a_script_after_its_step_and_says_how_to_continue(
-    forker, tiny, data, tmp_path, number
-):
+def test_a_signal_ends_a_script_after_its_step(forker, tiny, data, tmp_path, number):
+    """And the script says how to continue."""
     more = ("--option", "finetune", "--epochs", 300, "--save_every", 0)
-    pid = start(forker, "classifier", quick_run(tiny, data, tmp_path / "run", *more))
-    log = tmp_path / "run/log.jsonl"
-    wait_for(lambda: log.exists() and log.read_text().count("\n") > 8, "no steps")
-    os.kill(pid, number)
+    forker.start(1, "classifier", quick_run(tiny, data, tmp_path / "run", *more))
+    log, deadline = tmp_path / "run/log.jsonl", time.monotonic() + 60
+    while not (log.exists() and log.read_text().count("\n") > 8):
+        assert time.monotonic() < deadline, "no steps"
+        time.sleep(0.01)
+    os.kill(forker.pids[0], number)
     code, output = wait(forker)
-    last = output.strip().splitlines()[-1]
-    assert code == 130 and "Traceback" not in output, output
+    assert code == 130, output
     state = read_state(tmp_path / "run/last/state.safetensors")[1]
     steps = [json.loads(line)["step"] for line in log.read_text().splitlines() if "train" in line]
     assert state["step"] == 1 + max(steps)
+    last = output.strip().splitlines()[-1]
     assert f"stopped at step {state['step']}; " in last
     assert f"--run_dir {tmp_path / 'run'} --resume" in last
 
@@ -177,12 +154,9 @@ def test_a_signal_before_the_predictions_is_heeded(tiny, data, tmp_path, run_scr
     assert code == 0 and "training had finished" in out
 
 
-# ---------------------------------------------------------------------------- resuming
-
-
 @pytest.fixture
 def stopped(tiny, data, tmp_path, run_script, monkeypatch) -> list[str]:
-    """The flags of a run of 18 steps that died in step 12."""
+    """The flags that resume a run of 18 steps that died in step 12."""
     log = RunDir.log
 
     def log_and_die(self, kind, step, **figures):
@@ -191,31 +165,14 @@ def stopped(tiny, data, tmp_path, run_script, monkeypatch) -> list[str]:
         log(self, kind, step, **figures)
 
     flags = quick_run(tiny, data, tmp_path / "run", *SAVING, "--option", "finetune")
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, pytest.raises(Death):
         patch.setattr(RunDir, "log", log_and_die)
-        with pytest.raises(Death):
-            run_script(multitask_classifier, *flags)
-    return flags
+        run_script(multitask_classifier, *flags)
+    return [*flags, "--resume"]
 
 
-def test_a_script_refuses_other_arguments_and_leaves_a_finished_run_alone(
-    stopped, tmp_path, run_script
-):
-    code, _, err = run_script(multitask_classifier, *stopped, "--resume", "--seed", 4)
-    assert code == 2 and "--seed was 11711 and is 4" in err
-    code, out, err = run_script(multitask_classifier, *stopped, "--resume", "--save_every", 1)
-    assert code == 0, err
-    assert "resuming in epoch 2 after step 11 of 18" in out
-    before = run_contents(tmp_path / "run")
-    code, _, err = run_script(multitask_classifier, *stopped, "--resume")
-    assert code == 0 and "has finished" in err and "error" not in err
-    assert run_contents(tmp_path / "run") == before
-
-
-def test_without_run_dir_the_latest_unfinished_run_is_resumed(
-    train, tiny, data, tmp_path, monkeypatch, run_script
-):
-    """Of that script and option."""
+def test_the_latest_unfinished_run_is_resumed(train, tiny, data, tmp_path, monkeypatch, run_script):
+    """Of that script and option, if --run_dir is not given."""
     monkeypatch.chdir(tmp_path)
     names = ["classifier-pretrain-20200101-0", "classifier-pretrain-20210101-0"]
     for name in names:
@@ -229,21 +186,20 @@ def test_without_run_dir_the_latest_unfinished_run_is_resumed(
     assert sorted(path.name for path in Path("runs").iterdir()) == names
 
 
-# ---------------------------------------------------------------------------- disks
+LARGEST_FILE = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0}))"
 
 
 def test_a_full_disk_is_named_and_the_state_stays(forker, stopped, train, tmp_path, run_script):
     """A limit on the size of files stands for the disk; with room again the run goes on."""
     path = tmp_path / "run/last/state.safetensors"
     before = path.read_bytes()
-    flags = [*stopped, "--resume"]
-    start(forker, "multitask_classifier", flags, LARGEST_FILE.format(len(before) // 2))
+    patch = LARGEST_FILE.format(len(before) // 2)
+    forker.start(1, "multitask_classifier", stopped, patch)
     code, output = wait(forker)
     line = output.strip().splitlines()[-1]
-    assert code == 2 and "Traceback" not in output, output
-    assert "error: " in line and str(path) in line
+    assert code == 2 and "error: " in line and str(path) in line
     assert path.read_bytes() == before
     assert not list((tmp_path / "run").rglob("*.tmp"))
-    assert run_script(multitask_classifier, *flags)[0] == 0
+    assert run_script(multitask_classifier, *stopped)[0] == 0
     train(multitask_classifier, tmp_path / "whole", *SAVING, "--option", "finetune")
     assert run_contents(tmp_path / "run") == run_contents(tmp_path / "whole")
