@@ -73,14 +73,12 @@ class BertConfig:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = getattr(self, field.name)
-            accepted = (int, float) if field.type is float else (field.type,)
-            if type(value) not in accepted:
-                raise ValueError(f"{field.name} is {value!r}, expected {field.type.__name__}")
-            if field.type is int and value < 1 and field.name != "pad_token_id":
-                raise ValueError(f"{field.name} is {value!r}, expected at least 1")
-            if field.type is float and not 0 <= value < 1:
-                raise ValueError(f"{field.name} is {value!r}, expected from 0 to below 1")
+            value, kind = getattr(self, field.name), field.type
+            # Rates and deviations are below 1; of the whole numbers only the id of [PAD] may be 0.
+            low, high = (0, 1) if kind is float else (field.name != "pad_token_id", math.inf)
+            if kind is not str and not (type(value) in (int, kind) and low <= value < high):
+                what = f"{kind.__name__} in [{low:d}, {high})"
+                raise ValueError(f"{field.name} is {value!r}, expected {what}")
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act is {self.hidden_act!r}, expected {list(ACTIVATIONS)}")
         if self.hidden_size % self.num_attention_heads:
@@ -88,7 +86,7 @@ class BertConfig:
                 f"hidden_size {self.hidden_size} is not divisible by num_attention_heads"
                 f" {self.num_attention_heads}"
             )
-        if not 0 <= self.pad_token_id < self.vocab_size:
+        if self.pad_token_id >= self.vocab_size:
             raise ValueError(f"pad_token_id {self.pad_token_id} is outside the vocabulary")
 
 
@@ -220,12 +218,9 @@ class BertModel(nn.Module):
 
     def embed(self, input_ids: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
         """Token ids (B, T) -> the sum of word, position and segment embeddings, (B, T, D)."""
-        length = input_ids.size(1)
-        if length > self.config.max_position_embeddings:
-            raise ValueError(
-                f"input_ids have {length} tokens a row; the model's limit is"
-                f" {self.config.max_position_embeddings}: truncate when tokenising"
-            )
+        length, limit = input_ids.size(1), self.config.max_position_embeddings
+        if length > limit:
+            raise ValueError(f"{length} tokens a row; the model's limit is {limit}: truncate them")
         if token_type_ids is None:  # one sentence: segment 0
             token_type_ids = torch.zeros_like(input_ids)
         # Attention does not see the order of tokens: it is in the position embeddings, which are
@@ -247,21 +242,13 @@ class BertModel(nn.Module):
     ) -> dict[str, Tensor]:
         """Encode a batch of sentences or sentence pairs.
 
-        Args:
-            input_ids: (B, T) int64, vocabulary indices.
-            attention_mask: (B, T), 1 for a token, 0 for padding.
-            token_type_ids: (B, T) int64, 0 in the first sentence, 1 in the second; default all 0.
-
-        Returns:
-            `last_hidden_state` (B, T, D) and `pooler_output` (B, D), tanh(W h_[CLS] + b).
-
-        Raises:
-            ValueError: there are more tokens than the model has positions.
+        input_ids, token_type_ids: (B, T) int64; segment 0 is the first sentence (the default), 1
+        the second. attention_mask: (B, T), 1 for a token, 0 for padding.
         """
         hidden_states = self.encode(self.embed(input_ids, token_type_ids), attention_mask)
         # [CLS] is the first token; pre-training gave the pooler next-sentence prediction to do.
         pooled = self.pooler_af(self.pooler_dense(hidden_states[:, 0]))
-        return {"last_hidden_state": hidden_states, "pooler_output": pooled}
+        return {"last_hidden_state": hidden_states, "pooler_output": pooled}  # (B, T, D), (B, D)
 
     @classmethod
     def from_pretrained(
@@ -269,14 +256,8 @@ class BertModel(nn.Module):
     ) -> "BertModel":
         """Load a HuggingFace BERT checkpoint, in float32 and evaluation mode.
 
-        Args:
-            name: a folder, a hub id, or an embedded model (`engine.hub.resolve_model`).
-            local_files_only: never use the network.
-            overrides: fields of `BertConfig` to change, such as `hidden_dropout_prob=0.3`; None
-                keeps the checkpoint's own.
-
-        Raises:
-            UserError: no such model, an unsupported architecture, or weights that do not fit.
+        name: a folder, a hub id, or an embedded model. overrides: fields of `BertConfig` to change,
+        such as `hidden_dropout_prob=0.3`; None keeps the checkpoint's own.
         """
         folder = resolve_model(name, local_files_only=local_files_only)
         config = BertConfig.from_file(folder / "config.json")
@@ -287,8 +268,7 @@ class BertModel(nn.Module):
             raise UserError(f"{source}: {len(tensors)} tensors do not fit config.json")
         with reading(folder / "config.json", "a model that fits into memory"):
             model = cls(config)
-        weights = match_weights(model, tensors, source)
-        load_weights(model, weights | read_pooler(folder, config.hidden_size), source)
+        load_weights(model, tensors, source, read_pooler(folder, config.hidden_size))
         return model.eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -330,11 +310,15 @@ def hub_name(name: str) -> str:
     return HUB_NAMES[re.sub(r"\d+", "{}", module)].format(layer) + "." + kind
 
 
-def match_weights(model: BertModel, tensors: dict[str, Tensor], source: Path) -> dict[str, Tensor]:
-    """Check tensors of a checkpoint against `model`, strictly both ways; keyed by plain hub names.
+@torch.no_grad()
+def load_weights(
+    model: BertModel, tensors: dict[str, Tensor], source: Path, pooler: dict[str, Tensor]
+) -> None:
+    """Copy the tensors of a checkpoint into `model`, strictly both ways.
 
-    A `bert.` prefix and TensorFlow's `gamma` and `beta` are accepted; the whole pooler may be
-    missing. UserError names a tensor that is missing, unexpected, duplicate or misshapen.
+    A `bert.` prefix and TensorFlow's `gamma` and `beta` are accepted. `pooler` wins over the
+    checkpoint's own; if neither has one, it keeps its random weights. UserError names a tensor that
+    is missing, unexpected, duplicate or misshapen.
     """
     # Nothing is skipped silently: a checkpoint that half fits would train to a bad score.
     expected = {hub_name(name): parameter for name, parameter in model.named_parameters()}
@@ -360,14 +344,7 @@ def match_weights(model: BertModel, tensors: dict[str, Tensor], source: Path) ->
     missing = [name for name in expected if name not in found]
     if missing and missing != [name for name in expected if name.startswith("pooler.")]:
         raise UserError(f"{source}: {missing[0]} is missing")
-    return found
-
-
-@torch.no_grad()
-def load_weights(model: BertModel, weights: dict[str, Tensor], source: Path) -> None:
-    """Copy what `match_weights` returned into `model`; a missing pooler is drawn at random."""
-    if "pooler.dense.weight" not in weights:
+    if missing and not pooler:
         print(f"note: {source} has no pooler; its weights are drawn at random", file=sys.stderr)
-    for name, parameter in model.named_parameters():
-        if hub_name(name) in weights:
-            parameter.copy_(weights[hub_name(name)])
+    for name, tensor in (found | pooler).items():
+        expected[name].copy_(tensor)

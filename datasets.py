@@ -390,9 +390,10 @@ class TaskMixture:
         exponent = 1 - 0.8 * epoch / max(1, self.epochs - 1)
         weights = np.array([len(dataset) for dataset in self.datasets], dtype=float) ** exponent
         exact = weights / weights.sum() * sum(self.pass_steps)
-        steps = np.floor(exact).astype(int)
+        steps = np.maximum(1, np.floor(exact).astype(int))  # no task is left out, however small
         # The steps lost to rounding down go to the largest remainders.
-        for i in np.argsort(steps - exact, kind="stable")[: sum(self.pass_steps) - steps.sum()]:
+        left = max(0, sum(self.pass_steps) - steps.sum())
+        for i in np.argsort(steps - exact, kind="stable")[:left]:
             steps[i] += 1
         return steps.tolist()
 

@@ -18,6 +18,9 @@ import sys
 import zipfile
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +34,7 @@ from engine.checkpoint import atomic_file, check_new_file, read_json, read_text,
 from engine.cli import ArgumentParser, run_script
 from engine.device import catch_out_of_memory, setup_device
 from engine.errors import TrainingDiverged, UserError, reading
-from engine.export import check_onnx_packages, write_onnx
+from engine.export import write_onnx
 from engine.metrics import similarity_metrics
 from engine.stats import SIGNIFICANCE, compare, format_p, holm
 from engine.trainer import progress_bar
@@ -68,14 +71,14 @@ def embed_dataset(
         for batch in dataset.eval_batches(batch_size, rows):
             with catch_out_of_memory(batch):
                 found = embed_batch(model, batch.to(model.device), pooling)
-            vectors[torch.from_numpy(batch.rows)] = found.unflatten(0, (size[1], -1)).transpose(
-                0, 1
-            )
+            found = found.unflatten(0, (size[1], -1)).transpose(0, 1)
+            vectors[torch.from_numpy(batch.rows)] = found
             bar.update(min(len(batch) * distributed.world_size(), total - bar.n))
     check_finite(distributed.all_reduce_sum(vectors), dataset)
     return vectors
 
 
+@dataclass
 class EmbeddingCache:
     """Embeddings of a frozen encoder, each row's computed once: in linear probing they are fixed.
 
@@ -83,20 +86,18 @@ class EmbeddingCache:
     training is interrupted and resumed.
     """
 
-    def __init__(self, model: SentenceEncoder, batch_size: int):
-        self.model = model
-        self.batch_size = batch_size
-        self.vectors: dict[int, Tensor] = {}  # by the dataset's id()
+    model: SentenceEncoder
+    batch_size: int
+    vectors: dict[TokenizedDataset, Tensor] = field(default_factory=dict)
 
     def add(self, dataset: TokenizedDataset, rows: np.ndarray | None = None) -> None:
         """Encode a dataset, or only these rows of it."""
-        if id(dataset) not in self.vectors:
-            self.vectors[id(dataset)] = embed_dataset(self.model, dataset, self.batch_size, rows)
+        self.vectors[dataset] = embed_dataset(self.model, dataset, self.batch_size, rows)
 
     def __call__(self, batch: Batch) -> Tensor:
         """The embeddings of a batch, as `embed_batch`."""
         # (B, embeddings_per_row, D) -> all first sentences, then all second ones.
-        vectors = self.vectors[id(batch.dataset)][torch.from_numpy(batch.rows)]
+        vectors = self.vectors[batch.dataset][torch.from_numpy(batch.rows)]
         return vectors.transpose(0, 1).flatten(0, 1)
 
 
@@ -177,6 +178,11 @@ def evaluate(datasets: Sequence[TaskDataset], logits: Sequence[Tensor]) -> dict[
     return {"score": overall_score(metrics), "summary": summarize(metrics), "tasks": metrics}
 
 
+def majority_share(gold: np.ndarray) -> float:
+    """The accuracy of always predicting the most frequent class."""
+    return float(np.unique(gold, return_counts=True)[1].max() / len(gold))
+
+
 def baseline(model: SentenceEncoder, dataset: TaskDataset, batch_size: int) -> tuple[str, float]:
     """What a dev score has to beat, and the name of it, before the model is trained.
 
@@ -185,7 +191,7 @@ def baseline(model: SentenceEncoder, dataset: TaskDataset, batch_size: int) -> t
     """
     gold = dataset.labels.numpy()
     if dataset.task.labels.integer:
-        return "majority class", float(np.unique(gold, return_counts=True)[1].max() / len(gold))
+        return "majority class", majority_share(gold)
     texts = list(zip(*(example.texts for example in dataset.examples), strict=True))
     pairs = TokenizedDataset(dataset.name, dataset.path, texts, model.tokenizer)
     vectors = embed_dataset(model, pairs, batch_size, pooling="mean").cpu()
@@ -211,16 +217,9 @@ def write_predictions(path: Path, dataset: TaskDataset, logits: Tensor) -> None:
 def read_predictions(
     path: Path, task: Task, examples: Sequence[Example], source: Path
 ) -> np.ndarray:
-    """The predictions (N,) in a leaderboard file, checked against the rows they are for.
+    """The predictions (N,) in a leaderboard file, for exactly these rows of `source`, in order.
 
-    Args:
-        path: what `write_predictions` wrote.
-        task: of the rows.
-        examples: the rows, in order.
-        source: the file of the rows, for messages.
-
-    Raises:
-        UserError: the header, number of rows, an id, the order or a prediction is wrong.
+    UserError if the header, the number of rows, an id, the order or a prediction is wrong.
     """
     header, *rows = read_text(path, "a prediction file; a finished run has them").split("\n")
     if header != f"id \t {task.header} ":
@@ -241,35 +240,49 @@ def read_predictions(
 
 def _parse_prediction(text: str, labels: Any, where: str) -> float:
     """The number in a leaderboard line, if it is formatted as the leaderboard expects."""
-    try:
+    with suppress(ValueError):
         value = float(text) if labels.dtype == torch.float32 else int(text)
-    except ValueError:
-        value = math.nan
-    valid = value in range(int(labels.low), int(labels.high) + 1) or not labels.integer
-    if not math.isfinite(value) or not valid or text != f"{value} ":
-        raise UserError(f"{where}: {text[:40]!r} is not a prediction in the leaderboard's format")
-    return value
+        whole = value in range(int(labels.low), int(labels.high) + 1)
+        if math.isfinite(value) and text == f"{value} " and (whole or not labels.integer):
+            return value
+    raise UserError(f"{where}: {text[:40]!r} is not a prediction in the leaderboard's format")
 
 
 # ---------------------------------------------------------------------------- saved runs
+
+
+def run_facts(
+    model: SentenceEncoder, datasets: dict[str, Sequence[TokenizedDataset]]
+) -> dict[str, Any]:
+    """What `config.json` records of a run's data (split -> a dataset per task) and model."""
+    return {
+        "data": {str(d.path): d.checksum for of in datasets.values() for d in of},
+        "device": str(model.device),
+        "precision": str(model.dtype).removeprefix("torch."),
+        "decoders": model.decoders,
+        "rows": {split: {d.name: len(d) for d in of} for split, of in datasets.items()},
+        "files": {
+            split: {d.name: str(d.path.absolute()) for d in of} for split, of in datasets.items()
+        },
+    }
 
 
 class SavedRun:
     """A finished run as its `config.json` describes it."""
 
     def __init__(self, folder: Path):
-        if not (folder / "config.json").is_file() or not (folder / "log.jsonl").is_file():
+        path = folder / "config.json"
+        if not path.is_file() or not (folder / "log.jsonl").is_file():
             raise UserError(f"{folder}: not a run folder; expected one with config.json and best/")
         self.folder = folder
-        path = folder / "config.json"
-        config = read_json(path)
+        self.config = read_json(path)
         with reading(path, "the record of a run"):
-            self.config = config
-            self.arguments: dict[str, Any] = config["arguments"]
+            self.arguments: dict[str, Any] = self.config["arguments"]
             self.batch_size = int(self.arguments["batch_size"])
             self.limit: int | None = self.arguments["limit"]
-            self.files: dict[str, dict[str, str]] = config.get("files", {})
-            _ = config["hardware"]["threads"], config["precision"], config["device"]
+            self.threads = int(self.config["hardware"]["threads"])
+            self.files: dict[str, dict[str, str]] = self.config.get("files", {})
+            _ = self.config["precision"], self.config["device"]
 
     def load_model(self, device: str | None = None) -> MultitaskBERT:
         """The best model, with the run's precision and threads, on the run's device or another."""
@@ -277,14 +290,13 @@ class SavedRun:
         recorded = {**self.config, "device": device or self.config["device"]}
         chosen, model.dtype = setup_device(0, "auto", "auto", recorded)
         # Bit for bit as in the run, also where that used several processes.
-        threads = self.config["hardware"]["threads"]
-        torch.set_num_threads(min(threads, os.cpu_count() or 1))
+        torch.set_num_threads(min(self.threads, os.cpu_count() or 1))
         return model.to(chosen)
 
     def data_file(self, task: Task, split: str, data_dir: Path | None) -> Path:
         """The file that the run read, or the one in another data folder."""
         if data_dir is not None:
-            return data_dir / task.files.format("test-student" if split == "test" else split)
+            return data_dir / task.file(split)
         if task.name not in self.files.get(split, {}):
             path = self.folder / "config.json"
             raise UserError(f"{path}: names no {split} file of {task.name}; give --data_dir")
@@ -308,17 +320,17 @@ def format_json(value: dict[str, Any]) -> str:
     return re.sub(r"\[[^\[\]{}]*\]", lambda match: " ".join(match[0].split()), text)
 
 
-def evaluate_run(run: SavedRun, data_dir: Path | None, device: str | None) -> None:
+def evaluate_run(run: SavedRun, args: Namespace) -> None:
     """Print the dev metrics of the run's best model, in the form of `result.json`."""
-    model = run.load_model(device)
+    model = run.load_model(args.device)
     datasets = []
     for task in find_tasks(list(model.heads)) or [TASKS["sts"]]:  # SimCSE has no heads
-        path = run.data_file(task, "dev", data_dir)
+        path = run.data_file(task, "dev", args.data_dir)
         pairs = model.pair_encoding
         datasets.append(TaskDataset(path, task, model.tokenizer, pairs, limit=run.limit))
     note(*datasets)
     if model.heads:
-        embed = lambda batch: embed_batch(model, batch)  # noqa: E731
+        embed = partial(embed_batch, model)
         logits = [predict(model, dataset, run.batch_size, embed) for dataset in datasets]
         found = evaluate(datasets, logits)
         result = {"dev": found["tasks"], "overall": found["score"]}
@@ -328,20 +340,20 @@ def evaluate_run(run: SavedRun, data_dir: Path | None, device: str | None) -> No
         result = {"dev": {"sts": similarity_metrics(vectors, datasets[0].labels)}}
     print(format_json(result))
     known = run.folder / "result.json"
-    if data_dir is None and known.exists():
+    if args.data_dir is None and known.exists():
         same = read_json(known).get("dev") == result["dev"]
         note(f"{known}: {'the same metrics, bit for bit' if same else 'DIFFERENT metrics'}")
 
 
-def compare_runs(first: SavedRun, second: SavedRun, data_dir: Path | None) -> None:
+def compare_runs(first: SavedRun, args: Namespace) -> None:
     """Print the differences between two runs' dev metrics, and whether they are significant."""
-    runs = (first, second)
+    runs = (first, SavedRun(args.compare))
     common = [name for name in TASKS if all(name in run.files.get("dev", {}) for run in runs)]
     if not common:
-        raise UserError(f"{first.folder}, {second.folder}: have no task in common")
+        raise UserError(f"{first.folder}, {args.compare}: have no task in common")
     found = []
     for task in find_tasks(common):
-        path = first.data_file(task, "dev", data_dir)
+        path = first.data_file(task, "dev", args.data_dir)
         examples, others = (read_examples(path, task, limit=run.limit)[0] for run in runs)
         if examples != others:
             limits = " and ".join(f"{run.folder} had --limit {run.limit}" for run in runs)
@@ -367,31 +379,26 @@ def compare_runs(first: SavedRun, second: SavedRun, data_dir: Path | None) -> No
     )
 
 
-def find_head(model: MultitaskBERT, name: str) -> Task:
-    """The task of that name; UserError if the run has no head for it."""
-    if name not in model.heads:
-        trained = ", ".join(model.heads) or "none: SimCSE pre-training has no heads"
-        raise UserError(f"--task {name}: the run has no head for it; it has {trained}")
-    return TASKS[name]
-
-
 def predict_file(run: SavedRun, args: Namespace) -> None:
     """Write the predictions for a csv file; print metrics if it has labels."""
     check_new_file(args.out)
     model = run.load_model(args.device)
-    task = find_head(model, args.task)
+    if args.task not in model.heads:
+        trained = ", ".join(model.heads) or "none: SimCSE pre-training has no heads"
+        raise UserError(f"--task {args.task}: the run has no head for it; it has {trained}")
+    task = TASKS[args.task]
     dataset = TaskDataset(args.data, task, model.tokenizer, model.pair_encoding, labelled=None)
     note(dataset)
-    logits = predict(model, dataset, run.batch_size, lambda batch: embed_batch(model, batch))
+    logits = predict(model, dataset, run.batch_size, partial(embed_batch, model))
     write_predictions(args.out, dataset, logits)
     if dataset.labels is not None:
         print(format_json({task.name: task_metrics(dataset, logits)}))
     note(args.out)
 
 
-def predict_texts(run: SavedRun, texts: Sequence[str], device: str | None) -> None:
+def predict_texts(run: SavedRun, args: Namespace) -> None:
     """Print each matching task's prediction for a sentence or a pair, with probabilities."""
-    model = run.load_model(device)
+    model, texts = run.load_model(args.device), args.text
     tasks = [task for task in find_tasks(list(model.heads)) if len(task.text_columns) == len(texts)]
     if not tasks:
         raise UserError(
@@ -417,14 +424,15 @@ def predict_texts(run: SavedRun, texts: Sequence[str], device: str | None) -> No
             print(f"{task.name}: {prediction:.4f}")
 
 
-def submit(run: SavedRun, out: Path, data_dir: Path | None) -> None:
+def submit(run: SavedRun, args: Namespace) -> None:
     """Check the run's prediction files and pack them for the leaderboard."""
+    out = args.submit
     check_new_file(out)
     files: dict[str, Path] = {}
     for task in find_tasks(LEADERBOARD):
         for split in ("dev", "test"):
             path = run.prediction_file(task, split)
-            source = run.data_file(task, split, data_dir)
+            source = run.data_file(task, split, args.data_dir)
             examples, _, _ = read_examples(source, task, labelled=split == "dev")
             if run.limit is not None and run.limit < len(examples):
                 raise UserError(
@@ -461,10 +469,9 @@ class ExportedEncoder(nn.Module):
         return output["last_hidden_state"], output["pooler_output"], embedding
 
 
-def export(run: SavedRun, out: Path | None) -> None:
+def export(run: SavedRun, args: Namespace) -> None:
     """Write the run's encoder as ONNX."""
-    check_onnx_packages()
-    path = out or run.folder / "best" / "onnx" / "model.onnx"
+    path = args.out or run.folder / "best" / "onnx" / "model.onnx"
     check_new_file(path)
     model = MultitaskBERT.from_pretrained(run.folder)
     limit = model.bert.config.max_position_embeddings
@@ -474,14 +481,21 @@ def export(run: SavedRun, out: Path | None) -> None:
 
 # ---------------------------------------------------------------------------- command line
 
-# Action -> the other flags that it takes. Without an action, the run is evaluated again.
+# Without an action, the run is evaluated again.
 ACTIONS = {
-    "evaluate": {"data_dir", "device"},
-    "data": {"task", "out", "device"},
-    "text": {"device"},
-    "submit": {"data_dir"},
-    "compare": {"data_dir"},
-    "export": {"out"},
+    "evaluate": evaluate_run,
+    "data": predict_file,
+    "text": predict_texts,
+    "submit": submit,
+    "compare": compare_runs,
+    "export": export,
+}
+# The other flags, and the actions that take them.
+TAKEN_BY = {
+    "task": {"data"},
+    "out": {"data", "export"},
+    "data_dir": {"evaluate", "submit", "compare"},
+    "device": {"evaluate", "data", "text"},
 }
 
 
@@ -497,19 +511,14 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     add("--export", choices=["onnx"], help="write the encoder as ONNX (after ./setup.sh --dev)")
     add = parser.add_argument
     add("--task", help="the task whose columns the file of --data has")
-    add(
-        "--out",
-        type=Path,
-        help="a new file: of --data for the predictions, in the leaderboard's format; of --export"
-        " for the model (default: best/onnx/model.onnx in the run folder)",
-    )
+    add("--out", type=Path, help="a new file, for --data (predictions) or --export (the model)")
     add("--data_dir", type=Path, help="folder of the csv files (default: the files the run read)")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], help="(default: the run's)")
     args = parser.parse_args(argv)
     given = [action for action in ACTIONS if getattr(args, action, None) is not None]
     args.action = given[0] if given else "evaluate"
-    for flag in sorted(set.union(*ACTIONS.values()) - ACTIONS[args.action]):
-        if getattr(args, flag) is not None:
+    for flag, actions in TAKEN_BY.items():
+        if getattr(args, flag) is not None and args.action not in actions:
             parser.error(f"--{flag} has no effect {f'with --{given[0]}' if given else 'by itself'}")
     if args.data and not (args.task and args.out):
         parser.error("--data FILE needs --task NAME and --out FILE")
@@ -521,19 +530,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Answer what the command line asks."""
     args = parse_args(argv)
-    run = SavedRun(args.run)
-    if args.action == "evaluate":
-        evaluate_run(run, args.data_dir, args.device)
-    elif args.action == "data":
-        predict_file(run, args)
-    elif args.action == "text":
-        predict_texts(run, args.text, args.device)
-    elif args.action == "submit":
-        submit(run, args.submit, args.data_dir)
-    elif args.action == "compare":
-        compare_runs(run, SavedRun(args.compare), args.data_dir)
-    else:
-        export(run, args.out)
+    ACTIONS[args.action](SavedRun(args.run), args)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from bert import BertModel, load_weights, match_weights
+from bert import BertModel, load_weights
 from datasets import TokenizedDataset
 from engine.checkpoint import (
     atomic_folder,
@@ -129,16 +129,7 @@ HEADS: dict[str, type[nn.Module]] = {
 
 
 class SentenceEncoder(nn.Module):
-    """BERT with pooling: token ids or texts in, one embedding per sequence out.
-
-    Args:
-        bert: the encoder.
-        tokenizer: for `encode` and `save_pretrained`.
-        pooling: `pooler`, `cls` or `mean` (`pool`).
-
-    Attribute `dtype`: of matrix products in BERT, torch.float32 or torch.bfloat16 (by autocast:
-    weights, embeddings, heads and losses stay float32).
-    """
+    """BERT with pooling: token ids or texts in, one embedding per sequence out."""
 
     decoders: dict[str, str] = {}  # noqa: RUF012  # heads by task; none here
     pair_encoding = "separate"
@@ -157,6 +148,8 @@ class SentenceEncoder(nn.Module):
         self.bert = bert
         self.tokenizer = tokenizer
         self.pooling = pooling
+        # Of matrix products in BERT; bfloat16 by autocast: weights, embeddings, heads and losses
+        # stay float32.
         self.dtype = torch.float32
 
     @property
@@ -192,15 +185,15 @@ class SentenceEncoder(nn.Module):
         Autocast keeps the weights that it has cast until the outermost context ends, even if that
         is a disabled one.
         """
-        was_training = self.training
-        if any(module.training for module in self.modules()):  # eval() takes a millisecond
+        training = [module for module in self.modules() if module.training]
+        if training:  # eval() takes a millisecond
             self.eval()
         try:
             with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=False):
                 yield
         finally:
-            if was_training:
-                self.train()
+            for module in training:  # not train(): a part may have been in evaluation mode
+                module.training = True
 
     def encode(self, texts: Sequence[str], batch_size: int = 64) -> np.ndarray:
         """Embeddings of texts, a float32 array (N, D), in their order.
@@ -211,8 +204,6 @@ class SentenceEncoder(nn.Module):
         if isinstance(texts, str):
             raise TypeError("encode takes a list of str; for one sentence, encode([text])[0]")
         vectors = np.empty((len(texts), self.bert.config.hidden_size), dtype=np.float32)
-        if not len(texts):
-            return vectors
         dataset = TokenizedDataset("", Path("texts"), [list(texts)], self.tokenizer)
         with self.evaluating():
             # Longest first, so that memory runs out at once or not at all.
@@ -226,14 +217,11 @@ class SentenceEncoder(nn.Module):
 
         `transformers` and `sentence-transformers` load it, the latter with the same `encode`. The
         folder appears whole or not at all, in place of one that was written like this before.
-
-        Raises:
-            UserError: the folder contains something else.
         """
         folder = Path(folder).resolve()
         # Overwrite only what this method wrote, never a user's folder of something else.
-        replaceable = not folder.exists() or (folder / "heads.json").exists()
-        if not replaceable and not (folder.is_dir() and not any(folder.iterdir())):
+        ours = (folder / "heads.json").exists()
+        if folder.exists() and not ours and any(folder.iterdir()):
             raise UserError(f"{folder}: contains something other than a model; left alone")
         with atomic_folder(folder) as draft:
             self._write(draft)
@@ -248,8 +236,7 @@ class SentenceEncoder(nn.Module):
 
     def load(self, folder: Path) -> None:
         """Take over the weights that `save_pretrained` wrote for a model of the same shape."""
-        tensors, source = read_weights(folder)
-        load_weights(self.bert, match_weights(self.bert, tensors, source), source)
+        load_weights(self.bert, *read_weights(folder), pooler={})
 
 
 # ---------------------------------------------------------------------------- multitask model
@@ -258,19 +245,15 @@ class SentenceEncoder(nn.Module):
 class MultitaskBERT(SentenceEncoder):
     """One BERT shared by several tasks, with a decoder head for each.
 
-    Args:
-        bert, tokenizer, pooling: as for `SentenceEncoder`.
-        tasks: the rows of the table that get a head.
-        decoders: task name -> row of `HEADS`, where it is not the task's default.
-        pair_encoding: `separate` gives each sentence of a pair an embedding of its own (the paper's
-            bi-encoder); `joint` encodes "[CLS] a [SEP] b [SEP]", and a `linear` head decides.
+    Pair encoding `separate` gives each sentence of a pair an embedding of its own (the paper's
+    bi-encoder); `joint` encodes "[CLS] a [SEP] b [SEP]", and a `linear` head decides.
     """
 
     def __init__(
         self,
         bert: BertModel,
-        tasks: Sequence[Task],
-        decoders: dict[str, str] | None = None,
+        tasks: Sequence[Task],  # the rows of the table that get a head
+        decoders: dict[str, str] | None = None,  # task -> row of `HEADS`, if not its default
         pooling: str = "pooler",
         pair_encoding: str = "separate",
         tokenizer: BertTokenizer | None = None,
@@ -388,11 +371,7 @@ class MultitaskBERT(SentenceEncoder):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "MultitaskBERT":
-        """Load a trained model: a run folder (its best/), or what `save_pretrained` wrote.
-
-        Raises:
-            UserError: there is no such folder, a file is damaged, or a task is not in `TASKS`.
-        """
+        """Load a trained model: a run folder (its best/), or what `save_pretrained` wrote."""
         if not Path(folder).is_dir():
             raise UserError(f"{folder}: no such run folder or model folder")
         folder = resolve_model(folder)

@@ -11,6 +11,7 @@ import math
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,10 @@ from torch import Tensor
 from bert import BertModel
 from datasets import SAMPLINGS, Batch, TaskDataset, TaskMixture
 from engine import cli, distributed
-from engine.checkpoint import check_new_file, write_text
+from engine.checkpoint import check_new_file
 from engine.conflict import GradientConflictLogger
-from engine.device import peak_memory_bytes, setup_device
+from engine.device import setup_device
 from engine.errors import UserError
-from engine.export import model_card
 from engine.gradients import backward_by_task, pcgrad, sum_gradients, sum_losses
 from engine.run_dir import RunDir
 from engine.trainer import Trainer
@@ -39,6 +39,7 @@ from evaluation import (
     overall_score,
     predict,
     primary_metric,
+    run_facts,
     task_metrics,
     write_predictions,
 )
@@ -50,6 +51,7 @@ from tokenizer import BertTokenizer
 Datasets = dict[str, list[TaskDataset]]  # split -> a dataset per task
 Backward = Callable[[Sequence[Batch], int], float]  # (batches, step) -> loss, leaving gradients
 
+COMBINE = {"sum": sum_gradients, "pcgrad": pcgrad}  # of the gradients of several tasks
 DEFAULT_LR = 5e-5  # of BERT
 DEFAULT_HEAD_LR = 1e-2  # of the heads; LOG.md has the measurement
 DEFAULT_EPOCHS = {"pretrain": 10, "finetune": 3, "lpft": 3}
@@ -63,20 +65,12 @@ PROBE |= {"leave_out": None, "surgery": "none", "measure_conflict": 0}
 def add_supervised_flags(parser: ArgumentParser) -> None:
     """The flags of training on labels, for one task or several."""
     add = parser.add_argument_group("method").add_argument
-    add(
-        "--option",
-        choices=["pretrain", "finetune", "lpft"],
-        default="pretrain",
-        help="pretrain: train the heads on a frozen BERT (linear probing); finetune: train BERT"
-        " too; lpft: first the one until it converges, then the other (Kumar et al. 2022)",
-    )
+    options = ["pretrain", "finetune", "lpft"]
+    help_text = "pretrain: heads only (linear probing); finetune: BERT too; lpft: one, then both"
+    add("--option", choices=options, default="pretrain", help=help_text)
     add("--epochs", type=cli.POSITIVE_INT, help="(default: 10 for pretrain, else 3)")
     add("--lr", type=cli.POSITIVE, help="peak learning rate (default: pretrain 1e-2, else 5e-5)")
-    add(
-        "--head_lr",
-        type=cli.POSITIVE,
-        help="of the heads, if BERT is trained too; with lpft, in the probe (default: 1e-2)",
-    )
+    add("--head_lr", type=cli.POSITIVE, help="of the heads if BERT is trained too (default: 1e-2)")
     add("--no_test", action="store_true", help="neither read nor predict the test files")
 
 
@@ -97,34 +91,15 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     add = parser.add_argument_group("multitask training").add_argument
     add("--tasks", default="sst,para,sts", help=f"comma-separated; there are {', '.join(TASKS)}")
     add("--sampling", choices=SAMPLINGS, default="roundrobin", help="how an epoch mixes the tasks")
-    add(
-        "--pair_encoding",
-        choices=PAIR_ENCODINGS,
-        default="separate",
-        help="one embedding per sentence, or one for '[CLS] a [SEP] b [SEP]'",
-    )
+    pair_help = "an embedding per sentence, or one for '[CLS] a [SEP] b [SEP]'"
+    add("--pair_encoding", choices=PAIR_ENCODINGS, default="separate", help=pair_help)
     add("--leave_out", metavar="TASK", help="train its head, but keep its loss from BERT")
-    add(
-        "--surgery",
-        choices=["none", "sum", "pcgrad"],
-        default="none",
-        help="sum, pcgrad: every step has a batch of each task and BERT gets the sum of their"
-        " gradients; pcgrad first projects out conflicts (Yu et al. 2020)",
-    )
-    add(
-        "--measure_conflict",
-        type=cli.COUNT,
-        default=0,
-        metavar="N",
-        help="log gradient conflict every N steps (0: never); says beforehand what it costs",
-    )
-    add(
-        "--conflict_rows",
-        type=cli.POSITIVE_INT,
-        metavar="ROWS",
-        help="rows per batch for --measure_conflict (default: --batch_size; at most half of the"
-        " training set): more rows, less noise, more time",
-    )
+    surgery_help = "sum, pcgrad: a batch of each task per step; pcgrad projects out conflicts"
+    add("--surgery", choices=["none", *COMBINE], default="none", help=surgery_help)
+    conflict_help = "log gradient conflict every N steps; says beforehand what that costs"
+    add("--measure_conflict", type=cli.COUNT, default=0, metavar="N", help=conflict_help)
+    rows_help = "rows per batch of --measure_conflict (default: --batch_size)"
+    add("--conflict_rows", type=cli.POSITIVE_INT, metavar="ROWS", help=rows_help)
     cli.add_training_flags(parser)
     for task in TASKS.values():
         add = parser.add_argument_group(f"{task.title} ({task.name})").add_argument
@@ -191,14 +166,11 @@ def load_datasets(args: Namespace, tasks: list[Task], tokenizer: BertTokenizer) 
     datasets: Datasets = {split: [] for split in splits}
     for task in tasks:
         for split in splits:
-            file = task.files.format("test-student" if split == "test" else split)
-            path = given_path(args, task.name, split) or args.data_dir / file
-            labelled = split != "test"
-            pairs = args.pair_encoding
-            datasets[split].append(
-                TaskDataset(path, task, tokenizer, pairs, labelled, limit=args.limit)
-            )
-            print(datasets[split][-1])
+            path = given_path(args, task.name, split) or args.data_dir / task.file(split)
+            pairs, labelled = args.pair_encoding, split != "test"
+            dataset = TaskDataset(path, task, tokenizer, pairs, labelled, limit=args.limit)
+            datasets[split].append(dataset)
+            print(dataset)
     for dataset in datasets["train"] if args.measure_conflict else ():
         if len(dataset) < 2:
             raise UserError(f"{dataset.path}: one row, but --measure_conflict needs two batches")
@@ -208,9 +180,8 @@ def load_datasets(args: Namespace, tasks: list[Task], tokenizer: BertTokenizer) 
 def output_paths(args: Namespace, resumed: bool) -> dict[tuple[str, str], Path]:
     """(task, split) -> its prediction file.
 
-    Raises:
-        UserError: a file that the user named exists (unless this run may have written it before),
-            is named twice, or cannot be written.
+    UserError if one that the user named exists (unless this run may have written it before), is
+    named twice, or cannot be written.
     """
     paths: dict[tuple[str, str], Path] = {}
     taken = [args.run_dir.resolve()]
@@ -253,22 +224,20 @@ def make_backward(args: Namespace, model: MultitaskBERT, embed: Embed) -> Backwa
     if args.surgery == "none":
         return lambda batches, step: backward_task(batches)
     shared = list(model.bert.parameters())
-    combine = {"sum": sum_gradients, "pcgrad": pcgrad}[args.surgery]
+    combine = COMBINE[args.surgery]
     return lambda batches, step: backward_by_task(backward_task, batches, shared, combine)
 
 
+@dataclass
 class DevEvaluator:
     """Evaluates the model on dev for the trainer, and remembers what the best weights predicted."""
 
-    def __init__(
-        self, model: MultitaskBERT, datasets: list[TaskDataset], batch_size: int, embed: Embed
-    ):
-        self.model = model
-        self.datasets = datasets
-        self.batch_size = batch_size
-        self.embed = embed
-        self.best: dict[str, Any] = {"score": -math.inf, "tasks": {}}
-        self.best_logits: dict[TaskDataset, Tensor] = {}
+    model: MultitaskBERT
+    datasets: list[TaskDataset]
+    batch_size: int
+    embed: Embed
+    best: dict[str, Any] = field(default_factory=lambda: {"score": -math.inf, "tasks": {}})
+    best_logits: dict[TaskDataset, Tensor] = field(default_factory=dict)
 
     def __call__(self) -> dict[str, Any]:
         """`evaluation.evaluate` of the current weights."""
@@ -292,8 +261,8 @@ def train(
     run: RunDir,
     frozen: bool,
     best_folder: str = "best",
-) -> tuple[dict[str, Any], DevEvaluator]:
-    """Train the heads, and BERT unless it is frozen; the best evaluation, and its evaluator.
+) -> Trainer:
+    """Train the heads, and BERT unless it is frozen; the trainer, which has the best evaluation.
 
     The paper has one Adam per head, so that a task's batches do not move another's moments.
     """
@@ -306,18 +275,21 @@ def train(
         args.accumulate,
         all_tasks=args.surgery != "none",
     )
-    embed = (
-        cache_embeddings(args, model, datasets, mixture) if frozen else partial(embed_batch, model)
-    )
+    embed: Embed = partial(embed_batch, model)
+    if frozen:  # BERT gives a sentence the same embedding in every epoch: compute each once
+        embed = EmbeddingCache(model, args.batch_size)
+        for dataset, rows in zip(datasets["train"], mixture.rows_used(), strict=True):
+            embed.add(dataset, rows)
+        for dataset in [*datasets["dev"], *datasets.get("test", [])]:
+            embed.add(dataset)
     model.freeze(frozen)
     # BERT gets a small learning rate, new heads a large one.
-    optimizers = {}
-    if not frozen:
-        groups = parameter_groups(model.bert, args.weight_decay)
-        optimizers["bert"] = AdamW(groups, lr=args.lr, fused=True)
-    for name, head in model.heads.items():
-        groups = parameter_groups(head, args.weight_decay)
-        optimizers[name] = AdamW(groups, lr=args.head_lr, fused=True)
+    rates = {name: (head, args.head_lr) for name, head in model.heads.items()}
+    rates = rates if frozen else {"bert": (model.bert, args.lr), **rates}
+    optimizers = {
+        name: AdamW(parameter_groups(module, args.weight_decay), lr=lr, fused=True)
+        for name, (module, lr) in rates.items()
+    }
     backward = make_backward(args, model, embed)
     if args.measure_conflict:
         loss_fn = partial(row_losses, model, partial(embed_batch, model))
@@ -328,19 +300,8 @@ def train(
     trainer = Trainer(
         model, optimizers, factor, mixture, backward, evaluator, run, args, best_folder
     )
-    return trainer.fit(), evaluator
-
-
-def cache_embeddings(
-    args: Namespace, model: MultitaskBERT, datasets: Datasets, mixture: TaskMixture
-) -> Embed:
-    """A frozen BERT gives a sentence the same embedding in every epoch: compute each once."""
-    cache = EmbeddingCache(model, args.batch_size)
-    for dataset, rows in zip(datasets["train"], mixture.rows_used(), strict=True):
-        cache.add(dataset, rows)
-    for dataset in [*datasets["dev"], *datasets.get("test", [])]:
-        cache.add(dataset)
-    return cache
+    trainer.fit()
+    return trainer
 
 
 def load_best(model: MultitaskBERT, folder: Path) -> None:
@@ -351,7 +312,7 @@ def load_best(model: MultitaskBERT, folder: Path) -> None:
 
 def train_by_option(
     args: Namespace, model: MultitaskBERT, datasets: Datasets, run: RunDir
-) -> tuple[dict[str, Any], DevEvaluator]:
+) -> Trainer:
     """`train` in the one or two stages of --option; the best weights are then loaded."""
     if args.option == "lpft":
         if run.state is None or run.state[1]["stage"] == "probe":
@@ -363,9 +324,9 @@ def train_by_option(
         run.stage = "finetune"
         args.head_lr = args.lr  # one rate for the whole model, as Kumar et al. fine-tune
         print("the probe has converged: fine-tuning from its heads")
-    best, evaluator = train(args, model, datasets, run, frozen=args.option == "pretrain")
+    trainer = train(args, model, datasets, run, frozen=args.option == "pretrain")
     load_best(model, run.path / "best")
-    return best, evaluator
+    return trainer
 
 
 # ---------------------------------------------------------------------------- results
@@ -373,15 +334,12 @@ def train_by_option(
 
 def write_results(
     args: Namespace,
-    model: MultitaskBERT,
     datasets: Datasets,
     baselines: dict[str, tuple[str, float]],
-    best: dict[str, Any],
-    evaluator: DevEvaluator,
-    run: RunDir,
+    trainer: Trainer,
 ) -> dict[str, Any]:
     """Write the best weights' predictions and result.json, and print a table; that result."""
-    seconds = run.seconds()
+    evaluator, best = trainer.evaluate_model, trainer.state.best
     outputs = output_paths(args, resumed=True)
     metrics = {}
     # After an interruption, the best weights may be older than what the evaluator has seen.
@@ -389,29 +347,18 @@ def write_results(
     for task, split in outputs:
         dataset = next(dataset for dataset in datasets[split] if dataset.name == task)
         logits = known[dataset] if dataset in known else evaluator.predict(dataset)
-        if run.writes:
+        if trainer.run.writes:
             write_predictions(outputs[task, split], dataset, logits)
         if split == "dev":
             metrics[task] = task_metrics(dataset, logits)
-    result = {
-        "dev": metrics,
-        "overall": overall_score(metrics),
-        "baselines": {task: {name: value} for task, (name, value) in baselines.items()},
-        "best_epoch": best["epoch"],
-        "best_step": best["step"],
-        "training_seconds": round(seconds, 1),
-        "saving_seconds": round(run.saving_seconds, 2),  # of the training seconds
-        "peak_memory_bytes": peak_memory_bytes(model.device),  # of rank 0
-        "processes": distributed.world_size(),
-        "predictions": {f"{task}_{split}": str(path) for (task, split), path in outputs.items()},
-    }
-    if run.writes:
-        write_text(run.path / "best" / "README.md", model_card(run.path, result))
-    run.finish(result, args.keep_last)
     print(f"best weights: epoch {best['epoch']}, step {best['step']}; dev scores:")
     print(results_table(metrics, baselines))
-    print(f"{run.path}: best/, predictions/, result.json; trained for {seconds:.0f} s")
-    return result
+    return trainer.finish(
+        dev=metrics,
+        overall=overall_score(metrics),
+        baselines={task: {name: value} for task, (name, value) in baselines.items()},
+        predictions={f"{task}_{split}": str(path) for (task, split), path in outputs.items()},
+    )
 
 
 def results_table(
@@ -425,22 +372,14 @@ def results_table(
         lines.append((task, next(iter(of)), score, f"{value:.3f} ({name})", f"{of['rows']:,}"))
     lines.append(("overall", "", f"{overall_score(metrics):.3f}", "", ""))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    padded = [
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
-        for line in lines
-    ]
-    return "\n".join("  " + line.rstrip() for line in padded)
+    return "\n".join("  " + "  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
 # ---------------------------------------------------------------------------- main
 
 
 def run_training(args: Namespace) -> dict[str, Any]:
-    """Train as the command line says, from files to a finished run; what `result.json` holds.
-
-    Raises:
-        UserError: anything the user can fix; nothing has been written before training starts.
-    """
+    """Train as the command line says, from files to a finished run; what `result.json` holds."""
     with distributed.process_group(args):
         # 1. Check everything that can be checked before anything is written.
         tasks = find_tasks(args.tasks)
@@ -456,26 +395,14 @@ def run_training(args: Namespace) -> dict[str, Any]:
         model.dtype = dtype
         distributed.broadcast_parameters(model.to(device))
         # 3. The run folder records all that is needed to repeat the run.
-        everything = [dataset for of in datasets.values() for dataset in of]
-        run = RunDir.start_or_resume(
-            args,
-            data={str(dataset.path): dataset.checksum for dataset in everything},
-            device=str(device),
-            precision=str(dtype).removeprefix("torch."),
-            decoders=model.decoders,
-            rows={split: {d.name: len(d) for d in of} for split, of in datasets.items()},
-            files={
-                split: {d.name: str(d.path.absolute()) for d in of}
-                for split, of in datasets.items()
-            },
-        )
+        run = RunDir.start_or_resume(args, **run_facts(model, datasets))
         with closing(run):
             # 4. Train, then predict with the best weights.
             print(f"run folder: {run.path}")
             dev = datasets["dev"]
             baselines = {d.name: baseline(model, d, args.batch_size) for d in dev}
-            best, evaluator = train_by_option(args, model, datasets, run)
-            return write_results(args, model, datasets, baselines, best, evaluator, run)
+            trainer = train_by_option(args, model, datasets, run)
+            return write_results(args, datasets, baselines, trainer)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

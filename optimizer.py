@@ -27,32 +27,17 @@ def _without_compiler(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class AdamW(torch.optim.Optimizer):
-    """Adam with decoupled weight decay.
-
-    Args:
-        params: parameters, named parameters, or groups of either, as in `torch.optim`.
-        lr: learning rate, at least 0.
-        betas: decay rates of the two moments, each in [0, 1).
-        eps: added to the root of the second moment, at least 0.
-        weight_decay: decoupled weight decay, at least 0.
-        correct_bias: False leaves out the bias correction (a = lr), as the first BERT code did.
-        fused: let PyTorch's fused kernel do the update in one pass over memory, where it can.
-
-    Half-precision parameters have moments in float32.
-
-    Raises:
-        ValueError: a hyperparameter is out of range; in `step`, a gradient is sparse.
-    """
+    """Adam with decoupled weight decay. Half-precision parameters have moments in float32."""
 
     def __init__(
         self,
         params: Iterable[Any],
         lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-6,
+        betas: tuple[float, float] = (0.9, 0.999),  # decay rates of the two moments
+        eps: float = 1e-6,  # added to the root of the second moment
         weight_decay: float = 0.0,
-        correct_bias: bool = True,
-        fused: bool = False,
+        correct_bias: bool = True,  # False: a = lr, as the first BERT code did
+        fused: bool = False,  # let PyTorch's fused kernel do the update, where it can
     ):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, {**defaults, "correct_bias": correct_bias})
@@ -72,10 +57,8 @@ class AdamW(torch.optim.Optimizer):
     ) -> Tensor | None:
         """Update every parameter that has a gradient; all others keep their values and moments.
 
-        Args:
-            closure: recomputes the loss and its gradients; its result is returned.
-            scale: a factor for all gradients, such as that of gradient clipping. The fused kernel
-                leaves the gradients scaled.
+        closure: recomputes the loss and its gradients; its result is returned. scale: a factor on
+        all gradients, as of clipping; the fused kernel leaves them scaled.
         """
         loss = None
         if closure is not None:
@@ -174,23 +157,13 @@ def fused_adamw_update(
     if not group["correct_bias"]:
         fused_lr *= (1 - beta1**t) / root  # cancels the correction that the kernel makes
     params, grads, exp_avgs, exp_avg_sqs = map(list, zip(*tensors, strict=True))
-    torch._fused_adamw_(
-        params,
-        grads,
-        exp_avgs,
-        exp_avg_sqs,
-        [],
-        [torch.full((), t, dtype=torch.float32, device=device)] * len(params),
-        lr=fused_lr,
-        beta1=beta1,
-        beta2=beta2,
-        weight_decay=decay / fused_lr if fused_lr else 0.0,
-        eps=group["eps"] / root,
-        amsgrad=False,
-        maximize=False,
-        # The kernel divides by it.
-        grad_scale=None if scale == 1 else torch.full((), 1 / scale, device=device),
-    )
+    steps = [torch.full((), t, dtype=torch.float32, device=device)] * len(params)
+    options = {"lr": fused_lr, "weight_decay": decay / fused_lr if fused_lr else 0.0}
+    options |= {"beta1": beta1, "beta2": beta2, "eps": group["eps"] / root}
+    if scale != 1:  # the kernel divides by it
+        options["grad_scale"] = torch.full((), 1 / scale, device=device)
+    options |= {"amsgrad": False, "maximize": False}
+    torch._fused_adamw_(params, grads, exp_avgs, exp_avg_sqs, [], steps, **options)
 
 
 def check_hyperparameters(group: dict[str, Any]) -> None:

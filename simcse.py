@@ -15,6 +15,7 @@ import math
 from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,14 +27,12 @@ from torch.nn import functional as F
 from bert import BertModel
 from datasets import Batch, TaskDataset, TaskMixture, TokenizedDataset, read_triples
 from engine import cli, distributed
-from engine.checkpoint import write_text
-from engine.device import get_rng_states, peak_memory_bytes, set_rng_states, setup_device
+from engine.device import get_rng_states, set_rng_states, setup_device
 from engine.errors import UserError
-from engine.export import model_card
 from engine.metrics import similarity_metrics
 from engine.run_dir import RunDir
 from engine.trainer import Trainer
-from evaluation import embed_dataset
+from evaluation import embed_dataset, run_facts
 from model import SentenceEncoder
 from optimizer import AdamW, lr_factor, parameter_groups
 from tasks import TASKS
@@ -44,20 +43,13 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     """The command line, checked and completed."""
     parser = cli.ArgumentParser(__doc__.splitlines()[0])
     add = parser.add_argument_group("method").add_argument
-    add(
-        "--mode",
-        choices=["supervised", "unsupervised"],
-        default="supervised",
-        help="NLI triples, or single sentences under two dropout masks",
-    )
+    modes = ["supervised", "unsupervised"]
+    add("--mode", choices=modes, default=modes[0], help="NLI triples, or sentences with themselves")
     add("--epochs", type=cli.POSITIVE_INT, default=3, help="passes over the triples or sentences")
     add("--lr", type=cli.POSITIVE, default=5e-5, help="peak learning rate")
     add("--temperature", type=cli.POSITIVE, default=0.05, help="SimCSE: 0.05; the paper: 1")
-    add(
-        "--hard_negative_weight",
-        type=cli.POSITIVE,
-        help="weight of a row's own contradiction among its negatives (default: 1)",
-    )
+    weight_help = "of a row's own contradiction among its negatives (default: 1)"
+    add("--hard_negative_weight", type=cli.POSITIVE, help=weight_help)
     cli.add_training_flags(parser)
     add = parser.add_argument_group("files").add_argument
     add("--nli", type=Path, help="NLI triples (default: nli_for_simcse.csv in --data_dir)")
@@ -91,12 +83,8 @@ def contrastive_loss(
     paper prints h_i where SimCSE has h_j in the denominator, a slip: all terms of the sum would be
     equal, and no other row a negative. It prints no temperature either, which means t = 1.
 
-    Args:
-        anchors, positives, negatives: embeddings (B, D); without negatives e(i, j-) is 0.
-        excluded: (B, C) bool, C = B or 2 B: candidates (positives, then negatives) left out of a
-            row's sum. Its own positive always counts.
-        temperature: t above, positive.
-        hard_negative_weight: w_ii above, positive.
+    anchors, positives, negatives: (B, D); without negatives e(i, j-) is 0. excluded: (B, C) bool, C
+    candidates (positives, then negatives) left out of a row's sum, but for its own positive.
     """
     candidates = positives if negatives is None else torch.cat([positives, negatives])  # (C, D)
     scores = F.normalize(anchors, dim=-1) @ F.normalize(candidates, dim=-1).T / temperature
@@ -142,6 +130,7 @@ def sentence_keys(batches: Sequence[Batch]) -> Tensor:
     return torch.tensor(columns, device=batches[0].input_ids.device).T
 
 
+@dataclass
 class ContrastiveBackward:
     """Gradients of `contrastive_loss` over all rows of a step together, for `Trainer`.
 
@@ -153,9 +142,8 @@ class ContrastiveBackward:
     backpropagates through its own: the sum of their gradients is that of the big batch.
     """
 
-    def __init__(self, model: SentenceEncoder, args: Namespace):
-        self.model = model
-        self.args = args
+    model: SentenceEncoder
+    args: Namespace  # `pooling`, `temperature` and `hard_negative_weight`
 
     def __call__(self, batches: Sequence[Batch], step: int) -> float:
         """Leave gradients in the model's parameters; returns the mean loss."""
@@ -238,9 +226,8 @@ def load_datasets(
     nli = TokenizedDataset(
         "nli", path, columns, tokenizer, unit=unit, min_batch_size=2, checksum=checksum
     )
-    sts = TASKS["sts"]
-    sts_path = args.sts_dev or args.data_dir / sts.files.format("dev")
-    dev = TaskDataset(sts_path, sts, tokenizer, limit=args.limit)
+    sts_path = args.sts_dev or args.data_dir / TASKS["sts"].file("dev")
+    dev = TaskDataset(sts_path, TASKS["sts"], tokenizer, limit=args.limit)
     print(nli, dev, sep="\n")
     return nli, dev
 
@@ -277,34 +264,12 @@ def train(
         args,
     )
     best = trainer.fit()
-    seconds = run.seconds()
-    result = {
-        "dev": {"sts": best["metrics"]},
-        "before": {"sts": before["metrics"]},
-        "best_epoch": best["epoch"],
-        "best_step": best["step"],
-        "training_seconds": round(seconds, 1),
-        "saving_seconds": round(run.saving_seconds, 2),  # of the training seconds
-        "peak_memory_bytes": peak_memory_bytes(model.device),  # of rank 0
-        "processes": distributed.world_size(),
-    }
-    if run.writes:
-        write_text(run.path / "best" / "README.md", model_card(run.path, result))
-    run.finish(result, args.keep_last)
     print(f"dev, best epoch {best['epoch']}: {best['summary']}")
-    print(f"{run.path}: best/, result.json; trained for {seconds:.0f} s")
-    return result
+    return trainer.finish(dev={"sts": best["metrics"]}, before={"sts": before["metrics"]})
 
 
 def run_training(args: Namespace) -> dict[str, Any]:
-    """Train as the command line says, from files to a finished run; what `result.json` holds.
-
-    Unsupervised SimCSE trains through the pooler and evaluates without it (its "MLP"): the pooling
-    of best/ is then `cls`.
-
-    Raises:
-        UserError: anything the user can fix; nothing has been written before training starts.
-    """
+    """Train as the command line says, from files to a finished run; what `result.json` holds."""
     with distributed.process_group(args):
         recorded = RunDir.check(args)
         device, dtype = setup_device(args.seed, args.device, args.precision, recorded)
@@ -315,17 +280,7 @@ def run_training(args: Namespace) -> dict[str, Any]:
         model = SentenceEncoder(bert, tokenizer, "cls" if without_mlp else args.pooling)
         model.dtype = dtype
         distributed.broadcast_parameters(model.to(device))
-        run = RunDir.start_or_resume(
-            args,
-            data={str(dataset.path): dataset.checksum for dataset in (nli, dev)},
-            device=str(device),
-            precision=str(dtype).removeprefix("torch."),
-            rows={"train": {"nli": len(nli)}, "dev": {"sts": len(dev)}},
-            files={
-                "train": {"nli": str(nli.path.absolute())},
-                "dev": {"sts": str(dev.path.absolute())},
-            },
-        )
+        run = RunDir.start_or_resume(args, **run_facts(model, {"train": [nli], "dev": [dev]}))
         with closing(run):
             print(f"run folder: {run.path}")
             return train(args, model, nli, dev, run)

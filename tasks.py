@@ -1,15 +1,6 @@
 """The table of tasks. A new task is a new row in `TASKS`; nothing else changes.
 
-Where the paper ("Evaluating fine-tuning methods for robust multi-task sentence embeddings") leaves
-something open or prints a slip, this is what was chosen:
-
-- Section 4.2.1 passes the five sentiment logits through a sigmoid "to get the probability
-  distribution"; five sigmoids are no distribution. The loss is cross-entropy over a softmax; the
-  argmax, and so every prediction, is the same under both.
-- Section 4.2.2 names no loss for similarity. It is the mean squared error of the 0-5 score.
-- Section 4.2.3's "simply majority" is a threshold of 0.5 on the probability, a logit of 0.
-- Section 5.3 gives a learning rate of 1e-3 for fine-tuning, which destroys BERT's weights; it can
-  only be that of the output layers. BERT has its own here (`--lr`, `--head_lr`).
+Where the paper leaves a loss or a threshold open, docs/training.md says what was chosen, and why.
 
 Shapes: B rows (sentences or pairs), C logits per row.
 """
@@ -113,32 +104,24 @@ class Regression:
 
 @dataclass(frozen=True)
 class Task:
-    """One row of the table.
+    """One row of the table."""
 
-    Attributes:
-        name: in flags and records.
-        title: for people.
-        files: file name in the data folder; {} is train, dev or test-student.
-        text_columns: the columns of the one or two sentences.
-        label_column: the column of the label.
-        labels: what the labels are, and with it loss, predictions and metrics.
-        header: the prediction column of a leaderboard file, as the leaderboard spells it.
-        head: the default decoder head, a row of `model.HEADS`.
-        logit_range: the logits of a least and a most similar pair, roughly. Heads start from it: at
-            a learning rate of 1e-3 an STS bias would take 2,500 steps to the mean score.
-        class_names: of the classes, in order.
-    """
-
-    name: str
-    title: str
-    files: str
-    text_columns: tuple[str, ...]
+    name: str  # in flags and records
+    title: str  # for people
+    files: str  # file name in the data folder; {} is train, dev or test-student
+    text_columns: tuple[str, ...]  # of the one or two sentences
     label_column: str
-    labels: Classification | Regression
-    header: str
-    head: str
+    labels: Classification | Regression  # what they are, and with it loss, predictions and metrics
+    header: str  # the prediction column of a leaderboard file, as the leaderboard spells it
+    head: str  # the default decoder head, a row of `model.HEADS`
+    # The logits of a least and a most similar pair, roughly. Heads start from it: at a learning
+    # rate of 1e-3 an STS bias would take 2,500 steps to the mean score.
     logit_range: tuple[float, float] = (0.0, 0.0)
     class_names: tuple[str, ...] = ()
+
+    def file(self, split: str) -> str:
+        """The name of its train, dev or test file in the data folder."""
+        return self.files.format("test-student" if split == "test" else split)
 
 
 TASKS: dict[str, Task] = {

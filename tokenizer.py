@@ -74,28 +74,23 @@ class BertTokenizer:
 
         Reads `tokenizer.json`, or else `vocab.txt`; the normalization that `tokenizer_config.json`
         gives wins over what `tokenizer.json` has stored.
-
-        Raises:
-            UserError: there is no such model, or a file is missing, damaged or not of a BERT.
         """
         folder = resolve_model(name, weights=False, local_files_only=local_files_only)
-        files = {name: folder / name for name in ("tokenizer_config.json", "config.json")}
-        settings, config = (read_json(p) if p.exists() else {} for p in files.values())
-        max_length = _max_length(folder, config, settings)
-        for key, (_, default) in NORMALIZATION.items():
-            _check_flag(files["tokenizer_config.json"], key, settings.get(key, default), default)
-        if (folder / "tokenizer.json").exists():
-            source = folder / "tokenizer.json"
-            vocabulary, stored, added = _read_tokenizer_json(source)
-        elif (folder / "vocab.txt").exists():
-            source = folder / "vocab.txt"
-            vocabulary, stored, added = _read_vocabulary(source)
-        else:
+        files = [folder / name for name in ("tokenizer_config.json", "config.json")]
+        settings, config = (read_json(path) if path.exists() else {} for path in files)
+        readers = {"tokenizer.json": _read_tokenizer_json, "vocab.txt": _read_vocabulary}
+        source = next((folder / name for name in readers if (folder / name).exists()), None)
+        if source is None:
             raise UserError(f"{folder}: no tokenizer; expected tokenizer.json or vocab.txt")
-        flags = {ours: settings.get(key, stored[ours]) for key, (ours, _) in NORMALIZATION.items()}
+        vocabulary, flags, added = readers[source.name](source)
+        for key, (ours, default) in NORMALIZATION.items():
+            flags[ours] = value = settings.get(key, flags.get(ours, default))
+            if not isinstance(value, bool) and (value, default) != (None, None):
+                path, name = (files[0], key) if key in settings else (source, ours)
+                raise UserError(f"{path}: {name} is {value!r}, expected true or false")
         with reading(source, "the tokenizer of a BERT"):
             backend = _build(vocabulary, _special_tokens(settings), flags, added)
-        return cls(backend, settings, max_length)
+        return cls(backend, settings, _max_length(folder, config, settings))
 
     def __call__(
         self,
@@ -109,16 +104,12 @@ class BertTokenizer:
     ) -> dict[str, Any]:
         """Token ids of sentences, or of sentence pairs as "[CLS] a [SEP] b [SEP]".
 
-        Args:
-            texts, pairs: one string or B strings each; `pairs` holds the second sentences.
-            padding: pad to the longest of the batch.
-            truncation: cut to `max_length` tokens (default: the model's limit); of a pair, the
-                longer sentence first.
-            return_tensors: "pt" for int64 tensors (B, T), None for lists.
+        texts, pairs: one string or B strings each; `pairs` holds the second sentences. padding: to
+        the longest of the batch. truncation: to `max_length` tokens (default: the model's limit),
+        of a pair the longer sentence first. return_tensors: "pt" for (B, T), None for lists.
 
-        Returns:
-            `input_ids`, `token_type_ids` (0 for the first sentence, 1 for the second) and
-            `attention_mask` (1 for a token, 0 for padding).
+        Returns `input_ids`, `token_type_ids` (0 for the first sentence, 1 for the second) and
+        `attention_mask` (1 for a token, 0 for padding).
         """
         if return_tensors not in (None, "pt"):
             raise ValueError(f"return_tensors={return_tensors!r}: expected 'pt' or None")
@@ -230,11 +221,6 @@ def _max_length(folder: Path, config: dict[str, Any], settings: dict[str, Any]) 
     return limit
 
 
-def _check_flag(path: Path, key: str, value: Any, default: bool | None) -> None:
-    if not isinstance(value, bool) and not (value is None and default is None):
-        raise UserError(f"{path}: {key} is {value!r}, expected true or false")
-
-
 def _read_tokenizer_json(path: Path) -> Source:
     """The vocabulary and settings in `tokenizer.json`, if it describes a BERT tokenizer.
 
@@ -251,10 +237,8 @@ def _read_tokenizer_json(path: Path) -> Source:
         vocabulary = content["model"]["vocab"]
         if not all(type(index) is int and index >= 0 for index in vocabulary.values()):
             raise TypeError("vocab is not a map from tokens to ids")
-        stored = {}
-        for ours, default in NORMALIZATION.values():
-            stored[ours] = content["normalizer"].get(ours, default)
-            _check_flag(path, ours, stored[ours], default)
+        known = [ours for ours, _ in NORMALIZATION.values()]
+        stored = {key: value for key, value in content["normalizer"].items() if key in known}
         return vocabulary, stored, content.get("added_tokens") or []
 
 
@@ -263,7 +247,7 @@ def _read_vocabulary(path: Path) -> Source:
     # Not splitlines(): a token may be another character that Unicode calls a line break.
     lines = read_text(path).removesuffix("\n").split("\n")
     vocabulary = {line.removesuffix("\r"): index for index, line in enumerate(lines)}
-    return vocabulary, dict(NORMALIZATION.values()), []
+    return vocabulary, {}, []
 
 
 def _build(

@@ -176,7 +176,8 @@ def write_tensors(
             raise UserError(f"{path}: cannot be written ({error})") from None
         umask = os.umask(0)
         os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # safetensors creates files readable by the owner only
+        with suppress(OSError):  # file systems without permissions, such as SMB
+            os.chmod(temporary, 0o666 & ~umask)  # safetensors makes files for their owner only
 
 
 # ---------------------------------------------------------------------------- training state

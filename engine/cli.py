@@ -94,48 +94,36 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("model and data").add_argument
     add("--model", default="bert-base-uncased", help="a folder, a hub id, or all-MiniLM-L6-v2")
     add("--data_dir", type=Path, default=Path("data"), help="folder of the csv files")
-    add("--pooling", choices=["pooler", "cls", "mean"], default="pooler", help="sentence embedding")
-    add("--limit", type=number(int, 1), help="use a fixed random subset of N rows per file")
-    add(
-        "--hidden_dropout_prob",
-        type=FRACTION,
-        help="dropout in BERT and before the heads (default: the checkpoint's own)",
-    )
+    pooling_help = "how BERT's output becomes a sentence embedding"
+    add("--pooling", choices=["pooler", "cls", "mean"], default="pooler", help=pooling_help)
+    limit_help = "use a fixed random subset of N rows per file"
+    add("--limit", type=number(int, 1), metavar="N", help=limit_help)
+    add("--hidden_dropout_prob", type=FRACTION, help="in BERT and heads (default: the model's own)")
     add = parser.add_argument_group("optimization").add_argument
     add("--batch_size", type=POSITIVE_INT, default=32, help="rows per batch, over all processes")
     add("--accumulate", type=POSITIVE_INT, default=1, help="batches per optimizer step")
-    add("--schedule", choices=["linear", "constant"], default="linear", help="after the warm-up")
-    add("--warmup", type=FRACTION, default=0.1, help="fraction of the steps")
-    add("--weight_decay", type=NON_NEGATIVE, default=0.01, help="not of biases and LayerNorm")
+    schedule_help = "learning-rate schedule after the warm-up"
+    add("--schedule", choices=["linear", "constant"], default="linear", help=schedule_help)
+    add("--warmup", type=FRACTION, default=0.1, help="fraction of steps in which lr rises")
+    add("--weight_decay", type=NON_NEGATIVE, default=0.01, help="except biases, LayerNorm")
     add("--clip", type=NON_NEGATIVE, default=1.0, help="global gradient norm; 0: no clipping")
-    add("--seed", type=number(int, 0, 2**63 - 1), default=11711, help="of all random numbers")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=11711, help="of random generators")
     add = parser.add_argument_group("hardware").add_argument
     add("--use_gpu", action="store_true", help="the same as --device cuda")
-    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to run")
-    add(
-        "--precision",
-        choices=["auto", "fp32", "bf16"],
-        default="auto",
-        help="of matrix products; auto: bf16 where the hardware is faster with it",
-    )
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="device to run on")
+    precisions = ["auto", "fp32", "bf16"]
+    precision_help = "precision of matrix products; auto: bf16 where it is faster"
+    add("--precision", choices=precisions, default="auto", help=precision_help)
     add = parser.add_argument_group("run folder and evaluation").add_argument
     add("--run_dir", type=Path, help="new folder for all output (default: runs/NAME-TIME)")
     add("--resume", action="store_true", help="continue the run in --run_dir, or the latest one")
-    add(
-        "--save_every",
-        type=interval,
-        default="10m",
-        help="also save the training state every N steps (500) or minutes (10m); 0: only before"
-        " each evaluation",
-    )
+    save_help = "also save the state every N steps, or minutes (10m); 0: before evaluations only"
+    add("--save_every", type=interval, default="10m", metavar="N", help=save_help)
     add("--keep_last", action="store_true", help="keep the training state (last/) after the end")
-    add("--eval_every", type=COUNT, default=0, help="also evaluate every N steps; 0: per epoch")
-    add(
-        "--patience",
-        type=COUNT,
-        default=0,
-        help="stop after N evaluations without a better score; 0: never",
-    )
+    eval_help = "also evaluate every N steps; 0: after each epoch"
+    add("--eval_every", type=COUNT, default=0, metavar="N", help=eval_help)
+    patience_help = "stop after N evaluations without a better score; 0: never"
+    add("--patience", type=COUNT, default=0, metavar="N", help=patience_help)
 
 
 def complete_training_args(

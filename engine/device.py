@@ -3,9 +3,11 @@
 import ctypes
 import os
 import random
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,29 +17,18 @@ from torch import Tensor
 from engine import distributed
 from engine.errors import OutOfMemory, UserError
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
 
 def setup_device(
     seed: int, device: str, precision: str, recorded: dict[str, Any] | None = None
 ) -> tuple[torch.device, torch.dtype]:
     """Seed all random generators, request deterministic kernels, choose device and precision.
 
-    Args:
-        seed: for Python, numpy and PyTorch.
-        device: auto (a GPU if there is one), cpu, cuda or mps.
-        precision: of matrix products: fp32, bf16, or auto (bf16 where the hardware is faster).
-        recorded: the `config.json` of a run to resume, whose choices stand.
-
-    Returns:
-        The device, and torch.float32 or torch.bfloat16.
-
-    Raises:
-        UserError: this machine has no such device.
+    device: auto (a GPU if there is one), cpu, cuda or mps. precision: of matrix products: fp32,
+    bf16, or auto (bf16 where the hardware is faster). recorded: the `config.json` of a run to
+    resume, whose choices stand.
     """
     if recorded is not None:
-        device = recorded["device"]
-        precision = "bf16" if recorded["precision"] == "bfloat16" else "fp32"
+        device, precision = recorded["device"], recorded["precision"]
         if recorded.get("processes", 1) == distributed.world_size():
             # With another number of threads PyTorch adds up in another order.
             torch.set_num_threads(min(recorded["hardware"]["threads"], os.cpu_count() or 1))
@@ -46,33 +37,21 @@ def setup_device(
     torch.manual_seed(seed)
     device = _choose_device(device)
     _use_deterministic_kernels(device)
-    if precision == "auto":
-        precision = distributed.broadcast_from_rank_zero(
-            lambda: "bf16" if prefers_bf16(device) else "fp32"
-        )
-    dtype = DTYPES[precision]
+    bf16 = precision in ("bf16", "bfloat16") or (precision == "auto" and prefers_bf16(device))
     if device == "cpu":
         # In fp32 MKL multiplies; oneDNN would only compute GELU, and keep a compiled kernel for
         # every batch shape scattered over memory.
-        torch.backends.mkldnn.enabled = (
-            dtype != torch.float32 or not torch.backends.mkl.is_available()
-        )
+        torch.backends.mkldnn.enabled = bf16 or not torch.backends.mkl.is_available()
         keep_freed_memory()
-    return torch.device(device), dtype
+    return torch.device(device), torch.bfloat16 if bf16 else torch.float32
 
 
 def _choose_device(device: str) -> str:
     """Resolve auto, check that the device exists, and give each process a GPU of its own."""
-    available = {
-        "cpu": True,
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-    }
+    cuda = torch.cuda.is_available()
     if device == "auto":
-        device = distributed.broadcast_from_rank_zero(
-            lambda: "cuda" if available["cuda"] else "cpu"
-        )
-    if not available[device]:
+        device = "cuda" if cuda else "cpu"
+    if not {"cpu": True, "cuda": cuda, "mps": torch.backends.mps.is_available()}[device]:
         raise UserError(
             f"--device {device} (--use_gpu means cuda): PyTorch {torch.__version__} finds no such"
             " device here; give --device cpu, or install a PyTorch built for your GPU"
@@ -120,15 +99,12 @@ def keep_freed_memory() -> None:
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:
-    """The most memory this process has used: on the GPU, or RAM; None where unknown (Windows)."""
+    """The most memory this process has used: on the GPU, or RAM; None where unknown (not Linux)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:
-        return None
-    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    status = Path("/proc/self/status")  # resource's ru_maxrss starts with the parent process's peak
+    found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None
+    return int(found[1]) * 1024 if found else None
 
 
 def get_rng_states(device: torch.device) -> list[Tensor]:

@@ -26,7 +26,6 @@ from torch.distributed.rendezvous import rendezvous
 
 from engine.errors import UserError
 
-BUCKET_SIZE = 1 << 24  # elements all-reduced at a time; bounds the memory of the copies
 JOIN_TIMEOUT = timedelta(minutes=5)  # for the other processes to start
 
 _rank, _world_size = 0, 1
@@ -53,27 +52,23 @@ def world_size() -> int:
 def process_group(args: Namespace) -> Iterator[None]:
     """Join the processes that torchrun started, if it started any; leave them at the end.
 
-    Args:
-        args: the command line, which must be the same everywhere. Its `run_dir`, which may contain
-            the time, is taken from rank 0.
-
-    Raises:
-        UserError: torchrun's environment variables are incomplete, the other processes do not
-            appear, or they were given other arguments.
+    args: the command line, which must be the same everywhere. Its `run_dir`, which may contain the
+    time, is taken from rank 0.
     """
     global _rank, _world_size, _store
-    with _rendezvous_errors():
-        started = int(os.environ.get("WORLD_SIZE", "1"))
-        if started > 1:
-            _store, _rank, _world_size = next(rendezvous("env://", timeout=JOIN_TIMEOUT))
-            nccl = torch.cuda.is_available() and distributed.is_nccl_available()
-            backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
-            distributed.init_process_group(
-                backend, store=_store, rank=_rank, world_size=_world_size
-            )
-    if started <= 1:
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         yield
         return
+    try:
+        _store, _rank, _world_size = next(rendezvous("env://", timeout=JOIN_TIMEOUT))
+        nccl = torch.cuda.is_available() and distributed.is_nccl_available()
+        backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
+        distributed.init_process_group(backend, store=_store, rank=_rank, world_size=_world_size)
+    except (ValueError, RuntimeError) as error:
+        reason = (str(error).splitlines() or ["?"])[0]
+        raise UserError(
+            f"the processes of this run cannot connect ({reason}): start them with torchrun"
+        ) from None
     if _rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     first = broadcast_from_rank_zero(lambda: vars(args))
@@ -85,17 +80,6 @@ def process_group(args: Namespace) -> Iterator[None]:
     barrier()
     distributed.destroy_process_group()
     _rank, _world_size, _store = 0, 1, None
-
-
-@contextmanager
-def _rendezvous_errors() -> Iterator[None]:
-    try:
-        yield
-    except (ValueError, RuntimeError) as error:
-        reason = (str(error).splitlines() or ["?"])[0]
-        raise UserError(
-            f"the processes of this run cannot connect ({reason}): start them with torchrun"
-        ) from None
 
 
 def already_reported(message: str) -> bool:
@@ -172,28 +156,20 @@ def rank_slice(count: int) -> slice:
     return slice(start, start + each + (_rank < remainder))
 
 
-class _AllGatherRows(torch.autograd.Function):
-    """Concatenate along dimension 1; the gradient of the own rows flows back."""
-
-    @staticmethod
-    def forward(ctx: Any, part: Tensor, count: int) -> Tensor:
-        ctx.own = rank_slice(count)
-        rows = part.new_zeros(part.size(0), count, *part.shape[2:])
-        rows[:, ctx.own] = part
-        return all_reduce_sum(rows)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient[:, ctx.own], None
-
-
 def all_gather_rows(part: Tensor, count: int) -> Tensor:
     """Each process's rows (V, b, ...) -> all `count` rows (V, count, ...), differentiable.
 
     A gradient reaches only this process's own rows: the loss over all rows is computed in every
     process.
     """
-    return part if _world_size == 1 else _AllGatherRows.apply(part, count)
+    if _world_size == 1:
+        return part
+    own = rank_slice(count)
+    rows = part.new_zeros(part.size(0), count, *part.shape[2:])
+    rows[:, own] = part.detach()
+    all_reduce_sum(rows)
+    rows[:, own] = part  # the same numbers, with their graph
+    return rows
 
 
 def all_reduce_gradients(parameters: Sequence[nn.Parameter]) -> None:
@@ -205,21 +181,8 @@ def all_reduce_gradients(parameters: Sequence[nn.Parameter]) -> None:
     if _world_size == 1:
         return
     used = any_rank(*(p.grad is not None for p in parameters))
-    bucket: list[nn.Parameter] = []
-    for parameter in compress(parameters, used):
-        if bucket and sum(p.numel() for p in [*bucket, parameter]) > BUCKET_SIZE:
-            _all_reduce_bucket(bucket)
-            bucket = []
-        bucket.append(parameter)
-    if bucket:
-        _all_reduce_bucket(bucket)
-
-
-def _all_reduce_bucket(parameters: Sequence[nn.Parameter]) -> None:
-    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    flat = all_reduce_sum(torch.cat([grad.flatten() for grad in grads]))
-    for p, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-        p.grad = grad.view_as(p)
+    for p in compress(parameters, used):
+        p.grad = all_reduce_sum(torch.zeros_like(p) if p.grad is None else p.grad)
 
 
 # ---------------------------------------------------------------------------- random numbers

@@ -42,9 +42,7 @@ class OutOfMemory(UserError):
 def reading(path: Path, kind: str) -> Iterator[None]:
     """Turn whatever a parser raises on a damaged file into one UserError that names the file.
 
-    Args:
-        path: the file being read.
-        kind: what it should be, with its article, such as "a JSON object".
+    kind: what the file should be, with its article, such as "a JSON object".
     """
     try:
         yield

@@ -32,35 +32,25 @@ TANH = "torch.nn.modules.activation.Tanh"
 def write_modules(folder: Path, pooling: str, max_length: int, pooler: nn.Linear) -> None:
     """Write what makes `SentenceTransformer(folder).encode` equal to `SentenceEncoder.encode`.
 
-    Args:
-        folder: holds, or will hold, encoder and tokenizer.
-        pooling: `pooler`, `cls` or `mean`.
-        max_length: in tokens; longer sentences are truncated.
-        pooler: BERT's own dense layer, which sentence-transformers does not consider part of the
-            encoder: with the pooling `pooler` it becomes a module of its own.
+    With the pooling `pooler`, BERT's own dense layer `pooler`, which sentence-transformers does not
+    count as part of the encoder, becomes a module of its own.
     """
-    width = pooler.in_features
-    names = list(MODULES) if pooling == "pooler" else list(MODULES)[:2]
-    modules = []
-    for i, name in enumerate(names):
-        kind = f"sentence_transformers.models.{name}"
-        modules.append({"idx": i, "name": str(i), "path": MODULES[name], "type": kind})
+    width, names = pooler.in_features, list(MODULES)[: 3 if pooling == "pooler" else 2]
+    prefix = "sentence_transformers.models."
+    modules = [
+        {"idx": i, "name": str(i), "path": MODULES[name], "type": prefix + name}
+        for i, name in enumerate(names)
+    ]
     write_text(folder / "modules.json", json.dumps(modules, indent=2) + "\n")
     write_json(folder / "sentence_bert_config.json", {"max_seq_length": max_length})
-    write_json(
-        folder / MODULES["Pooling"] / "config.json",
-        {
-            "word_embedding_dimension": width,
-            "pooling_mode_cls_token": pooling != "mean",
-            "pooling_mode_mean_tokens": pooling == "mean",
-        },
-    )
+    modes = {"cls_token": pooling != "mean", "mean_tokens": pooling == "mean"}
+    config = {f"pooling_mode_{mode}": on for mode, on in modes.items()}
+    write_json(folder / "1_Pooling/config.json", {"word_embedding_dimension": width, **config})
     if pooling == "pooler":
-        dense = folder / MODULES["Dense"]
         shape = {"in_features": width, "out_features": width, "bias": True}
-        write_json(dense / "config.json", {**shape, "activation_function": TANH})
+        write_json(folder / "2_Dense/config.json", {**shape, "activation_function": TANH})
         tensors = {f"linear.{name}": tensor for name, tensor in pooler.state_dict().items()}
-        write_tensors(dense / "model.safetensors", tensors)
+        write_tensors(folder / "2_Dense/model.safetensors", tensors)
 
 
 def read_pooler(folder: Path, width: int) -> dict[str, Tensor]:
@@ -69,9 +59,6 @@ def read_pooler(folder: Path, width: int) -> dict[str, Tensor]:
     It trains the dense module that `write_modules` writes, and leaves the pooler among the
     encoder's weights as it was. Empty if the folder has no such module: dense + tanh of hidden
     size `width` on the first token.
-
-    Raises:
-        UserError: a file is damaged.
     """
     paths = [folder / MODULES[name] / "config.json" for name in ("Pooling", "Dense")]
     if not all(path.is_file() for path in paths):
@@ -80,7 +67,7 @@ def read_pooler(folder: Path, width: int) -> dict[str, Tensor]:
     first_token = pooling.get("pooling_mode") == "cls" or pooling.get("pooling_mode_cls_token")
     wanted = {"in_features": width, "out_features": width, "activation_function": TANH}
     plain = dense.get("bias", True) and not dense.get("use_residual")
-    if not (first_token and plain and all(dense.get(key) == wanted[key] for key in wanted)):
+    if not (first_token and plain and wanted.items() <= dense.items()):
         return {}
     tensors, source = read_weights(folder / MODULES["Dense"])
     found = {}
@@ -129,12 +116,7 @@ SentenceTransformer("THIS_FOLDER").encode(["A fine film.", "Dull."])
 
 
 def model_card(run: Path, result: dict[str, Any]) -> str:
-    """The README.md of a run's best/: base model, command, data and dev metrics.
-
-    Args:
-        run: the run folder, whose `config.json` is read.
-        result: what `result.json` holds, or will.
-    """
+    """The README.md of a run's best/: base model, command, data and dev metrics."""
     config = read_json(run / "config.json")
     rows, files = config["rows"]["train"], config["files"]
     data = [f"{Path(path).name} ({rows[task]:,} rows)" for task, path in files["train"].items()]
@@ -160,23 +142,15 @@ def model_card(run: Path, result: dict[str, Any]) -> str:
 # ---------------------------------------------------------------------------- ONNX
 
 
-def check_onnx_packages() -> None:
-    """UserError if a package that PyTorch's exporter needs is missing."""
-    missing = [name for name in ("onnx", "onnxscript") if util.find_spec(name) is None]
-    if missing:
-        raise UserError(f"--export onnx: the package {missing[0]} is missing: run ./setup.sh --dev")
-
-
 def write_onnx(path: Path, encoder: nn.Module, outputs: Sequence[str], max_length: int) -> None:
     """Export an encoder to ONNX, for batches of any size and sentences of any length.
 
-    Args:
-        path: the file, which will contain the weights too.
-        encoder: its `forward` takes input_ids, attention_mask and token_type_ids, (B, T) int64.
-        outputs: a name for each tensor that it returns.
-        max_length: the model's limit in tokens.
+    encoder: its `forward` takes input_ids, attention_mask and token_type_ids, (B, T) int64.
+    outputs: a name for each tensor that it returns. max_length: the model's limit in tokens.
     """
-    check_onnx_packages()
+    missing = [name for name in ("onnx", "onnxscript") if util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"--export onnx: the package {missing[0]} is missing: run ./setup.sh --dev")
     inputs = ("input_ids", "attention_mask", "token_type_ids")
     sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", max=max_length)}
     # Sizes other than 0 and 1, which the exporter would treat as constants; three tensors, because

@@ -23,10 +23,8 @@ def sum_losses(
     Losses are summed and divided once by the number of rows, so accumulation and short batches
     weigh every row alike; only one batch's activations are held at a time.
 
-    Args:
-        loss_fn: batch -> the loss of each of its rows, (B,) float32.
-        batches: of this process; `batch.global_rows` are the rows in all processes.
-        parameters: whose gradients are summed over the processes.
+    loss_fn: batch -> the loss of each of its rows, (B,). parameters: those with gradients to sum
+    over the processes.
     """
     count = sum(len(batch.global_rows) for batch in batches)
     total = torch.zeros((), dtype=torch.float64)
@@ -89,12 +87,9 @@ def backward_by_task(
 ) -> float:
     """Gradients of a step with batches of several tasks; returns the sum of the tasks' losses.
 
-    Args:
-        backward: batches of one task -> adds gradients to the parameters; the task's loss.
-        batches: of all tasks, grouped by task.
-        shared: the parameters that all tasks train. Their gradients are computed for each task
-            separately and then combined; any other parameter keeps its own task's.
-        combine: `pcgrad` or `sum_gradients`.
+    backward: batches of one task -> the task's loss, leaving gradients. Those of the `shared`
+    parameters are taken for each task separately, then combined (`pcgrad`, `sum_gradients`); any
+    other parameter keeps its own task's.
     """
     loss = 0.0
     found: list[list[Tensor | None]] = []
@@ -103,14 +98,12 @@ def backward_by_task(
         found.append([p.grad for p in shared])
         for p in shared:
             p.grad = None
-    # A left-out task reaches no shared parameter, and no task may reach the (unused) pooler.
-    found = [grads for grads in found if any(g is not None for g in grads)]
+    # What no task reaches, such as an unused pooler, keeps no gradient.
     used = [i for i in range(len(shared)) if any(grads[i] is not None for grads in found)]
     whole = [
         [torch.zeros_like(shared[i]) if grads[i] is None else grads[i] for i in used]
         for grads in found
     ]
-    if whole:
-        for i, gradient in zip(used, combine(whole), strict=True):
-            shared[i].grad = gradient
+    for i, gradient in zip(used, combine(whole), strict=True):
+        shared[i].grad = gradient
     return loss

@@ -5,7 +5,6 @@ line per step and per evaluation; best/ holds the best model, last/ the whole tr
 result.json, written last, marks a run that finished.
 """
 
-import errno
 import json
 import os
 import platform
@@ -16,7 +15,8 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 from importlib import metadata, util
 from pathlib import Path
 from typing import Any
@@ -26,59 +26,62 @@ from torch import Tensor
 
 from engine import distributed
 from engine.checkpoint import read_json, read_state, restore_folder, write_json, write_state
-from engine.errors import AlreadyFinished, UserError
+from engine.errors import AlreadyFinished, UserError, reading
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
 
-DRAFT = ".config.json.*.tmp"  # all that a process killed while it started a run leaves behind
+DRAFT = ".config.json.*.tmp"
 PACKAGES = ("torch", "numpy", "tokenizers", "scipy", "scikit-learn", "safetensors")
 # Arguments that change how a run is stored, not what it computes: a resumed run may change them.
 STORAGE_ARGUMENTS = ("save_every", "keep_last")
 
 
+@contextmanager
+def folder_lock(path: Path) -> Iterator[None]:
+    """Lock a folder against other processes, where the file system can; UserError if one has it."""
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{path}: in use by another process") from None
+        except OSError as error:
+            print(f"note: {path} cannot be locked ({error.strerror})", file=sys.stderr)
+        yield
+    finally:
+        os.close(handle)
+
+
+@dataclass
 class RunDir:
-    """A run folder; of several processes only rank 0 writes to it.
+    """A run folder; of several processes only rank 0 writes to it."""
 
-    Attributes:
-        path: the folder.
-        stage: added to every log line and state, for runs that train in several stages; or None.
-        state: tensors and facts of an interrupted run for the trainer to take over; or None.
-        saving_seconds: time spent on saving states.
-    """
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.stage: str | None = None
-        self.state: tuple[dict[str, Tensor], dict[str, Any]] | None = None
-        self.saving_seconds = 0.0
-        self._start_time = time.perf_counter()
-        self._log: Any = None
-        self._tensorboard: Any = None
-        self._lock: int | None = None
+    path: Path
+    stage: str | None = None  # added to log lines and states, in runs of several stages
+    # Tensors and facts of an interrupted run, for the trainer to take over.
+    state: tuple[dict[str, Tensor], dict[str, Any]] | None = None
+    saving_seconds: float = 0.0  # spent on saving states
+    _start_time: float = field(default_factory=time.perf_counter)
+    _log: Any = None
+    _tensorboard: Any = None
+    _open_files: ExitStack = field(default_factory=ExitStack)  # and the lock
 
     @staticmethod
     def check(args: Namespace) -> dict[str, Any] | None:
-        """The `config.json` of the run that --resume continues; None if a new run starts.
-
-        Raises:
-            UserError: --run_dir is in use and not to be resumed, or was made by other arguments.
-            AlreadyFinished: the run has finished.
-        """
+        """The `config.json` of the run that --resume continues; None if a new run starts."""
         return distributed.broadcast_from_rank_zero(lambda: _check(args))
 
     @classmethod
     def start_or_resume(cls, args: Namespace, **facts: Any) -> "RunDir":
         """Start a run in the new folder `args.run_dir`, or continue the one that is there.
 
-        Args:
-            args: the command line, with `run_dir`, `resume` and `seed`.
-            facts: what else `config.json` records; "data" maps each data file to its checksum.
-
-        Raises:
-            UserError: as `check`; another process uses the folder; data files have changed.
+        facts: what else `config.json` records; "data" maps each data file to its checksum.
         """
         if distributed.broadcast_from_rank_zero(lambda: facts["data"]) != facts["data"]:
             raise UserError("the processes read different data files: copy those of process 0")
@@ -102,13 +105,11 @@ class RunDir:
         """Lock the folder, then write config.json or check it against the run to resume."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._acquire_lock()
+            self._open_files.enter_context(folder_lock(self.path))
             recorded = _check(args)  # again: another process may have been faster
             if recorded is None:
                 if args.resume:
                     print(f"{self.path}: nothing to resume there; starting a new run")
-                for draft in self.path.glob(DRAFT):
-                    draft.unlink()
                 config = {"arguments": plain_arguments(args), **facts, **provenance()}
                 write_json(self.path / "config.json", config)
             else:
@@ -119,23 +120,12 @@ class RunDir:
                     file.write(json.dumps(provenance()) + "\n")
                 for name in ("best", "probe"):
                     restore_folder(self.path / name)
-                for draft in self.path.rglob(".*.tmp"):
-                    shutil.rmtree(draft) if draft.is_dir() else draft.unlink()
-            self._log = open(self.path / "log.jsonl", "ab", buffering=0)  # noqa: SIM115
+            for draft in self.path.rglob(".*.tmp"):  # of a process that was killed
+                shutil.rmtree(draft) if draft.is_dir() else draft.unlink()
+            log = open(self.path / "log.jsonl", "ab", buffering=0)  # noqa: SIM115
+            self._log = self._open_files.enter_context(log)
         except OSError as error:
             raise UserError(f"--run_dir {self.path}: not writable ({error.strerror})") from None
-
-    def _acquire_lock(self) -> None:
-        """Lock the folder against other processes, where the file system can."""
-        if fcntl is None:
-            return
-        self._lock = os.open(self.path, os.O_RDONLY)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                raise UserError(f"--run_dir {self.path}: in use by another process") from None
-            print(f"note: {self.path} cannot be locked ({error.strerror})", file=sys.stderr)
 
     def _load_state(self) -> None:
         """Read the last saved state, and cut the log back to where it was saved."""
@@ -168,8 +158,7 @@ class RunDir:
         stage = {"stage": self.stage} if self.stage else {}
         entry = {"kind": kind, "step": step, **stage, **figures}
         try:
-            text = json.dumps(entry, ensure_ascii=False, allow_nan=False)
-            self._log.write(text.encode("utf-8") + b"\n")
+            self._log.write(json.dumps(entry, allow_nan=False).encode() + b"\n")
         except OSError as error:
             error.filename = self._log.name
             raise
@@ -178,6 +167,7 @@ class RunDir:
 
             # Hide what an interrupted run had written of this step and later ones.
             self._tensorboard = SummaryWriter(str(self.path / "tensorboard"), purge_step=step)
+            self._open_files.callback(self._tensorboard.close)
         if self._tensorboard is not None:
             tag = "/".join(filter(None, [self.stage, kind, figures.get("of")]))
             for name, value in _numbers(tag, figures):
@@ -197,27 +187,21 @@ class RunDir:
         """Write result.json, which marks a finished run, and delete last/ unless it is kept."""
         if self.writes:
             write_json(self.path / "result.json", result)
-            if not keep_last:
-                shutil.rmtree(self.path / "last", ignore_errors=True)
-            shutil.rmtree(self.path / "probe", ignore_errors=True)
+            for name in ["probe"] if keep_last else ["probe", "last"]:
+                shutil.rmtree(self.path / name, ignore_errors=True)
         self.close()
 
     def close(self) -> None:
         """Close the log and release the lock."""
-        if self._log is not None:
-            self._log.close()
-        if self._tensorboard is not None:
-            with suppress(OSError):  # a full disk was reported when the step was logged
-                self._tensorboard.close()
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        with suppress(OSError):  # a full disk was reported when the step was logged
+            self._open_files.close()
 
 
 def _check(args: Namespace) -> dict[str, Any] | None:
     """`RunDir.check` for one process."""
     path, config = args.run_dir, args.run_dir / "config.json"
     try:
+        # A process that was killed while it started the run may have left a draft of config.json.
         if not path.exists() or (path.is_dir() and all(f.match(DRAFT) for f in path.iterdir())):
             return None
     except OSError as error:
@@ -226,10 +210,9 @@ def _check(args: Namespace) -> dict[str, Any] | None:
         raise UserError(f"--run_dir {path}: is a file; name a new folder")
     if not args.resume:
         raise UserError(f"--run_dir {path}: in use; name a new folder, or continue with --resume")
-    recorded = read_json(config)
-    was, now = recorded.get("arguments"), plain_arguments(args)
-    if not isinstance(was, dict):
-        raise UserError(f"{config}: not the record of a run; name a new --run_dir")
+    recorded, now = read_json(config), plain_arguments(args)
+    with reading(config, "the record of a run"):
+        was = dict(recorded["arguments"])
     unknown = sorted(set(was) ^ set(now))
     if unknown:
         raise UserError(
@@ -247,8 +230,8 @@ def _check(args: Namespace) -> dict[str, Any] | None:
 
 def plain_arguments(args: Namespace) -> dict[str, Any]:
     """The command line as JSON holds it, without --resume."""
-    words = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-    return {name: value for name, value in words.items() if name != "resume"}
+    plain = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    return {name: value for name, value in plain.items() if name != "resume"}
 
 
 def _numbers(tag: str, value: Any) -> Iterator[tuple[str, float]]:

@@ -35,11 +35,8 @@ def compare(
     accuracy (with one seed, McNemar's) and the bootstrap itself for a correlation. Neither includes
     the variance between seeds.
 
-    Args:
-        gold: labels, (N,).
-        first, second: predictions in the units of the labels, (seeds, N).
-        correlation: compare Pearson's r, else accuracy; averaged over seeds.
-        resamples: of bootstrap and permutation test; a correlation gets at most 1,999.
+    gold: (N,); first, second: predictions (seeds, N). correlation: compare Pearson's r, else
+    accuracy, averaged over seeds. A correlation gets at most 1,999 resamples.
     """
     if np.array_equal(first, second):
         return Comparison(0.0, 0.0, 0.0, 1.0)

@@ -11,45 +11,29 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from engine import distributed
-from engine.device import catch_out_of_memory, get_rng_states, set_rng_states
-from engine.errors import TrainingDiverged, UserError, reading
+from engine.checkpoint import write_text
+from engine.device import catch_out_of_memory, get_rng_states, peak_memory_bytes, set_rng_states
+from engine.errors import TrainingDiverged, reading
+from engine.export import model_card
 from engine.interrupts import SaveTimer, StopSignals, TrainingInterrupted
 from engine.run_dir import RunDir
 
 ADVICE = "try a smaller --lr or --precision fp32"
 
 
-class Mixture(Protocol):
-    """The data of a run, such as `datasets.TaskMixture`."""
-
-    def epoch_steps(self, epoch: int) -> int:
-        """The number of steps in an epoch."""
-
-    def steps(self, epoch: int, first: int = 0) -> Iterator[Sequence[Any]]:
-        """The epoch's steps from number `first` on, each a list of batches."""
-
-
 def progress_bar(total: int, description: str, initial: int = 0, leave: bool = True) -> tqdm:
-    """A progress bar on standard error; updated rarely if that is a file."""
-    terminal = sys.stderr.isatty()
-    interval = 0.2 if terminal else 30.0
-    return tqdm(
-        total=total,
-        initial=initial,
-        desc=description,
-        mininterval=interval,
-        maxinterval=max(10.0, interval),
-        leave=leave,
-        position=None if terminal else 0,  # no cursor movements in a file
-        disable=distributed.rank() > 0,
-    )
+    """A progress bar on standard error; updated rarely, and without cursor movements, in a file."""
+    options = {"total": total, "desc": description, "initial": initial, "leave": leave}
+    if not sys.stderr.isatty():
+        options |= {"mininterval": 30.0, "maxinterval": 30.0, "position": 0}
+    return tqdm(**options, disable=distributed.rank() > 0)
 
 
 # ---------------------------------------------------------------------------- the loop
@@ -57,67 +41,37 @@ def progress_bar(total: int, description: str, initial: int = 0, leave: bool = T
 
 @dataclass
 class TrainState:
-    """Where training is, apart from weights, optimizer state and random generators.
+    """Where training is, apart from weights, optimizer state and random generators."""
 
-    Attributes:
-        step: optimizer steps taken.
-        rows: training rows seen.
-        best: the best evaluation so far, with "epoch" and "step".
-        evals_since_best: evaluations since then.
-        eval_due: the evaluation at this step is still to be done.
-        finished: training is complete.
-    """
-
-    step: int = 0
-    rows: int = 0
-    best: dict[str, Any] | None = None
+    step: int = 0  # optimizer steps taken
+    rows: int = 0  # training rows seen
+    best: dict[str, Any] | None = None  # the best evaluation so far, with "epoch" and "step"
     evals_since_best: int = 0
-    eval_due: bool = False
+    eval_due: bool = False  # the evaluation at this step is still to be done
     finished: bool = False
 
 
+@dataclass
 class Trainer:
-    """Trains a model, evaluates it, keeps the best weights, and can stop and resume anywhere.
+    """Trains a model, evaluates it, keeps the best weights, and can stop and resume anywhere."""
 
-    Args:
-        model: has `save_pretrained(folder)` and `device`.
-        optimizers: by name; a step updates the parameters that have gradients. Their `step` takes
-            `scale`, a factor on the gradients.
-        lr_factor: (step, total steps) -> the factor on all learning rates.
-        mixture: the steps of each epoch.
-        backward: takes a step's batches on `model.device` and its number, leaves gradients in the
-            parameters (the same in all processes), and returns the loss.
-        evaluate: metrics of the model; the largest "score" is the best, "summary" is printed.
-        run: gets the log, the best weights and the training state.
-        args: `epochs`, `clip`, `eval_every`, `patience`, `save_every` and `seed`, as in
-            `cli.add_training_flags`.
-        best_folder: the folder in `run.path` for the best weights.
-    """
+    model: Any  # has `save_pretrained(folder)` and `device`
+    # By name. A step updates the parameters that have gradients; it takes a `scale` of gradients.
+    optimizers: dict[str, torch.optim.Optimizer]
+    lr_factor: Callable[[int, int], float]  # (step, total steps) -> the factor on learning rates
+    mixture: Any  # the steps of each epoch, such as `datasets.TaskMixture`
+    # (A step's batches on `model.device`, its number) -> the loss, leaving gradients in the
+    # parameters, the same in all processes.
+    backward: Callable[[Sequence[Any], int], float]
+    evaluate_model: Callable[[], dict[str, Any]]  # the largest "score" is the best
+    run: RunDir  # gets the log, the best weights and the training state
+    args: Namespace  # `epochs`, `clip`, `eval_every`, `patience`, `save_every` and `seed`
+    best_folder: str = "best"  # for the best weights, in the run folder
 
-    def __init__(
-        self,
-        model: Any,
-        optimizers: dict[str, torch.optim.Optimizer],
-        lr_factor: Callable[[int, int], float],
-        mixture: Mixture,
-        backward: Callable[[Sequence[Any], int], float],
-        evaluate: Callable[[], dict[str, Any]],
-        run: RunDir,
-        args: Namespace,
-        best_folder: str = "best",
-    ):
-        self.model = model
-        self.optimizers = optimizers
-        self.lr_factor = lr_factor
-        self.mixture = mixture
-        self.backward = backward
-        self.evaluate_model = evaluate
-        self.run = run
-        self.args = args
-        self.best_folder = run.path / best_folder
+    def __post_init__(self) -> None:
         self.peak_lrs = [group["lr"] for group in self._param_groups()]
         self.parameters = [p for group in self._param_groups() for p in group["params"]]
-        self.epoch_ends = list(accumulate(map(mixture.epoch_steps, range(args.epochs))))
+        self.epoch_ends = list(accumulate(map(self.mixture.epoch_steps, range(self.args.epochs))))
         self.state = TrainState()
         self.losses: dict[str, float] = {}  # latest of each task, for the progress bar
 
@@ -127,19 +81,21 @@ class Trainer:
     def fit(self) -> dict[str, Any]:
         """Train to the end, or from where the run was interrupted; the best evaluation.
 
-        Raises:
-            TrainingDiverged: a loss, gradient, weight or score is not finite. The state before that
-                step is saved if it was finite, and the best weights so far are kept.
-            TrainingInterrupted: by Ctrl-C or SIGTERM; the state is saved.
+        TrainingDiverged: a loss, gradient, weight or score is not finite; the best weights and the
+        last finite state are kept. TrainingInterrupted: by Ctrl-C or SIGTERM; the state is saved.
         """
         if self.run.state is not None:
             self.resume()
-        if self.state.finished:
-            return self.state.best
+        if not self.state.finished:
+            self._fit()
+        self.seconds = self.run.seconds()
+        return self.state.best
+
+    def _fit(self) -> None:
         self.model.train()
-        # Ctrl-C and SIGTERM are handled from here to the end, so that no step is lost half-way.
         total = self.epoch_ends[-1]
         self.timer = SaveTimer(self.args.save_every, self.state.step)
+        # Ctrl-C and SIGTERM are handled from here to the end, so that no step is lost half-way.
         with StopSignals() as self.stop, progress_bar(total, "train", self.state.step) as self.bar:
             try:
                 self._train()
@@ -151,7 +107,24 @@ class Trainer:
                     f"stopped at step {self.state.step}; the same command with --run_dir"
                     f" {self.run.path} --resume continues"
                 ) from None
-        return self.state.best
+
+    def finish(self, **metrics: Any) -> dict[str, Any]:
+        """Write the model card and result.json: these metrics, and what training took."""
+        run, best = self.run, self.state.best
+        result = {
+            **metrics,
+            "best_epoch": best["epoch"],
+            "best_step": best["step"],
+            "training_seconds": round(self.seconds, 1),
+            "saving_seconds": round(run.saving_seconds, 2),  # of the training seconds
+            "peak_memory_bytes": peak_memory_bytes(self.model.device),  # of rank 0
+            "processes": distributed.world_size(),
+        }
+        if run.writes:
+            write_text(run.path / "best" / "README.md", model_card(run.path, result))
+        run.finish(result, self.args.keep_last)
+        print(f"{run.path}: best/, result.json; trained for {self.seconds:.0f} s")
+        return result
 
     def _train(self) -> None:
         """Take all remaining steps, with their evaluations."""
@@ -160,9 +133,8 @@ class Trainer:
         for epoch, batches in self._remaining_steps():
             self.train_step(epoch, batches)
             # All processes have to agree on what to do next, or they would wait for each other.
-            step = self.state.step
+            step, every = self.state.step, self.args.eval_every
             save_due, stop = distributed.any_rank(self.timer.is_due(step), self.stop.requested)
-            every = self.args.eval_every
             if step in self.epoch_ends or (every and step % every == 0):
                 if not self.evaluate():
                     return
@@ -226,11 +198,10 @@ class Trainer:
         self, loss: float, norm: float, batches: Sequence[Any], rng_states: Sequence[Tensor]
     ) -> None:
         """Save the state before this step if it is finite, and raise TrainingDiverged."""
-        step = self.state.step
+        step, names = self.state.step, "; ".join(map(str, batches))
         what = f"gradient norm is {norm}" if math.isfinite(loss) else f"loss is {loss}"
-        names = "; ".join(map(str, batches))
         self.run.log("diverged", step, loss=str(loss), grad_norm=str(norm), rows=names)
-        kept = f"the best weights so far, if any, are in {self.best_folder}"
+        kept = f"the best weights so far, if any, are in {self.run.path / self.best_folder}"
         if self._weights_are_finite():
             self.save(rng_states)
             kept += f", the state before this step in {self.run.path / 'last'}"
@@ -238,6 +209,11 @@ class Trainer:
 
     def _weights_are_finite(self) -> bool:
         return all(bool(p.isfinite().all()) for p in self.parameters)
+
+    @property
+    def epoch(self) -> int:
+        """The current epoch, from 1."""
+        return bisect_left(self.epoch_ends, self.state.step) + 1
 
     def evaluate(self) -> bool:
         """Evaluate, log, and keep the weights if they are the best; whether to train on."""
@@ -248,23 +224,21 @@ class Trainer:
         self.save()
         self.stop.immediate = True
         self._stop_if_requested()
-        epoch = bisect_left(self.epoch_ends, state.step) + 1
         if not self._weights_are_finite():
             raise TrainingDiverged(f"step {state.step}: weights are not finite; {ADVICE}")
-        found = {**self.evaluate_model(), "epoch": epoch}
+        found = {**self.evaluate_model(), "epoch": self.epoch}
         if not math.isfinite(found["score"]):
             raise TrainingDiverged(f"step {state.step}: dev score is {found['score']}; {ADVICE}")
         self.model.train()
         self.run.log("dev", state.step, rows=state.rows, **found)
-        improved = state.best is None or found["score"] > state.best["score"]
-        if improved:
+        state.evals_since_best += 1
+        mark = f"best was {state.best['score']:.4f}" if state.best else ""
+        if state.best is None or found["score"] > state.best["score"]:
             state.best, state.evals_since_best = {**found, "step": state.step}, 0
+            mark = "best so far"
             if self.run.writes:
-                self.model.save_pretrained(self.best_folder)
-        else:
-            state.evals_since_best += 1
-        mark = "best so far" if improved else f"best was {state.best['score']:.4f}"
-        message = f"epoch {epoch}, step {state.step}: {found['summary']} ({mark})"
+                self.model.save_pretrained(self.run.path / self.best_folder)
+        message = f"epoch {self.epoch}, step {state.step}: {found['summary']} ({mark})"
         self.bar.write(message, file=sys.stdout)
         state.eval_due = self.stop.immediate = False
         return not self.args.patience or state.evals_since_best < self.args.patience
@@ -294,27 +268,25 @@ class Trainer:
             self._restore_weights(tensors)
             self._restore_rng(tensors)
         self.run.state = None
-        total, epoch = self.epoch_ends[-1], bisect_left(self.epoch_ends, self.state.step) + 1
         if self.state.finished:
             print("training had finished; evaluating the best weights")
         else:
-            print(f"resuming in epoch {epoch} after step {self.state.step} of {total}")
+            step, total = self.state.step, self.epoch_ends[-1]
+            print(f"resuming in epoch {self.epoch} after step {step} of {total}")
 
     @torch.no_grad()
     def _restore_weights(self, tensors: dict[str, Tensor]) -> None:
-        own = {f"model.{n}": p for n, p in self.model.named_parameters() if p.requires_grad}
-        saved = {name for name in tensors if name.startswith("model.")}
-        if set(own) != saved or any(p.shape != tensors[name].shape for name, p in own.items()):
-            raise UserError("--resume: last/state.safetensors is of another model; start again")
-        for name, p in own.items():
-            p.copy_(tensors[name])
+        for name, p in self.model.named_parameters():
+            if p.requires_grad:
+                p.copy_(tensors[f"model.{name}"])
         for name, optimizer in self.optimizers.items():
-            prefix = f"optimizer.{name}."
             moments: dict[int, dict[str, Any]] = {}
-            for key in [key for key in tensors if key.startswith(prefix)]:
-                index, what = key.removeprefix(prefix).split(".")
-                value = tensors[key].item() if what == "step" else tensors[key]
-                moments.setdefault(int(index), {})[what] = value
+            for key, value in tensors.items():
+                kind, owner, *rest = key.split(".")
+                if kind == "optimizer" and owner == name:
+                    index, what = rest
+                    value = value.item() if what == "step" else value
+                    moments.setdefault(int(index), {})[what] = value
             groups = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": moments, "param_groups": groups})
 

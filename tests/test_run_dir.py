@@ -116,15 +116,15 @@ def test_a_folder_in_use_is_refused_and_not_touched(interrupted, tmp_path, capsy
 def test_of_two_runs_that_start_at_once_one_is_refused(tmp_path, monkeypatch):
     """The second has found the folder empty before the first writes to it."""
     path = tmp_path / "run"
-    acquire = RunDir._acquire_lock
+    lock = run_dir.folder_lock
 
-    def late(self):
-        monkeypatch.setattr(RunDir, "_acquire_lock", acquire)
+    def late(path):
+        monkeypatch.setattr(run_dir, "folder_lock", lock)
         start(path, lr=1.0).close()
-        acquire(self)
+        return lock(path)
 
     assert RunDir.check(arguments(path, lr=2.0)) is None
-    monkeypatch.setattr(RunDir, "_acquire_lock", late)
+    monkeypatch.setattr(run_dir, "folder_lock", late)
     with pytest.raises(UserError, match="in use"):
         start(path, lr=2.0)
     assert read_json(path / "config.json")["arguments"]["lr"] == 1.0

@@ -336,6 +336,7 @@ NOT_BERT = {
 def test_a_tokenizer_json_that_is_not_berts_is_refused(tmp_path, keys, values, expected):
     """Nor does the library get to see what it would crash on or search for forever."""
     constructed().save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()  # whose settings would win
     edit_json(tmp_path / "tokenizer.json", *keys, **values)
     refused_load(tmp_path, tmp_path / "tokenizer.json", expected)
 
