@@ -256,7 +256,7 @@ class BertModel(nn.Module):
     ) -> "BertModel":
         """Load a HuggingFace BERT checkpoint, in float32 and evaluation mode.
 
-        name: a folder, a hub id, or an embedded model. overrides: fields of `BertConfig` to change,
+        name: a folder, a hub id, or a bundled model. overrides: fields of `BertConfig` to change,
         such as `hidden_dropout_prob=0.3`; None keeps the checkpoint's own.
         """
         folder = resolve_model(name, local_files_only=local_files_only)

@@ -78,7 +78,8 @@ def read_examples(
         if not name.strip() or not name.isprintable():
             raise UserError(f"{path}, line {line}: id is {name[:40]!r}; give it a printable id")
         if lines.setdefault(name, line) != line:
-            raise UserError(f"{path}, line {line}: id {name[:40]!r} is also that of {lines[name]}")
+            used = f"is already used in line {lines[name]}"
+            raise UserError(f"{path}, line {line}: id {name[:40]!r} {used}")
         label = _parse_label(row[label_column], task, f"{path}, line {line}") if labelled else None
         texts = tuple(row[column] for column in task.text_columns)
         if label is not None or not labelled:
@@ -116,6 +117,8 @@ def sample_rows(rows: Iterable[Row], limit: int | None) -> list[Row]:
     """
     if limit is None:
         return list(rows)
+    # Row number n replaces a kept one with probability limit / (n + 1): in the end each row has
+    # been kept with the same probability.
     kept: list[tuple[int, Row]] = []
     rng = random.Random(0)
     for number, row in enumerate(rows):
@@ -222,6 +225,7 @@ class TokenizedDataset:
         self.token_ids: list[list[np.ndarray]] = [[] for _ in range(self.embeddings_per_row)]
         self.first_lengths: list[int] | None = [] if joint else None  # tokens of segment 0
         self.truncated = 0
+        # Token ids take a fraction of the memory of the tokenizer's own objects.
         for start in range(0, len(columns[0]), CHUNK):
             self._tokenize([column[start : start + CHUNK] for column in columns], tokenizer)
         self.lengths = np.array([[len(ids) for ids in c] for c in self.token_ids]).max(axis=0)
@@ -422,6 +426,7 @@ class TaskMixture:
         for step in order[first:]:
             batches: list[Batch] = []
             for i in step:
+                # The stream continues from epoch to epoch; each pass has an order of its own.
                 number, place = divmod(position[i], self.pass_steps[i])
                 position[i] += 1
                 dataset = self.datasets[i]

@@ -1,4 +1,4 @@
-"""Predictions, metrics and leaderboard files; as a command, all that can be asked of a saved run.
+"""Predictions, metrics, leaderboard files, and the command for everything about a saved run.
 
     python evaluation.py runs/NAME                                      # dev metrics again
     python evaluation.py runs/NAME --data FILE.csv --task sst --out PREDICTIONS.csv
@@ -68,6 +68,7 @@ def embed_dataset(
     vectors = torch.zeros(size, device=model.device)
     total = len(dataset) if rows is None else len(rows)
     with model.evaluating(), progress_bar(total, f"embed {dataset.path.name}", leave=False) as bar:
+        # Rows of similar length share a batch, so their order here is not that of the file.
         for batch in dataset.eval_batches(batch_size, rows):
             with catch_out_of_memory(batch):
                 found = embed_batch(model, batch.to(model.device), pooling)
@@ -155,7 +156,8 @@ def overall_score(metrics: dict[str, dict[str, Any]]) -> float:
 
 def constant_note(metrics: dict[str, Any]) -> str:
     """A note beside the score if all predictions are one class, as when nothing was learnt."""
-    matrix = np.array(metrics.get("confusion", np.eye(2)))  # rows gold, columns predicted
+    # Rows are gold classes, columns predicted ones; a constant prediction fills one column.
+    matrix = np.array(metrics.get("confusion", np.eye(2)))
     if np.count_nonzero(matrix.sum(axis=0)) > 1:
         return ""
     majority = matrix.sum(axis=1).argmax() == matrix.sum(axis=0).argmax()
@@ -184,9 +186,9 @@ def majority_share(gold: np.ndarray) -> float:
 
 
 def baseline(model: SentenceEncoder, dataset: TaskDataset, batch_size: int) -> tuple[str, float]:
-    """What a dev score has to beat, and the name of it, before the model is trained.
+    """The name and the value of what a dev score has to beat, computed before training.
 
-    For classes the share of the commonest one; for scores of pairs Pearson's r of the cosine of
+    For classes the share of the most frequent one; for scores of pairs Pearson's r of the cosine of
     mean-pooled embeddings, the best that the untouched encoder does without a head.
     """
     gold = dataset.labels.numpy()

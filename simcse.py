@@ -1,4 +1,4 @@
-"""Pre-train BERT for sentence embeddings by contrast (SimCSE, Gao et al. 2021).
+"""Pre-train BERT for sentence embeddings with a contrastive loss (SimCSE, Gao et al. 2021).
 
     python simcse.py --use_gpu
     python multitask_classifier.py --option finetune --use_gpu --model runs/NAME/best
@@ -107,6 +107,7 @@ def false_negatives(keys: Tensor) -> Tensor:
     Equal sentences have equal keys. A candidate is a false negative if it equals the row's first or
     second sentence, or is the second sentence of a row whose first is equal.
     """
+    # A sentence that occurs in two rows would be pushed away from itself.
     first, second = keys[0][:, None], keys[1][:, None]  # (B, 1)
     candidates = keys[1:].flatten()  # (C,)
     found = (candidates == first) | (candidates == second)
@@ -117,7 +118,7 @@ def false_negatives(keys: Tensor) -> Tensor:
 def sentence_keys(batches: Sequence[Batch]) -> Tensor:
     """Numbers (V, B) for the sentences of a step, equal where their token ids are.
 
-    In all processes, for the rows of all of them.
+    Every process computes them for the rows of all processes.
     """
     views = max(2, batches[0].dataset.embeddings_per_row)  # a single sentence is its own positive
     keys: dict[bytes, int] = {}
@@ -246,6 +247,7 @@ def train(
     args: Namespace, model: SentenceEncoder, nli: TokenizedDataset, dev: TaskDataset, run: RunDir
 ) -> dict[str, Any]:
     """Train the encoder and write result.json; what that holds."""
+    # The untouched encoder is the baseline, and step 0 of the learning curve.
     evaluate = partial(evaluate_embeddings, model, dev, args.batch_size)
     model.eval()
     before = evaluate()

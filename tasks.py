@@ -114,7 +114,7 @@ class Task:
     labels: Classification | Regression  # what they are, and with it loss, predictions and metrics
     header: str  # the prediction column of a leaderboard file, as the leaderboard spells it
     head: str  # the default decoder head, a row of `model.HEADS`
-    # The logits of a least and a most similar pair, roughly. Heads start from it: at a learning
+    # Typical logits of the least and the most similar pair. Heads start from it: at a learning
     # rate of 1e-3 an STS bias would take 2,500 steps to the mean score.
     logit_range: tuple[float, float] = (0.0, 0.0)
     class_names: tuple[str, ...] = ()

@@ -70,7 +70,7 @@ class BertTokenizer:
     def from_pretrained(
         cls, name: str | Path, *, local_files_only: bool = False
     ) -> "BertTokenizer":
-        """Load the tokenizer of a model folder, a hub id or an embedded model.
+        """Load the tokenizer of a model folder, a hub id or a bundled model.
 
         Reads `tokenizer.json`, or else `vocab.txt`; the normalization that `tokenizer_config.json`
         gives wins over what `tokenizer.json` has stored.
@@ -153,7 +153,7 @@ class BertTokenizer:
         return self.backend.encode_batch(rows)
 
     def _cut(self, pair: tuple[str, str], max_length: int) -> tuple[str, str]:
-        """The beginnings of two texts that the tokens of their truncated pair come from.
+        """Shorten two long texts before the library truncates their pair.
 
         Of a truncated pair, the library keeps every left-over piece of one sentence combined with
         every one of the other: two long texts would take quadratic time and memory. The longer
@@ -161,6 +161,7 @@ class BertTokenizer:
         """
         if max(map(len, pair)) <= max_length:
             return pair
+        # With truncation on, what a text has beyond the limit comes back in pieces.
         encodings = [self.backend.encode(text, add_special_tokens=False) for text in pair]
         pieces = [[e, *e.overflowing] for e in encodings]  # of `max_length` tokens each
         lengths = [sum(map(len, of)) for of in pieces]

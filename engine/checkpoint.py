@@ -111,7 +111,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+            os.fsync(file.fileno())  # the contents must be on disk before the name is
         os.replace(temporary, path)
     except OSError as error:
         error.filename = str(path)  # the name that the user knows
@@ -134,7 +134,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     try:
         temporary.mkdir()
         yield temporary
-        if path.exists():
+        if path.exists():  # a folder cannot be replaced in one step
             os.replace(path, old)
         os.replace(temporary, path)
     finally:
@@ -185,6 +185,7 @@ def write_tensors(
 
 def write_state(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
     """Write tensors and a JSON object as one file, so that neither is ever newer than the other."""
+    # The facts travel in the header of the tensors' file.
     text = json.dumps(facts, allow_nan=False)
     write_tensors(path, tensors, {"facts": text, "checksum": _checksum(tensors, text)})
 

@@ -49,6 +49,7 @@ def gradient_conflict(
         parts = [inner_product([a[i] for i in of], [b[i] for i in of]) for of in groups.values()]
         return np.array([*parts, sum(parts)])
 
+    # A gradient is as large as the model: hold the first of each task, and one second at a time.
     tasks = list(gradients)
     found = {}  # pair -> (<a, b>, <a, a>, <b, b>), by group
     squares = {task: products(gradients[task][0], gradients[task][0]) for task in tasks}
@@ -140,11 +141,13 @@ class GradientConflictLogger:
 
     def _draw(self, name: str, step: int) -> list[np.ndarray]:
         """The row numbers of two batches without common rows, a function of seed and step."""
+        # A generator of its own: measuring must not change what training draws next.
         rng = np.random.default_rng([self.args.seed, step, *name.encode()])
         size = 2 * (self.args.conflict_rows or self.args.batch_size)
         return np.array_split(rng.permutation(len(self.datasets[name]))[:size], 2)
 
     def _measure(self, drawn: dict[str, list[np.ndarray]]) -> dict[str, Similarities]:
+        # Dropout and bf16 rounding would add noise that training averages out over many steps.
         dtype, self.model.dtype = self.model.dtype, torch.float32
         self.model.eval()
         gradients = {

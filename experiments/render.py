@@ -16,7 +16,7 @@ covers the variation between seeds. So a difference is marked where p < {SIGNIFI
 of the two columns overlap, and where neither column is more than {FLOOR_MARGIN} above the majority
 class. A + behind a commit: with uncommitted changes. Runs whose --model is a SimCSE run start from
 its encoder; with more seeds than encoders they share them, so their ± covers fewer encoders."""
-EMBEDDED_NOTE = """**The model is the embedded all-MiniLM-L6-v2, which had been tuned on sentence
+BUNDLED_NOTE = """**The model is the bundled all-MiniLM-L6-v2, which had been tuned on sentence
 pairs before (NLI's and Quora's among them) with mean pooling and the cosine, not through its
 pooler. Figures of the paper are for plain BERT-base.**"""
 
@@ -87,7 +87,7 @@ def markdown(results: Mapping[str, Any], has_curves: bool) -> str:
     tables = results["tables"].values()
     commands = [column["command"] or "" for t in tables for column in t["columns"].values()]
     if any("--model all-MiniLM-L6-v2 " in command for command in commands):
-        lines += ["", EMBEDDED_NOTE]
+        lines += ["", BUNDLED_NOTE]
     for name, table in results["tables"].items():
         lines += ["", f"## {table['title']}"]
         lines += markdown_table(score_rows(table, results["baselines"], "±"))

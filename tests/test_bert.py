@@ -19,7 +19,7 @@ from bert import HUB_NAMES, BertConfig, BertLayer, BertModel, BertSelfAttention,
 from engine.hub import resolve_model
 from tokenizer import BertTokenizer
 
-EMBEDDED = "all-MiniLM-L6-v2"
+BUNDLED = "all-MiniLM-L6-v2"
 SMALL = {"vocab_size": 31, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
 SMALL |= {"intermediate_size": 24, "max_position_embeddings": 20}
 # Too seldom to ever drop, but training then takes eager attention, and evaluation the fused one.
@@ -152,9 +152,9 @@ SENTENCES += ["How do I learn to cook rice without burning the bottom of the pan
 @pytest.mark.parametrize("pairs", [None, SENTENCES[::-1]], ids=["sentences", "pairs"])
 def test_embedded_checkpoint_equals_transformers(pairs):
     """Real weights, real English, padding; pairs have segment ids 0 and 1. In bfloat16 to 2%."""
-    ours, folder = BertModel.from_pretrained(EMBEDDED), resolve_model(EMBEDDED)
+    ours, folder = BertModel.from_pretrained(BUNDLED), resolve_model(BUNDLED)
     theirs = transformers.BertModel.from_pretrained(folder, attn_implementation="eager").eval()
-    tokenizer = BertTokenizer.from_pretrained(EMBEDDED)
+    tokenizer = BertTokenizer.from_pretrained(BUNDLED)
     tokens = tokenizer(SENTENCES, pairs, padding=True, return_tensors="pt")
     inputs = [tokens[key] for key in ("input_ids", "attention_mask", "token_type_ids")]
     assert inputs[2].max() == (pairs is not None) and inputs[1].min() == 0

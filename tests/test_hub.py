@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save, save_file
 
 from bert import BertModel, hub_name
 from engine.checkpoint import write_json
-from engine.hub import EMBEDDED, read_weights, resolve_model, shard_names
+from engine.hub import BUNDLED, read_weights, resolve_model, shard_names
 from tokenizer import BertTokenizer
 
 # ---------------------------------------------------------------------------- names
@@ -50,10 +50,10 @@ def test_a_folder_stands_for_itself_and_a_run_folder_for_its_best_model(tiny, tm
 
 
 def test_the_embedded_model_is_found_without_importing_its_package(monkeypatch):
-    for name, (package, _) in EMBEDDED.items():
+    for name, (package, _) in BUNDLED.items():
         assert {"config.json", "model.safetensors", "vocab.txt"} <= set(names(resolve_model(name)))
         assert package not in sys.modules
-    monkeypatch.setitem(EMBEDDED, "ghost", ("no_such_package_of_ours", "model"))
+    monkeypatch.setitem(BUNDLED, "ghost", ("no_such_package_of_ours", "model"))
     refused(lambda: resolve_model("ghost"), "--model ghost", "no_such_package_of_ours", "setup.sh")
 
 
