@@ -33,9 +33,9 @@ def normalize(texts: tuple[str, ...]) -> tuple[str, ...]:
 def test_script_reproduces_the_files(tmp_path):
     command = [sys.executable, str(ROOT / "data" / "make_sample.py"), "--out", str(tmp_path)]
     subprocess.run(command, check=True, capture_output=True)
-    made = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    assert made == {path.name: path.read_bytes() for path in SAMPLE.iterdir()}
-    assert len(made) == 13
+    files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert files == {path.name: path.read_bytes() for path in SAMPLE.iterdir()}
+    assert len(files) == 13
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -59,26 +59,24 @@ def test_no_row_occurs_twice_in_the_files_of_a_task(name):
 
 
 @pytest.mark.parametrize(
-    "words, side",
+    "words, polarity",
     [
         ("good decent enjoyable excellent wonderful brilliant superb treat gem", 1),
         ("dull boring weak flat awful terrible horrible mess bore", -1),
     ],
 )
-def test_labels_of_short_plain_sst_sentences(words, side):
-    labels = []
+def test_labels_of_short_plain_sst_sentences(words, polarity):
+    scores = []
     for row in examples("sst", "train"):
         tokens = normalize(row.texts)[0].split()
         if len(tokens) <= 4 and set(tokens) & set(words.split()) and "not" not in tokens:
-            labels.append(row.label)
-    right = [label for label in labels if (label - 2) * side > 0]
-    assert len(right) >= 30
-    assert len(right) >= 0.9 * len(labels)  # noise makes a few of them neutral
-    assert all((label - 2) * side >= 0 for label in labels)
+            scores.append((row.label - 2) * polarity)
+    assert min(scores) >= 0  # noise makes a few of them neutral
+    assert sum(score > 0 for score in scores) >= max(30, 0.9 * len(scores))
 
 
 def test_readme_example_is_learnt_from_other_sentences():
-    texts = [text for row in examples("sst", "train") for text in normalize(row.texts)]
+    texts = [normalize(row.texts)[0] for row in examples("sst", "train")]
     assert any(re.fullmatch(r"an? \w+ film", text) for text in texts)
     assert not any("fine" in text.split() for text in texts)  # "A fine film."
 
