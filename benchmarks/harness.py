@@ -6,11 +6,10 @@ A benchmark is a module with these names:
     UNIT         what a rate counts: rows, sentences, steps, ...
     CONTESTANTS  name -> a function from the settings to `Work`
     CLAIMS       the ratios and figures to report, with their targets
-    check        optional: arrays that contestants returned -> figures for the record, or `Wrong`
+    check        optional: arrays that contestants returned -> figures for the record, or UserError
 
-Each contestant is measured in a process of its own, all of them in turn, `--turns` times. A ratio,
-ours to the peer's, is taken turn by turn; the median is reported, with the minimum and the maximum.
-An untimed pass comes first, for ours and peers alike.
+Each contestant is measured in a process of its own, all of them in turn, `--turns` times, after an
+untimed pass. A ratio, ours to the peer's, is taken turn by turn, and the median reported.
 """
 
 import operator
@@ -20,66 +19,47 @@ import statistics
 import sys
 import tempfile
 import time
-import traceback
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from importlib import import_module, metadata
+from functools import partial
+from importlib import import_module, metadata, util
 from multiprocessing import get_context
-from multiprocessing.connection import Connection
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from bert import BertConfig
 from engine.device import peak_memory_bytes
-from engine.errors import UserError
-from engine.hub import resolve_model
+from engine.errors import OutOfMemory
 from engine.run_dir import provenance
 
 ROOT = Path(__file__).resolve().parent.parent
 LR = 5e-5  # in every benchmark that trains
-TEXT = {"model": "all-MiniLM-L6-v2", "data_dir": Path("data/sample"), "device": "cpu"}
-QUICK = {"quick": True, "rows": 32, "turns": 1, "passes": 1}
-OUT_OF_MEMORY = "out of memory|(not enough|can't allocate) memory"
+TEXT = {"model": "all-MiniLM-L6-v2", "data_dir": Path("data/sample")}
 # Layers and width; most are those of Turc et al. (2019, https://arxiv.org/abs/1908.08962).
-SIZES = {
-    "tiny": (2, 128),
-    "mini": (4, 256),
-    "small": (4, 512),
-    "medium": (8, 512),
-    "minilm": (6, 384),
-    "base": (12, 768),
-    "large": (24, 1024),
-}
+SIZES = {"tiny": (2, 128), "mini": (4, 256), "small": (4, 512), "medium": (8, 512)}
+SIZES |= {"minilm": (6, 384), "base": (12, 768), "large": (24, 1024)}
+SIGNS = {">=": operator.ge, "<=": operator.le, "<": operator.lt}  # of targets
+# A peer may not be installed, or not fit in memory: the system may then kill its process.
+SKIPPED = (ImportError, MemoryError, torch.OutOfMemoryError, OutOfMemory, BrokenProcessPool)
+Turns = list[dict[str, float]]  # the figures of a contestant in each turn
 
 
 @dataclass
 class Work:
-    """What a contestant does in one timed pass.
+    """What a contestant does in one timed pass."""
 
-    Args:
-        run: the pass; an array that it returns is kept for `check`.
-        units: rows, sentences, steps, ... in a pass.
-        config, lengths: the BERT and the tokens of every sentence in a pass, where the rate of
-            useful FLOPs is wanted.
-        dtype, training, pooling: of that BERT.
-        warm_up: whether an untimed pass comes first.
-        figures: further figures, read after the last pass.
-    """
-
-    run: Callable[[], Any]
-    units: int
-    config: BertConfig | None = None
-    lengths: Sequence[int] = ()
-    dtype: torch.dtype = torch.float32
-    training: bool = True
-    pooling: str = "pooler"
-    warm_up: bool = True
-    figures: Callable[[], dict[str, float]] = dict
+    run: Callable[[], Any]  # the pass; an array that it returns is kept for `check`
+    units: int  # rows, sentences, steps, ... in a pass
+    # Seconds of a pass -> further figures, computed after the last pass.
+    figures: Callable[[float], dict[str, float]] = lambda seconds: {}
+    warm_up: bool = True  # whether an untimed pass comes first
 
 
 @dataclass(frozen=True)
@@ -87,8 +67,7 @@ class Claim:
     """A figure of ours, alone or divided by a peer's, and its target, such as ">= 1.8".
 
     `metric` is "rate" (units per second), "seconds" (per unit), "memory" (MiB: the peak of the
-    process, or on a GPU of its tensors), "quotient" (`useful_flops` per second / `matrix_rate`) or
-    one of `Work.figures`.
+    process, or on a GPU of its tensors) or one of `Work.figures`, such as those of `flop_rates`.
     """
 
     what: str
@@ -98,24 +77,14 @@ class Claim:
     target: str = ""
 
 
-class Wrong(UserError):
-    """A contestant's results are not what they must be, such as those of its peer."""
-
-    exit_code = 1
-
-
 # ---------------------------------------------------------------------------- FLOPs
 
 
 def bert_config(size: str) -> BertConfig:
     """A row of `SIZES`, with heads of 64 and a feed-forward network four times as wide."""
     layers, width = SIZES[size]
-    return BertConfig(
-        num_hidden_layers=layers,
-        hidden_size=width,
-        num_attention_heads=max(1, width // 64),
-        intermediate_size=4 * width,
-    )
+    shape = {"num_hidden_layers": layers, "hidden_size": width, "intermediate_size": 4 * width}
+    return BertConfig(num_attention_heads=max(1, width // 64), **shape)
 
 
 def useful_flops(
@@ -133,43 +102,45 @@ def useful_flops(
     """
     width, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     tokens, squares = sum(lengths), sum(length**2 for length in lengths)
-    layer = 2 * (4 * width**2 + 2 * width * inner) * tokens + 4 * width * squares
-    last = layer
+    last = layer = 2 * (4 * width**2 + 2 * width * inner) * tokens + 4 * width * squares
     if pooling == "pooler":
         last = 4 * width**2 * tokens + 4 * width * tokens
         last += 2 * (3 * width**2 + 2 * width * inner) * len(lengths)  # with the pooler itself
     return (3 if training else 1) * float((layers - 1) * layer + last)
 
 
-def matrix_rate(
-    config: BertConfig, tokens: int, dtype: torch.dtype, device: str, seconds: float = 0.5
-) -> float:
+def matrix_rate(config: BertConfig, tokens: int, dtype: torch.dtype, device: str) -> float:
     """FLOP/s of this machine on the matrix products of a layer with so many tokens, alone."""
     width, inner = config.hidden_size, config.intermediate_size
     shapes = [(width, width)] * 4 + [(inner, width), (width, inner)]
     weights = [torch.randn(shape, dtype=dtype, device=device) for shape in shapes]
     inputs = {size: torch.randn(tokens, size, dtype=dtype, device=device) for size in shapes[-1]}
     repeats = 1 if device == "cpu" else 50  # so that waiting for a GPU does not count
-    times = []
-    end = time.perf_counter() + seconds
-    with torch.inference_mode():
-        while time.perf_counter() < end or len(times) < 4:
-            start = time.perf_counter()
-            for weight in weights * repeats:
-                torch.nn.functional.linear(inputs[weight.size(1)], weight)
-            synchronize(device)
-            times.append(time.perf_counter() - start)
+
+    @torch.inference_mode()
+    def multiply() -> None:
+        for weight in weights * repeats:
+            F.linear(inputs[weight.size(1)], weight)
+
+    times, _ = time_passes(multiply, device, passes=4, seconds=0.5)
     flops = repeats * sum(2 * tokens * weight.numel() for weight in weights)
     return flops / statistics.median(times[2:])  # the first two warm up
 
 
-def synchronize(device: str) -> None:
-    """Wait for the GPU, if there is one."""
-    if device == "cuda":
-        torch.cuda.synchronize()
+def flop_rates(
+    args: Namespace, model: Any, lengths: Sequence[int], rows: int, training: bool, seconds: float
+) -> dict[str, float]:
+    """Useful GFLOP/s of a SentenceEncoder, those of its matrix products alone, their quotient.
+
+    lengths: the tokens of every sentence in a pass over so many rows.
+    """
+    config, batch_tokens = model.bert.config, sum(lengths) * min(args.batch_size, rows) // rows
+    useful = useful_flops(config, lengths, training, model.pooling) / seconds / 1e9
+    matrix = matrix_rate(config, batch_tokens, model.dtype, args.device) / 1e9
+    return {"useful": useful, "matrix": matrix, "quotient": useful / matrix}
 
 
-# ---------------------------------------------------------------------------- a worker process
+# ---------------------------------------------------------------------------- measuring
 
 
 def leave_project() -> None:
@@ -178,126 +149,73 @@ def leave_project() -> None:
     sys.modules.pop("datasets", None)
 
 
+def classifier_flags(args: Namespace, **flags: Any) -> list[str]:
+    """A command line of classifier.py with the benchmark's settings and a new run folder."""
+    settings = {"model": args.model, "data_dir": args.data_dir, "batch_size": args.batch_size}
+    settings |= {"limit": args.rows, "run_dir": tempfile.mkdtemp(dir=args.scratch), **flags}
+    return ["--no_test", *(f"--{name}={value}" for name, value in settings.items())]
+
+
+def time_passes(
+    function: Callable[[], Any], device: str, passes: int, seconds: float = 0.0
+) -> tuple[list[float], Any]:
+    """Call it so often, and for so long; the seconds of each call, and what the last returned."""
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    times, result = [], None
+    while len(times) < passes or sum(times) < seconds:
+        wait()
+        start = time.perf_counter()
+        result = function()
+        wait()
+        times.append(time.perf_counter() - start)
+    return times, result
+
+
 def measure(work: Work, args: Namespace) -> tuple[dict[str, float], np.ndarray | None]:
     """The figures of one measurement, and the array that the last pass returned."""
     if work.warm_up:
         work.run()
-    times, output = [], None
-    for _ in range(args.passes):
-        synchronize(args.device)
-        start = time.perf_counter()
-        output = work.run()
-        synchronize(args.device)
-        times.append(time.perf_counter() - start)
+    times, output = time_passes(work.run, args.device, args.passes)
     seconds = statistics.median(times)
-    figures = {
-        "rate": work.units / seconds,
-        "seconds": seconds / work.units,
-        "memory": (peak_memory_bytes(torch.device(args.device)) or 0) / 2**20,
-        **work.figures(),
-    }
-    if work.config is not None:
-        flops = useful_flops(work.config, work.lengths, work.training, work.pooling)
-        batch_tokens = max(1, sum(work.lengths) * min(args.batch_size, work.units) // work.units)
-        figures["useful"] = flops / seconds / 1e9
-        figures["matrix"] = matrix_rate(work.config, batch_tokens, work.dtype, args.device) / 1e9
-        figures["quotient"] = figures["useful"] / figures["matrix"]
+    figures = {"rate": work.units / seconds, "seconds": seconds / work.units}
+    # Before the further figures, which may take memory themselves.
+    figures["memory"] = (peak_memory_bytes(torch.device(args.device)) or 0) / 2**20
+    figures |= work.figures(seconds)
     return figures, output if isinstance(output, np.ndarray) else None
 
 
-def measure_contestant(benchmark: str, contestant: str, args: Namespace) -> dict[str, Any]:
-    """`figures` and `output` of a contestant, or the reason why it was `skipped` or `failed`."""
-    try:
-        work = import_module(benchmark).CONTESTANTS[contestant](args)
-        figures, output = measure(work, args)
-    except ImportError as error:  # a peer's library may not be installed
-        return {"skipped": str(error)}
-    except Exception as error:
-        if isinstance(error, MemoryError) or re.search(OUT_OF_MEMORY, str(error)):
-            return {"skipped": "not enough memory"}
-        return {"failed": traceback.format_exc()}
-    return {"figures": figures, "output": output}
-
-
-def run_worker(results: Connection, *call: Any) -> None:
-    """Send what `measure_contestant` returns; whatever is printed is thrown away."""
-    for stream in (1, 2):
+def measure_quietly(benchmark: str, contestant: str, args: Namespace) -> Any:
+    """`measure` a contestant; whatever this process and its children print is thrown away."""
+    for stream in (1, 2):  # standard output and error, of libraries in C too
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-    results.send(measure_contestant(*call))
+    return measure(import_module(benchmark).CONTESTANTS[contestant](args), args)
 
 
-def start_worker(*call: Any) -> dict[str, Any]:
-    """`measure_contestant` in a new process, which takes over none of our threads or imports."""
-    context = get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=run_worker, args=(sender, *call))
-    process.start()
-    sender.close()
-    try:
-        return receiver.recv()
-    except EOFError:
-        process.join()
-        if process.exitcode == -9:  # killed by the system, as nobody else would
-            return {"skipped": "killed: not enough memory"}
-        return {"failed": f"its process ended with {process.exitcode}"}
-    finally:
-        process.join()
-
-
-# ---------------------------------------------------------------------------- all contestants
-
-
-def run_benchmark(
-    benchmark: ModuleType, settings: dict[str, Any], only: Sequence[str] | None = None
-) -> dict[str, Any]:
-    """Measure the contestants (whose names contain one of `only`) in turns; for the record.
-
-    Raises:
-        UserError: there is no such contestant, one failed, or its results are wrong.
-    """
-    args = Namespace(**{"device": "cpu", **settings})
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: there is no GPU here")
-    if "data_dir" in settings:
-        args.data_dir = args.data_dir.resolve()
-        args.model = str(resolve_model(args.model).resolve())
-    names = [n for n in benchmark.CONTESTANTS if any(text in n for text in only or [""])]
-    if not names:
-        raise UserError(f"--only {' '.join(only)}: there are {', '.join(benchmark.CONTESTANTS)}")
-    with tempfile.TemporaryDirectory() as scratch:
-        args.scratch = Path(scratch)
-        runs, outputs, skipped = measure_in_turns(benchmark.__name__, names, args)
-    claims = [c for c in benchmark.CLAIMS if {c.ours, c.peer or c.ours} <= set(runs)]
-    return {
-        "contestants": {name: summarize(of) for name, of in runs.items()},
-        "skipped": skipped,
-        "checked": benchmark.check(outputs) if hasattr(benchmark, "check") else {},
-        "claims": [judge(claim, runs) for claim in claims],
-    }
+def start_worker(*call: Any) -> Any:
+    """`measure_quietly` in a new process, which takes over none of our threads or imports."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(measure_quietly, *call).result()
 
 
 def measure_in_turns(
     benchmark: str, names: Sequence[str], args: Namespace
-) -> tuple[dict[str, list[dict[str, float]]], dict[str, np.ndarray], dict[str, str]]:
+) -> tuple[dict[str, Turns], dict[str, np.ndarray], dict[str, str]]:
     """By contestant: its figures in each turn, its output, and why it was skipped."""
-    runs: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-    outputs: dict[str, np.ndarray] = {}
-    skipped: dict[str, str] = {}
+    runs, outputs, skipped = {name: [] for name in names}, {}, {}
     for turn in range(args.turns):
         for name in list(runs):
-            found = start_worker(benchmark, name, args)
-            if "failed" in found:
-                print(found["failed"], file=sys.stderr)
-                raise UserError(f"{name}: {found['failed'].splitlines()[-1]}")
-            if "skipped" in found:
-                skipped[name] = said = found["skipped"]
-                del runs[name]
-            else:
-                runs[name].append(found["figures"])
-                said = ", ".join(f"{k} {v:.4g}" for k, v in found["figures"].items())
-                if found["output"] is not None:
-                    outputs[name] = found["output"]
-            print(f"turn {turn + 1} of {args.turns}, {name}: {said}", file=sys.stderr)
+            print(f"turn {turn + 1} of {args.turns}, {name}", end=": ", file=sys.stderr, flush=True)
+            try:
+                figures, output = start_worker(benchmark, name, args)
+            except SKIPPED as error:
+                skipped[name] = str(error).split(". ")[0] or "not enough memory"
+                del runs[name]  # from the turns to come, too
+                print("skipped:", skipped[name], file=sys.stderr)
+                continue
+            print(", ".join(f"{key} {x:.4g}" for key, x in figures.items()), file=sys.stderr)
+            runs[name].append(figures)
+            if output is not None:
+                outputs[name] = output  # the same in every turn
     return runs, outputs, skipped
 
 
@@ -305,15 +223,12 @@ def machine() -> dict[str, Any]:
     """Where and when a record was made: `run_dir.provenance`, the peers' versions and the CPU."""
     facts = provenance()
     for library in ("transformers", "sentence-transformers", "accelerate"):
-        try:
-            facts["versions"][library] = metadata.version(library)
-        except metadata.PackageNotFoundError:
-            facts["versions"][library] = None
-    cpuinfo = Path("/proc/cpuinfo")
-    text = cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else ""
-    model = re.search(r"^model name\s*: (.*)$", text, re.MULTILINE)
-    facts["hardware"]["processor"] = model.group(1).strip() if model else None
-    facts["hardware"]["amx"] = " amx_bf16" in text
+        installed = util.find_spec(library.replace("-", "_"))
+        facts["versions"][library] = metadata.version(library) if installed else None
+    cpuinfo = Path("/proc/cpuinfo")  # of Linux
+    name = re.search(r"model name\s*: (.*\S)", cpuinfo.read_text() if cpuinfo.exists() else "")
+    amx = bool(torch.cpu.get_capabilities().get("amx_bf16"))
+    facts["hardware"] |= {"processor": name and name[1], "amx": amx}
     return facts
 
 
@@ -325,29 +240,23 @@ def median_and_range(values: Sequence[float]) -> list[float]:
     return [statistics.median(values), min(values), max(values)]
 
 
-def summarize(runs: Sequence[dict[str, float]]) -> dict[str, list[float]]:
-    """`median_and_range` of each figure over the turns."""
-    return {name: median_and_range([run[name] for run in runs]) for name in runs[0]}
+def summarize(turns: Turns) -> dict[str, list[float]]:
+    """`median_and_range` of each figure."""
+    return {name: median_and_range([figures[name] for figures in turns]) for name in turns[0]}
 
 
-def judge(claim: Claim, runs: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
+def judge(claim: Claim, runs: dict[str, Turns]) -> dict[str, Any]:
     """A claim with both medians, the ratio (or figure) `value`, and whether it is `met`."""
-    ours = [run[claim.metric] for run in runs[claim.ours]]
-    peers = [run[claim.metric] for run in runs[claim.peer]] if claim.peer else None
-    ratios = [a / b for a, b in zip(ours, peers, strict=True)] if peers else ours
-    value = median_and_range(ratios)
+    ours = [figures[claim.metric] for figures in runs[claim.ours]]
+    peers = [figures[claim.metric] for figures in runs[claim.peer]] if claim.peer else []
+    value = median_and_range([a / b for a, b in zip(ours, peers, strict=True)] if peers else ours)
     met = None
     if claim.target:
         sign, bound = claim.target.split()
-        signs = {">=": operator.ge, "<=": operator.le, "<": operator.lt}
-        met = signs[sign](value[0], float(bound))
-    return {
-        **vars(claim),
-        "our_figure": statistics.median(ours),
-        "peer_figure": statistics.median(peers) if peers else None,
-        "value": value,
-        "met": met,
-    }
+        met = SIGNS[sign](value[0], float(bound))
+    our_figure, peer_figure = statistics.median(ours), statistics.median(peers) if peers else None
+    figures = {"our_figure": our_figure, "peer_figure": peer_figure}
+    return {**vars(claim), **figures, "value": value, "met": met}
 
 
 def format_figure(metric: str, value: float | None, unit: str) -> str:
@@ -367,15 +276,11 @@ def claim_table(record: dict[str, Any]) -> str:
     """The claims of a record, and what was skipped, as a Markdown table."""
     rows = [("", "ours", "peer", "ratio, or figure (min to max)", "target"), ["---"] * 5]
     for claim in record["claims"]:
-        unit, metric = record["units"][claim["ours"]], claim["metric"]
-        ours, peer = (format_figure(metric, claim[k], unit) for k in ("our_figure", "peer_figure"))
-        middle, low, high = (
-            f"{value:.2f}" if claim["peer"] else format_figure(metric, value, unit)
-            for value in claim["value"]
-        )
-        verdict = f"{claim['target']}: {'met' if claim['met'] else 'missed'}"
-        target = verdict if claim["target"] else ""
-        rows.append((claim["what"], ours, peer, f"{middle} ({low} to {high})", target))
+        show = partial(format_figure, claim["metric"], unit=record["units"][claim["ours"]])
+        middle, low, high = (f"{x:.2f}" if claim["peer"] else show(x) for x in claim["value"])
+        target = claim["target"] and f"{claim['target']}: {'met' if claim['met'] else 'missed'}"
+        figures = (show(claim["our_figure"]), show(claim["peer_figure"]))
+        rows.append((claim["what"], *figures, f"{middle} ({low} to {high})", target))
     rows += [(name, f"skipped: {why}", "", "", "") for name, why in record["skipped"].items()]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
@@ -383,13 +288,12 @@ def claim_table(record: dict[str, Any]) -> str:
 def origin(record: dict[str, Any]) -> str:
     """How, where and when a record was made."""
     hardware, versions = record["hardware"], record["versions"]
+    commit = (record["commit"] or "unknown")[:7]
+    commit += " with uncommitted changes" if record["uncommitted_changes"] else ""
     cpu = f"{hardware['processor'] or hardware['machine']}, {hardware['threads']} threads"
     cpu += f", {hardware['cpu']}, {'AMX' if hardware['amx'] else 'no AMX'}"
-    gpu = f", {hardware['gpu']}" if record["device"] == "cuda" else ""
+    cpu += f", {hardware['gpu']}" if record["device"] == "cuda" else ""
     libraries = [f"{x} {versions[x]}" for x in ("torch", "transformers", "sentence-transformers")]
-    changes = " with uncommitted changes" if record["uncommitted_changes"] else ""
-    return (
-        f"`{record['command']}`, {record['started'][:10]}, commit"
-        f" {(record['commit'] or 'unknown')[:7]}{changes}. {cpu}{gpu}; Python {record['python']},"
-        f" {', '.join(libraries)}." + (" **--quick: no measurement.**" if record["quick"] else "")
-    )
+    software = ", ".join([f"Python {record['python']}", *libraries])
+    text = f"`{record['command']}`, {record['started'][:10]}, commit {commit}. {cpu}; {software}."
+    return text + (" **--quick: no measurement.**" if record["quick"] else "")

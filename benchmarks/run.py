@@ -8,9 +8,12 @@ these files, so running one benchmark refreshes its table alone. If one fails, t
 Close other work on the machine first: it would be measured too.
 """
 
+import re
 import shlex
 import sys
-from argparse import Namespace
+import tempfile
+import traceback
+from argparse import SUPPRESS, Namespace
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -23,45 +26,43 @@ from benchmarks import harness
 from engine.checkpoint import read_json, read_text, write_json, write_text
 from engine.cli import POSITIVE_INT, ArgumentParser, run_script
 from engine.errors import UserError
+from engine.hub import resolve_model
 
 NAMES = ["train", "encode", "probe", "optimizer", "tokenization", "startup", "simcse", "scale"]
 RESULTS = harness.ROOT / "benchmarks" / "results"
 DOCS = harness.ROOT / "docs" / "benchmarks.md"
 BEGIN = "<!-- benchmarks/run.py writes what follows -->"
 END = "<!-- end of what benchmarks/run.py writes -->"
-# The settings that benchmarks may have.
-FLAGS: dict[str, dict[str, Any]] = {
-    "model": {"help": "a folder, a hub id, or all-MiniLM-L6-v2"},
-    "data_dir": {"type": Path, "help": "folder of the csv files (default: data/sample)"},
-    "rows": {"type": POSITIVE_INT, "help": "rows of each file, or sentences"},
-    "batch_size": {"type": POSITIVE_INT, "help": "rows per batch"},
-    "turns": {"type": POSITIVE_INT, "help": "how often each contestant is measured (default: 3)"},
-    "passes": {"type": POSITIVE_INT, "help": "timed passes per measurement; the median counts"},
-    "device": {"choices": ["cpu", "cuda"], "help": "where to run (default: cpu)"},
-}
+QUICK = {"rows": 32, "turns": 1, "passes": 1}
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
-    """The command line, checked; `args.given` has the settings that it names."""
+    """The command line, checked; settings that it does not name are absent."""
     parser = ArgumentParser(__doc__.splitlines()[0])
     add = parser.add_argument
     add("names", nargs="*", metavar="NAME", help=f"{', '.join(NAMES)} (default: all)")
-    for name, options in FLAGS.items():
-        add(f"--{name}", **options)
     add("--only", nargs="+", metavar="TEXT", help="only contestants whose names contain a TEXT")
     add("--quick", action="store_true", help="tiny sizes, to try it; writes no record")
     add("--results", type=Path, help="write the records there, and leave the docs alone")
     add("--report", action="store_true", help="run nothing, only rewrite docs/benchmarks.md")
+    # Benchmarks have defaults of their own, and some lack a setting.
+    add = parser.add_argument_group("settings", argument_default=SUPPRESS).add_argument
+    add("--model", help="a folder, a hub id, or all-MiniLM-L6-v2")
+    add("--data_dir", type=Path, help="folder of the csv files (default: data/sample)")
+    add("--rows", type=POSITIVE_INT, help="rows of each file, or sentences")
+    add("--batch_size", type=POSITIVE_INT, help="rows per batch")
+    add("--turns", type=POSITIVE_INT, help="how often each contestant is measured (default: 3)")
+    add("--passes", type=POSITIVE_INT, help="timed passes per measurement; the median counts")
+    add("--device", choices=["cpu", "cuda"], help="where to run (default: cpu)")
     args = parser.parse_args(argv)
     for name in args.names:
         if name not in NAMES:
             parser.error(f"{name}: no such benchmark; there are {', '.join(NAMES)}")
     args.names = args.names or NAMES
-    args.given = {name: getattr(args, name) for name in FLAGS if getattr(args, name) is not None}
-    for name in args.given:
-        if not any(name in settings(load(benchmark), args) for benchmark in args.names):
-            parser.error(f"--{name} has no effect on {', '.join(args.names)}")
-    if args.data_dir is not None and not args.data_dir.is_dir():
+    known = {name for benchmark in args.names for name in settings(load(benchmark), args)}
+    for name in set(vars(args)) - known - {"names", "only", "quick", "results", "report"}:
+        parser.error(f"--{name} has no effect on {', '.join(args.names)}")
+    if "data_dir" in args and not args.data_dir.is_dir():
         parser.error(f"--data_dir {args.data_dir}: no such folder")
     return args
 
@@ -73,21 +74,30 @@ def load(name: str) -> Any:
 
 def settings(benchmark: Any, args: Namespace) -> dict[str, Any]:
     """A benchmark's settings: its defaults, those of --quick, and those of the command line."""
-    own = {"quick": False, "turns": 3, "passes": 1, **benchmark.SETTINGS}
-    chosen = {**own, **(harness.QUICK if args.quick else {}), **args.given}
-    return {setting: chosen[setting] for setting in own}
+    defaults = {"quick": False, "turns": 3, "passes": 1, **benchmark.SETTINGS}
+    chosen = {**defaults, **(QUICK if args.quick else {}), **vars(args)}
+    return {name: chosen[name] for name in defaults}
 
 
 def run(name: str, args: Namespace) -> dict[str, Any]:
-    """Run a benchmark; its record."""
+    """Measure the contestants of a benchmark (--only: some) in turns; the record."""
     benchmark = load(name)
     used = settings(benchmark, args)
-    results = harness.run_benchmark(benchmark, used, args.only)
-    shown = {flag: str(value) for flag, value in used.items()}
-    if "data_dir" in used and harness.ROOT not in used["data_dir"].resolve().parents:
-        shown["data_dir"] = "DATA"  # a folder of this machine
+    # An empty TEXT is in every name.
+    contestants = [n for n in benchmark.CONTESTANTS if any(x in n for x in args.only or [""])]
+    if not contestants:
+        raise UserError(f"--only: {name} has {', '.join(benchmark.CONTESTANTS)}")
+    with tempfile.TemporaryDirectory() as scratch:
+        job = Namespace(**{"device": "cpu", **used}, scratch=scratch)
+        if "model" in used:
+            job.model = str(resolve_model(used["model"]))
+        runs, outputs, skipped = harness.measure_in_turns(benchmark.__name__, contestants, job)
+    claims = [c for c in benchmark.CLAIMS if {c.ours, c.peer or c.ours} <= set(runs)]
+    if "data_dir" in used:  # a record does not tell where somebody keeps the data
+        used["data_dir"] = "DATA" if "data_dir" in args else str(used["data_dir"])
     words = ["python", "benchmarks/run.py", name]
-    words += [word for f in args.given if f in used for word in (f"--{f}", shown[f])]
+    given = [flag for flag in used if flag in args and flag != "quick"]
+    words += [word for flag in given for word in (f"--{flag}", str(used[flag]))]
     words += ["--only", *args.only] if args.only else []
     words += ["--quick"] if args.quick else []
     return {
@@ -96,9 +106,12 @@ def run(name: str, args: Namespace) -> dict[str, Any]:
         **harness.machine(),
         "command": shlex.join(words),
         "quick": args.quick,
-        "settings": {**used, **({"data_dir": shown["data_dir"]} if "data_dir" in used else {})},
-        "device": used.get("device", "cpu"),
-        **results,
+        "settings": used,
+        "device": job.device,
+        "contestants": {contestant: harness.summarize(turns) for contestant, turns in runs.items()},
+        "skipped": skipped,
+        "checked": benchmark.check(outputs) if hasattr(benchmark, "check") else {},
+        "claims": [harness.judge(claim, runs) for claim in claims],
     }
 
 
@@ -111,23 +124,17 @@ def report(results: Path) -> str:
     for name in NAMES:
         if (path := results / f"{name}.json").exists():
             record = read_json(path)
-            parts = [load(name).__doc__.strip(), harness.claim_table(record)]
-            sections.append("\n\n".join([f"## {name}", *parts, harness.origin(record)]))
+            sections += [f"## {name}", load(name).__doc__.strip()]
+            sections += [harness.claim_table(record), harness.origin(record)]
     return "\n\n".join(sections)
 
 
 def rewrite(docs: Path, text: str) -> None:
-    """Put `text` between the two markers; every other character stays as it is.
-
-    Raises:
-        UserError: the file does not have each marker once, in this order.
-    """
-    content = read_text(docs)
-    before, begin, rest = content.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not end or BEGIN in rest or END in before + after:
+    """Put `text` between the two markers; every other character stays as it is."""
+    parts = re.split(f"({BEGIN}|{END})", read_text(docs))
+    if parts[1::2] != [BEGIN, END]:
         raise UserError(f"{docs}: needs the lines {BEGIN} and {END}, once each, in this order")
-    write_text(docs, f"{before}{begin}\n\n{text}\n\n{end}{after}")
+    write_text(docs, f"{parts[0]}{BEGIN}\n\n{text}\n\n{END}{parts[-1]}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -138,9 +145,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"== {name}", flush=True)
         try:
             record = run(name, args)
-        except UserError as error:
-            print(f"run.py: error: {error}", file=sys.stderr)
-            failed = True
+        except Exception as error:
+            message = str(error) if isinstance(error, UserError) else traceback.format_exc()
+            print(f"run.py: error: {message}", file=sys.stderr)
+            failed = True  # the others still run
             continue
         print(harness.claim_table(record), flush=True)
         if args.results or not args.quick:

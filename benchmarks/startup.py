@@ -14,15 +14,15 @@ import time
 from argparse import Namespace
 from pathlib import Path
 
-from benchmarks.harness import ROOT, TEXT, Claim, Work
+from benchmarks.harness import ROOT, TEXT, Claim, Work, classifier_flags
 
-PEER = """
+SCRIPT = """
 import csv, os, sys
 import torch, transformers
-folder, path, rows, batch_size = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+folder, path, rows, batch_size = *sys.argv[1:3], *map(int, sys.argv[3:])
 tokenizer = transformers.BertTokenizerFast.from_pretrained(folder)
 model = transformers.BertForSequenceClassification.from_pretrained(folder, num_labels=5).train()
-with open(path, encoding="utf-8", newline="") as file:
+with open(path + "/ids-sst-train.csv", encoding="utf-8", newline="") as file:
     data = list(csv.DictReader(file, delimiter="\\t"))[:rows]
 encoded = tokenizer([row["sentence"] for row in data], truncation=True)["input_ids"]
 batch = tokenizer.pad({"input_ids": encoded[:batch_size]}, return_tensors="pt")
@@ -34,62 +34,38 @@ os._exit(0)  # ours is not waited for either, once it has made its step
 """
 
 
-def finish(*command: object) -> None:
-    """Run a Python command to its end."""
-    words = [sys.executable, *map(str, command)]
-    subprocess.run(words, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def python(*words: object) -> Work:
+    """A Python command, run to its end."""
+    command = [sys.executable, *map(str, words)]
+    return Work(lambda: subprocess.run(command, check=True), 1)
 
 
-def peer_first_step(args: Namespace) -> Work:
-    """A script that loads everything and takes a step."""
-    path = args.data_dir / "ids-sst-train.csv"
-    return Work(lambda: finish("-c", PEER, args.model, path, args.rows, args.batch_size), 1)
+def first_step(args: Namespace) -> None:
+    """Start `classifier.py`, and kill it when the log has its first step."""
+    folder = Path(tempfile.mkdtemp(dir=args.scratch))
+    flags = classifier_flags(args, option="finetune", device="cpu", run_dir=folder)
+    process = subprocess.Popen([sys.executable, str(ROOT / "classifier.py"), *flags])
+    log = folder / "log.jsonl"  # gets a line per step
+    try:
+        while not (log.exists() and log.stat().st_size):
+            if process.poll() is not None:
+                raise RuntimeError(f"classifier.py ended with {process.returncode}")
+            time.sleep(0.002)  # leaves the CPU to the process
+    finally:
+        process.kill()
+        process.wait()
 
 
-def our_help(args: Namespace) -> Work:
-    """`multitask_classifier.py --help`."""
-    return Work(lambda: finish(ROOT / "multitask_classifier.py", "--help"), 1)
-
-
-def our_first_step(args: Namespace) -> Work:
-    """`classifier.py`, killed after its first step."""
-    flags = {"model": args.model, "data_dir": args.data_dir, "limit": args.rows}
-    flags |= {"option": "finetune", "batch_size": args.batch_size, "device": "cpu"}
-    words = [f"--{name}={value}" for name, value in flags.items()]
-    command = [sys.executable, str(ROOT / "classifier.py"), *words, "--no_test"]
-
-    def first_step() -> None:
-        run_dir = Path(tempfile.mkdtemp(dir=args.scratch)) / "run"
-        process = subprocess.Popen(
-            [*command, f"--run_dir={run_dir}"],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        log = run_dir / "log.jsonl"
-        try:
-            while not (log.exists() and log.stat().st_size):
-                if process.poll() is not None:
-                    raise RuntimeError(f"classifier.py ended with {process.returncode}")
-                time.sleep(0.002)
-        finally:
-            process.kill()
-            process.wait()
-
-    return Work(first_step, 1)
-
-
-SETTINGS = {
-    "model": TEXT["model"],
-    "data_dir": TEXT["data_dir"],
-    "rows": 10000,
-    "batch_size": 32,
-    "passes": 3,
-}
+SETTINGS = {**TEXT, "rows": 10000, "batch_size": 32, "passes": 3}
 UNIT = "starts"
-HELP, PEER_STEP, FIRST_STEP = "--help, ours", "first step, transformers", "first step, ours"
-CONTESTANTS = {HELP: our_help, PEER_STEP: peer_first_step, FIRST_STEP: our_first_step}
+HELP, PEER, STEP = "--help, ours", "first step, transformers", "first step, ours"
+CONTESTANTS = {
+    HELP: lambda args: python(ROOT / "multitask_classifier.py", "--help"),
+    PEER: lambda args: python("-c", SCRIPT, args.model, args.data_dir, args.rows, args.batch_size),
+    STEP: lambda args: Work(lambda: first_step(args), 1),
+}
 CLAIMS = [
     Claim("--help", HELP, metric="seconds", target="< 2"),
-    Claim("first step", FIRST_STEP, metric="seconds", target="< 4"),
-    Claim("first step, to a transformers script", FIRST_STEP, PEER_STEP, "seconds"),
+    Claim("first step", STEP, metric="seconds", target="< 4"),
+    Claim("first step, to a transformers script", STEP, PEER, "seconds"),
 ]

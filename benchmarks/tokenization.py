@@ -7,11 +7,13 @@ ids. That the ids are equal is checked.
 """
 
 from argparse import Namespace
+from functools import partial
 
 import numpy as np
 
 from benchmarks.encode import sentences
-from benchmarks.harness import TEXT, Claim, Work, Wrong
+from benchmarks.harness import TEXT, Claim, Work
+from engine.errors import UserError
 from tokenizer import BertTokenizer
 
 
@@ -21,21 +23,16 @@ def peer(args: Namespace) -> Work:
 
     texts = sentences(args)
     tokenizer = transformers.BertTokenizerFast.from_pretrained(args.model)
-    settings = {"return_attention_mask": False, "return_token_type_ids": False}
-    return Work(
-        lambda: flatten(tokenizer(texts, truncation=True, **settings)["input_ids"]), len(texts)
-    )
+    options = {"truncation": True, "return_attention_mask": False, "return_token_type_ids": False}
+    return Work(lambda: flatten(tokenizer(texts, **options)["input_ids"]), len(texts))
 
 
 def ours(args: Namespace) -> Work:
     """This project's."""
     texts = sentences(args)
     tokenizer = BertTokenizer.from_pretrained(args.model)
-    limit = tokenizer.max_length
-    return Work(
-        lambda: flatten([e.ids for e in tokenizer.encode_batch(texts, max_length=limit)]),
-        len(texts),
-    )
+    encode = partial(tokenizer.encode_batch, texts, max_length=tokenizer.max_length)
+    return Work(lambda: flatten([e.ids for e in encode()]), len(texts))
 
 
 def flatten(rows: list[list[int]]) -> np.ndarray:
@@ -48,11 +45,11 @@ def check(outputs: dict[str, np.ndarray]) -> dict[str, float]:
     if not {"ours", "transformers"} <= set(outputs):
         return {}
     if not np.array_equal(outputs["ours"], outputs["transformers"]):
-        raise Wrong("the ids differ from those of transformers")
+        raise UserError("the ids differ from those of transformers")
     return {"ids that are equal": len(outputs["ours"])}
 
 
-SETTINGS = {"model": TEXT["model"], "data_dir": TEXT["data_dir"], "rows": 10000, "passes": 5}
+SETTINGS = {**TEXT, "rows": 10000, "passes": 5}
 UNIT = "sentences"
 CONTESTANTS = {"transformers": peer, "ours": ours}
 CLAIMS = [

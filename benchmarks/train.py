@@ -8,22 +8,18 @@ epochs. The peers (`benchmarks/peers.py`): the plain loop of the tutorials in fp
 pair tasks, with mean pooling and cosine similarity. Ours is `Trainer` as `multitask_classifier.py`
 uses it, without evaluating and saving. Rows are tokenised before the clock starts;
 sentence-transformers tokenises as it goes, so against it ours reads and tokenises within the time.
-"auto" is the default precision, for ours and the two trainers: bf16 where the hardware multiplies
-faster in it, else fp32.
 """
 
-import tempfile
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from functools import partial
-from pathlib import Path
-from typing import Any
+from functools import cache, partial
 
 from torch import nn
 
+import classifier
 from benchmarks import peers
-from benchmarks.harness import LR, TEXT, Claim, Work
-from bert import BertConfig, BertModel
+from benchmarks.harness import LR, TEXT, Claim, Work, bert_config, classifier_flags, flop_rates
+from bert import BertModel
 from datasets import TaskDataset, TaskMixture, TokenizedDataset
 from engine.device import setup_device
 from engine.errors import UserError
@@ -31,13 +27,12 @@ from engine.run_dir import RunDir
 from engine.trainer import Trainer
 from evaluation import embed_batch
 from model import MultitaskBERT, SentenceEncoder
-from multitask_classifier import make_backward
-from optimizer import AdamW, parameter_groups
+from multitask_classifier import Backward, make_backward
+from optimizer import AdamW, lr_factor, parameter_groups
 from tasks import TASKS
 from tokenizer import BertTokenizer
 
-MIX = ("sst", "para", "sts")
-PAIRS = ("para", "sts")
+SST, MIX, PAIRS = ("sst",), ("sst", "para", "sts"), ("para", "sts")
 
 
 def load(args: Namespace, names: Sequence[str]) -> list[TaskDataset]:
@@ -45,9 +40,9 @@ def load(args: Namespace, names: Sequence[str]) -> list[TaskDataset]:
     tokenizer = BertTokenizer.from_pretrained(args.model)
     datasets = []
     for task in map(TASKS.get, names):
-        path = args.data_dir / task.files.format("train")
+        path = args.data_dir / task.file("train")
         datasets.append(TaskDataset(path, task, tokenizer, limit=args.rows))
-    if len({len(dataset) for dataset in datasets}) > 1:
+    if len(set(map(len, datasets))) > 1:
         raise UserError(f"--rows {args.rows}: more than the smallest file has; give fewer")
     return datasets
 
@@ -57,14 +52,12 @@ def token_counts(datasets: Sequence[TokenizedDataset]) -> list[int]:
     return [len(ids) for dataset in datasets for column in dataset.token_ids for ids in column]
 
 
-def plain(args: Namespace, names: Sequence[str], config: BertConfig | None = None) -> Work:
-    """The plain loop, the tasks in turn; with a `config`, on random weights."""
-    loop = peers.PlainLoop(args, config)
+def plain(args: Namespace, names: Sequence[str], size: str = "") -> Work:
+    """The plain loop, the tasks in turn; with a `size`, on random weights."""
+    loop = peers.PlainLoop(args, size)
     datasets = load(args, names)
-    loaders = [
-        loop.batches(list(zip(*(e.texts for e in d.examples), strict=True)), d.labels.tolist())
-        for d in datasets
-    ]
+    columns = [list(zip(*(e.texts for e in d.examples), strict=True)) for d in datasets]
+    loaders = [loop.batches(c, d.labels) for c, d in zip(columns, datasets, strict=True)]
     heads = [nn.Linear(loop.width, d.task.labels.num_logits).to(args.device) for d in datasets]
     dropout = nn.Dropout(0.1)
     step = loop.optimize(loop.bert, *heads)
@@ -72,6 +65,7 @@ def plain(args: Namespace, names: Sequence[str], config: BertConfig | None = Non
     def epoch() -> None:
         for batches in zip(*loaders, strict=True):
             for dataset, head, (inputs, labels) in zip(datasets, heads, batches, strict=True):
+                # The head of a pair gets the product of its embeddings, as our "dot" decoder.
                 vectors = [loop.bert(**side).pooler_output for side in inputs]
                 vector = vectors[0] if len(vectors) == 1 else vectors[0] * vectors[1]
                 step(dataset.task.labels.loss(head(dropout(vector)), labels).mean())
@@ -84,98 +78,80 @@ def st_trainer(args: Namespace) -> Work:
     tables = {}
     for dataset in load(args, PAIRS):
         a, b = zip(*(example.texts for example in dataset.examples), strict=True)
+        # Labels from 0 to 1, as the loss compares them with cosines.
         labels = (dataset.labels.double() / dataset.labels.max()).tolist()
         tables[dataset.name] = {"sentence1": a, "sentence2": b, "label": labels}
-    return peers.st_trainer(args, tables, lambda losses, bert: losses.CosineSimilarityLoss(bert))
+    return peers.st_trainer(args, tables, "CosineSimilarityLoss")
 
 
-def epoch_of(
-    args: Namespace,
-    model: SentenceEncoder,
-    backward: Callable[[Sequence[Any], int], float],
-    load_datasets: Callable[[], list[TokenizedDataset]],
-) -> Callable[[], None]:
-    """A function that trains for an epoch, neither evaluating nor saving, as the peers."""
-    model.save_pretrained = lambda folder: None
-    modules = {"bert": model.bert, **getattr(model, "heads", {})}
-    optimizers = {
-        name: AdamW(parameter_groups(module, 0.01), lr=LR, fused=True)
-        for name, module in modules.items()
-    }
-    run_dir = Path(tempfile.mkdtemp(dir=args.scratch)) / "run"
-    settings = {"epochs": 1, "clip": 1.0, "eval_every": 0, "patience": 0, "save_every": "0"}
-    settings = Namespace(**settings, seed=0, run_dir=run_dir, resume=False)
+def train_epochs(
+    args: Namespace, model: SentenceEncoder, backward: Backward, read: Callable[[], list]
+) -> Work:
+    """Epochs of `Trainer` on the sets that `read` returns, without evaluating and saving."""
+    datasets = read()
+    lengths, rows = token_counts(datasets), sum(map(len, datasets))
+    flags = classifier_flags(args, option="finetune", epochs=1, seed=0, save_every=0)
+    settings = classifier.parse_args(flags)
     run = RunDir.start_or_resume(settings, data={})
-    run.save_state = lambda tensors, facts: None
+    # The peers neither evaluate nor save while the clock runs, nor does a learning rate change.
+    run.save_state = model.save_pretrained = lambda *ignored: None
+    modules = {"bert": model.bert, **getattr(model, "heads", {})}
+    groups = {name: parameter_groups(module, 0.01) for name, module in modules.items()}
+    optimizers = {name: AdamW(group, lr=LR, fused=True) for name, group in groups.items()}
+    factor, evaluate = partial(lr_factor, "constant", 0.0), {"score": 0.0, "summary": ""}.copy
 
     def epoch() -> None:
-        mixture = TaskMixture(load_datasets(), args.batch_size, seed=0, epochs=1)
-        evaluate = lambda: {"score": 0.0, "summary": ""}  # noqa: E731
-        constant = lambda step, total: 1.0  # noqa: E731
-        Trainer(model, optimizers, constant, mixture, backward, evaluate, run, settings).fit()
+        mixture = TaskMixture(read(), args.batch_size, seed=0, epochs=1)
+        Trainer(model, optimizers, factor, mixture, backward, evaluate, run, settings).fit()
 
-    return epoch
+    return Work(epoch, rows, partial(flop_rates, args, model, lengths, rows, True))
 
 
 def ours(
-    args: Namespace,
-    names: Sequence[str],
-    precision: str,
-    config: BertConfig | None = None,
-    from_text: bool = False,
+    args: Namespace, names: Sequence[str], precision: str, size: str = "", from_text: bool = False
 ) -> Work:
-    """Ours; with a `config`, on random weights; `from_text`, with mean pooling and cosine heads."""
+    """Ours; with a `size`, on random weights; `from_text`, with mean pooling and cosine heads."""
     device, dtype = setup_device(0, args.device, precision)
-    datasets = load(args, names)
-    model = MultitaskBERT(
-        BertModel.from_pretrained(args.model) if config is None else BertModel(config),
-        [TASKS[name] for name in names],
-        dict.fromkeys(names, "cosine") if from_text else None,
-        pooling="mean" if from_text else "pooler",
-    ).to(device)
+    read = partial(load, args, names)
+    bert = BertModel(bert_config(size)) if size else BertModel.from_pretrained(args.model)
+    decoders, pooling = (dict.fromkeys(names, "cosine"), "mean") if from_text else (None, "pooler")
+    model = MultitaskBERT(bert, [TASKS[name] for name in names], decoders, pooling).to(device)
     model.dtype = dtype
+    # One task per step, and its plain gradient: the default method.
     method = Namespace(surgery="none", leave_out=None)
     backward = make_backward(method, model, partial(embed_batch, model))
-    epoch = epoch_of(args, model, backward, lambda: load(args, names) if from_text else datasets)
-    rows, lengths = sum(map(len, datasets)), token_counts(datasets)
-    return Work(epoch, rows, model.bert.config, lengths, dtype, pooling=model.pooling)
+    # Cached, rows are read and tokenised before the clock starts.
+    return train_epochs(args, model, backward, read if from_text else cache(read))
 
 
-SETTINGS = {**TEXT, "rows": 640, "batch_size": 32}
+SETTINGS = {**TEXT, "rows": 640, "batch_size": 32, "device": "cpu"}
 UNIT = "rows"
+HF, ST = "SST, Trainer, auto", "pairs, sentence-transformers, auto"
 CONTESTANTS = {
-    "SST, plain, fp32": partial(plain, names=["sst"]),
-    "SST, Trainer, auto": lambda args: peers.hf_trainer(args, *load(args, ["sst"])),
-    "SST, ours, fp32": partial(ours, names=["sst"], precision="fp32"),
-    "SST, ours, auto": partial(ours, names=["sst"], precision="auto"),
+    "SST, plain, fp32": partial(plain, names=SST),
+    HF: lambda args: peers.hf_trainer(args, *load(args, SST)),
+    "SST, ours, fp32": partial(ours, names=SST, precision="fp32"),
+    "SST, ours, auto": partial(ours, names=SST, precision="auto"),
     "mix, plain, fp32": partial(plain, names=MIX),
     "mix, ours, fp32": partial(ours, names=MIX, precision="fp32"),
     "mix, ours, auto": partial(ours, names=MIX, precision="auto"),
-    "pairs, sentence-transformers, auto": st_trainer,
+    ST: st_trainer,
     "pairs, ours, auto": partial(ours, names=PAIRS, precision="auto", from_text=True),
 }
+TO_HF = "to Trainer grouped by length, same precision"
+TO_ST = "to sentence-transformers' trainer, same precision"
+TO_PLAIN, RATE = "to plain loop fp32", "useful FLOP rate to matrix rate"
 CLAIMS = []
-for what in ("SST", "mix"):
-    peer, fp32, auto = (f"{what}, {name}" for name in ("plain, fp32", "ours, fp32", "ours, auto"))
-    to_peer = "to plain loop fp32"
+for job in ("SST", "mix"):
+    peer, fp32, auto = f"{job}, plain, fp32", f"{job}, ours, fp32", f"{job}, ours, auto"
     CLAIMS += [
-        Claim(f"fine-tune {what}, default precision, {to_peer}", auto, peer, target=">= 3.5"),
-        Claim(f"fine-tune {what}, fp32, {to_peer}", fp32, peer, target=">= 1.8"),
-        Claim(f"peak memory, fine-tune {what}, fp32, {to_peer}", fp32, peer, "memory", "<= 0.8"),
+        Claim(f"fine-tune {job}, default precision, {TO_PLAIN}", auto, peer, target=">= 3.5"),
+        Claim(f"fine-tune {job}, fp32, {TO_PLAIN}", fp32, peer, target=">= 1.8"),
+        Claim(f"peak memory, fine-tune {job}, fp32, {TO_PLAIN}", fp32, peer, "memory", "<= 0.8"),
     ]
 CLAIMS += [
-    Claim(
-        "fine-tune SST, default precision, to Trainer grouped by length, same precision",
-        "SST, ours, auto",
-        "SST, Trainer, auto",
-        target=">= 1.3",
-    ),
-    Claim(
-        "fine-tune pairs from text, to sentence-transformers' trainer, same precision",
-        "pairs, ours, auto",
-        "pairs, sentence-transformers, auto",
-    ),
+    Claim(f"fine-tune SST, default precision, {TO_HF}", "SST, ours, auto", HF, target=">= 1.3"),
+    Claim(f"fine-tune pairs from text, {TO_ST}", "pairs, ours, auto", ST),
+    Claim(f"{RATE}, fine-tune SST, fp32", "SST, ours, fp32", None, "quotient", ">= 0.6"),
+    Claim(f"{RATE}, fine-tune SST, auto", "SST, ours, auto", None, "quotient", ">= 0.6"),
 ]
-for precision in ("fp32", "auto"):
-    what = f"useful FLOP rate to matrix rate, fine-tune SST, {precision}"
-    CLAIMS.append(Claim(what, f"SST, ours, {precision}", metric="quotient", target=">= 0.6"))
