@@ -77,8 +77,8 @@ class BertConfig:
             # Rates and deviations are below 1; of the whole numbers only the id of [PAD] may be 0.
             low, high = (0, 1) if kind is float else (field.name != "pad_token_id", math.inf)
             if kind is not str and not (type(value) in (int, kind) and low <= value < high):
-                what = f"{kind.__name__} in [{low:d}, {high})"
-                raise ValueError(f"{field.name} is {value!r}, expected {what}")
+                expected = f"{kind.__name__} in [{low:d}, {high})"
+                raise ValueError(f"{field.name} is {value!r}, expected {expected}")
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act is {self.hidden_act!r}, expected {list(ACTIVATIONS)}")
         if self.hidden_size % self.num_attention_heads:
@@ -105,6 +105,7 @@ class Dropout(nn.Dropout):
         dropped = min(round(self.p * 2**16), 2**16 - 1)
         bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
         keep = bits.view(torch.int16)[: x.numel()].view(x.shape).ge_(dropped - 2**15)
+        # (As bools the mask would take less memory, but mixed types multiply at half the speed.)
         return x * keep.to(x.dtype).mul_(2**16 / (2**16 - dropped))
 
 
@@ -322,7 +323,7 @@ def load_weights(
     """
     # Nothing is skipped silently: a checkpoint that half fits would train to a bad score.
     expected = {hub_name(name): parameter for name, parameter in model.named_parameters()}
-    found: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}
     for original, tensor in tensors.items():
         name = original.removeprefix("bert.")  # in checkpoints with heads
         # The published bert-base-uncased still has TensorFlow's names of LayerNorm's weights.
@@ -332,7 +333,7 @@ def load_weights(
             continue
         if name not in expected:
             raise UserError(f"{source}: {original} is not a weight of the model in config.json")
-        if name in found:
+        if name in weights:
             raise UserError(f"{source}: {original} is there twice, under two names")
         if tensor.shape != expected[name].shape:
             raise UserError(
@@ -340,11 +341,11 @@ def load_weights(
                 f" {tuple(expected[name].shape)}"
             )
         check_weight(original, tensor, source)
-        found[name] = tensor
-    missing = [name for name in expected if name not in found]
+        weights[name] = tensor
+    missing = [name for name in expected if name not in weights]
     if missing and missing != [name for name in expected if name.startswith("pooler.")]:
         raise UserError(f"{source}: {missing[0]} is missing")
     if missing and not pooler:
         print(f"note: {source} has no pooler; its weights are drawn at random", file=sys.stderr)
-    for name, tensor in (found | pooler).items():
+    for name, tensor in (weights | pooler).items():
         expected[name].copy_(tensor)

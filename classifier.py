@@ -9,6 +9,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 
 from engine import cli
+from model import POOLINGS
 from multitask_classifier import (
     add_file_flags,
     add_supervised_flags,
@@ -31,10 +32,11 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     parser = cli.ArgumentParser(__doc__.splitlines()[0])
     parser.add_argument("--task", choices=["sst", "cfimdb"], default="sst", help="what to train on")
     add_supervised_flags(parser)
-    cli.add_training_flags(parser)
+    cli.add_training_flags(parser, POOLINGS)
     add_file_flags(parser.add_argument_group("files").add_argument, "", "the task")
     parser.set_defaults(**SINGLE_TASK)
     args = parser.parse_args(argv)
+    # From here on it is a multitask run of one task.
     args.tasks = [args.task]
     complete_supervised_args(args, parser, "classifier")
     return args

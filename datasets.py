@@ -11,9 +11,8 @@ import math
 import random
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from operator import itemgetter
 from pathlib import Path
 from typing import TypeVar
 
@@ -48,47 +47,31 @@ class Example:
 def read_examples(
     path: Path, task: Task, labelled: bool | None = True, limit: int | None = None
 ) -> tuple[list[Example], int, str]:
-    """Read one of the course's tab-separated files.
+    """Read one of the course's tab-separated files, whose rows `task` describes.
 
-    An empty sentence is a sentence. A row with an empty label is left out: the course's files have
-    some.
+    labelled: whether rows have labels; None: if the file has the column. A row with an empty label
+    is left out: the course's files have some.
 
-    Args:
-        path: the file.
-        task: names the columns.
-        labelled: whether rows have labels; None: if the file has the column.
-        limit: use a fixed random subset of that many rows.
-
-    Returns:
-        The examples in file order, the number of rows without a label, and the file's sha256.
-
-    Raises:
-        UserError: names file and line of an invalid label or id, or of what cannot be read.
+    Returns the examples in file order, the number of rows left out, and the file's sha256.
     """
-    label_column = task.label_column
-    columns = ["id", *task.text_columns, *([label_column] if labelled else [])]
-    optional = [label_column] if labelled is None else []
-    rows, checksum = read_rows(path, columns, "\t", optional)
-    if labelled is None:
-        labelled = bool(rows) and label_column in rows[0][1]
+    column = task.label_column
+    required, optional = ([column] if labelled else []), ([column] if labelled is None else [])
+    rows, checksum = read_rows(path, ["id", *task.text_columns, *required], "\t", optional)
+    labelled = column in rows[0][1]
     examples = []
     lines: dict[str, int] = {}
     for line, row in rows:
-        name = row["id"]
+        name, where = row["id"], f"{path}, line {line}"
         if not name.strip() or not name.isprintable():
-            raise UserError(f"{path}, line {line}: id is {name[:40]!r}; give it a printable id")
+            raise UserError(f"{where}: id is {name[:40]!r}; give it a printable id")
         if lines.setdefault(name, line) != line:
-            used = f"is already used in line {lines[name]}"
-            raise UserError(f"{path}, line {line}: id {name[:40]!r} {used}")
-        label = _parse_label(row[label_column], task, f"{path}, line {line}") if labelled else None
-        texts = tuple(row[column] for column in task.text_columns)
+            raise UserError(f"{where}: id {name[:40]!r} is already in line {lines[name]}")
+        label = _parse_label(row[column], task, where) if labelled else None
         if label is not None or not labelled:
-            examples.append(Example(name, texts, label))
-    unlabelled = len(rows) - len(examples)
+            examples.append(Example(name, tuple(row[c] for c in task.text_columns), label))
     if not examples:
-        what = f"none of its {unlabelled} rows has a label" if unlabelled else "no rows"
-        raise UserError(f"{path}: {what}; expected a header and at least one row")
-    return sample_rows(examples, limit), unlabelled, checksum
+        raise UserError(f"{path}: none of its {len(rows)} rows has a label")
+    return sample_rows(examples, limit), len(rows) - len(examples), checksum
 
 
 def _parse_label(text: str, task: Task, where: str) -> float | None:
@@ -109,37 +92,30 @@ def _parse_label(text: str, task: Task, where: str) -> float | None:
     return value
 
 
-def sample_rows(rows: Iterable[Row], limit: int | None) -> list[Row]:
+def sample_rows(rows: Sequence[Row], limit: int | None) -> list[Row]:
     """All rows, or a random subset of `limit`, always the same one, in their order.
 
     The first rows would not do: the course's SST file begins with its positive sentences.
     (Reservoir sampling: Vitter 1985, https://doi.org/10.1145/3147.3165, algorithm R.)
     """
-    if limit is None:
-        return list(rows)
+    kept = list(range(len(rows)))[:limit]
     # Row number n replaces a kept one with probability limit / (n + 1): in the end each row has
     # been kept with the same probability.
-    kept: list[tuple[int, Row]] = []
     rng = random.Random(0)
-    for number, row in enumerate(rows):
-        if number < limit:
-            kept.append((number, row))
-        elif (place := rng.randrange(number + 1)) < limit:
-            kept[place] = number, row
-    return [row for _, row in sorted(kept, key=itemgetter(0))]
+    for number in range(len(kept), len(rows)):
+        if (place := rng.randrange(number + 1)) < len(kept):
+            kept[place] = number
+    return [rows[i] for i in sorted(kept)]
 
 
 def read_triples(path: Path, limit: int | None = None) -> tuple[list[tuple[str, ...]], str]:
     """The (premise, entailment, contradiction) rows of SimCSE's NLI file, and its sha256."""
     rows, checksum = read_rows(path, NLI_COLUMNS, ",")
     for line, row in rows:
-        for column in NLI_COLUMNS:
-            if not row[column].strip():
+        for column, text in row.items():
+            if not text.strip():
                 raise UserError(f"{path}, line {line}: {column} is empty; write a sentence there")
-    triples = [tuple(row[column] for column in NLI_COLUMNS) for _, row in rows]
-    if not triples:
-        raise UserError(f"{path}: no rows; expected a header and at least one row")
-    return sample_rows(triples, limit), checksum
+    return sample_rows([tuple(row.values()) for _, row in rows], limit), checksum
 
 
 # ---------------------------------------------------------------------------- batches
@@ -149,23 +125,18 @@ def read_triples(path: Path, limit: int | None = None) -> tuple[list[tuple[str, 
 class Batch:
     """Rows of one task as tensors.
 
-    Attributes:
-        dataset: where the rows are from.
-        rows: their B row numbers there.
-        input_ids, attention_mask: (B, T) int64. For pairs encoded separately (2 B, T): all first
-            sentences, then all second ones, so that a pair takes one forward pass.
-        token_type_ids: (B, T) int64 for pairs encoded jointly, else None.
-        labels: (B,) in the task's dtype, None in a test set.
-        global_rows: row numbers of the batch over all processes; `rows` is this process's slice
-            (`distributed.rank_slice`), which may be empty.
+    Pairs that are encoded separately are (2 B, T): all first sentences, then all second ones, so
+    that a pair takes one forward pass.
     """
 
     dataset: "TokenizedDataset"
-    rows: np.ndarray
-    input_ids: Tensor
-    attention_mask: Tensor
-    token_type_ids: Tensor | None
-    labels: Tensor | None
+    rows: np.ndarray  # B row numbers of the dataset
+    input_ids: Tensor  # (B, T) int64
+    attention_mask: Tensor  # (B, T) int64, 0 at padding
+    token_type_ids: Tensor | None  # (B, T) int64 for pairs encoded jointly
+    labels: Tensor | None  # (B,) in the task's dtype; None in a test set
+    # Row numbers of the batch over all processes. `rows` is this process's `distributed.rank_slice`
+    # of them, which may be empty.
     global_rows: np.ndarray
 
     @property
@@ -181,39 +152,26 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch with its tensors on `device`."""
-        names = ("input_ids", "attention_mask", "token_type_ids", "labels")
-        tensors = {name: getattr(self, name) for name in names}
-        moved = {n: t.to(device, non_blocking=True) for n, t in tensors.items() if t is not None}
+        tensors = {name: t for name, t in vars(self).items() if isinstance(t, Tensor)}
+        moved = {name: t.to(device, non_blocking=True) for name, t in tensors.items()}
         return replace(self, **moved)
 
 
 class TokenizedDataset:
-    """Rows of one or several sentences each, tokenised once.
-
-    Args:
-        name: of the task.
-        path, checksum: the file the rows are from, and its sha256.
-        columns: the first sentence of every row, the second of every row, ...
-        joint: encode two sentences as one sequence, "[CLS] a [SEP] b [SEP]".
-        unit: what messages call the rows.
-        min_batch_size: a last training batch below it is merged into the one before.
-
-    Attributes: `embeddings_per_row`; `lengths` (N,), tokens of each row's longest sequence;
-    `truncated`, the number of rows cut at the model's limit; `labels`, None here.
-    """
+    """Rows of one or several sentences each, tokenised once."""
 
     labels: Tensor | None = None
 
     def __init__(
         self,
-        name: str,
+        name: str,  # of the task
         path: Path,
-        columns: Sequence[Sequence[str]],
+        columns: Sequence[Sequence[str]],  # the first sentence of every row, the second, ...
         tokenizer: BertTokenizer,
-        joint: bool = False,
-        unit: str = "rows",
-        min_batch_size: int = 1,
-        checksum: str = "",
+        joint: bool = False,  # encode two sentences as one sequence, "[CLS] a [SEP] b [SEP]"
+        unit: str = "rows",  # what messages call the rows
+        min_batch_size: int = 1,  # a last training batch below it joins the one before
+        checksum: str = "",  # sha256 of the file
     ):
         self.name = name
         self.path = path
@@ -224,10 +182,11 @@ class TokenizedDataset:
         self.embeddings_per_row = 1 if joint else len(columns)
         self.token_ids: list[list[np.ndarray]] = [[] for _ in range(self.embeddings_per_row)]
         self.first_lengths: list[int] | None = [] if joint else None  # tokens of segment 0
-        self.truncated = 0
+        self.truncated = 0  # rows cut at the model's limit
         # Token ids take a fraction of the memory of the tokenizer's own objects.
         for start in range(0, len(columns[0]), CHUNK):
             self._tokenize([column[start : start + CHUNK] for column in columns], tokenizer)
+        # (N,), tokens of each row's longest sequence.
         self.lengths = np.array([[len(ids) for ids in c] for c in self.token_ids]).max(axis=0)
 
     def _tokenize(self, columns: Sequence[Sequence[str]], tokenizer: BertTokenizer) -> None:
@@ -346,6 +305,7 @@ class TaskDataset(TokenizedDataset):
 SAMPLINGS = ("roundrobin", "proportional", "annealed")
 
 
+@dataclass
 class TaskMixture:
     """The order in which training draws batches from one or several tasks.
 
@@ -363,27 +323,18 @@ class TaskMixture:
     the tasks' gradients.
     """
 
-    def __init__(
-        self,
-        datasets: Sequence[TokenizedDataset],
-        batch_size: int,
-        seed: int,
-        epochs: int,
-        sampling: str = "roundrobin",
-        accumulate: int = 1,
-        all_tasks: bool = False,
-    ):
-        self.datasets = list(datasets)
-        self.batch_size = batch_size
-        self.seed = seed
-        self.epochs = epochs
-        self.sampling = sampling
-        self.accumulate = accumulate
-        self.all_tasks = all_tasks
+    datasets: Sequence[TokenizedDataset]
+    batch_size: int
+    seed: int
+    epochs: int
+    sampling: str = "roundrobin"
+    accumulate: int = 1
+    all_tasks: bool = False
+
+    def __post_init__(self) -> None:
         # Steps in one pass over each set.
-        self.pass_steps = [
-            math.ceil(dataset.num_batches(batch_size) / accumulate) for dataset in self.datasets
-        ]
+        batches = [dataset.num_batches(self.batch_size) for dataset in self.datasets]
+        self.pass_steps = [math.ceil(count / self.accumulate) for count in batches]
 
     def task_steps(self, epoch: int) -> list[int]:
         """How many steps of each task the epoch (0, 1, ...) takes."""
@@ -396,8 +347,8 @@ class TaskMixture:
         exact = weights / weights.sum() * sum(self.pass_steps)
         steps = np.maximum(1, np.floor(exact).astype(int))  # no task is left out, however small
         # The steps lost to rounding down go to the largest remainders.
-        left = max(0, sum(self.pass_steps) - steps.sum())
-        for i in np.argsort(steps - exact, kind="stable")[:left]:
+        missing = max(0, sum(self.pass_steps) - steps.sum())
+        for i in np.argsort(steps - exact, kind="stable")[:missing]:
             steps[i] += 1
         return steps.tolist()
 
@@ -409,11 +360,11 @@ class TaskMixture:
     def order(self, epoch: int) -> list[list[int]]:
         """Which sets each step of the epoch draws from."""
         steps = self.task_steps(epoch)
-        everyone = list(range(len(steps)))
+        sets = list(range(len(steps)))
         if self.sampling == "roundrobin":
-            return [everyone] * steps[0] if self.all_tasks else [[i] for i in everyone] * steps[0]
+            return [sets] * steps[0] if self.all_tasks else [[i] for i in sets] * steps[0]
         rng = np.random.default_rng([self.seed, epoch])
-        return [[i] for i in rng.permutation(np.repeat(everyone, steps)).tolist()]
+        return [[i] for i in rng.permutation(np.repeat(sets, steps)).tolist()]
 
     def steps(self, epoch: int, first: int = 0) -> Iterator[list[Batch]]:
         """The epoch's steps from number `first` on; skipped ones cost nothing."""

@@ -12,7 +12,6 @@ Batch size, precision, pooling, pair encoding and dev files are those that the r
 
 import json
 import math
-import os
 import re
 import sys
 import zipfile
@@ -41,7 +40,8 @@ from engine.trainer import progress_bar
 from model import MultitaskBERT, SentenceEncoder, pool
 from tasks import TASKS, Task, find_tasks
 
-Embed = Callable[[Batch], Tensor]  # batch -> its embeddings, all first sentences first
+# Batch -> its embeddings, all first sentences first: `embed_batch`, or a look-up in linear probing.
+Embed = Callable[[Batch], Tensor]
 LEADERBOARD = ("sst", "para", "sts")  # the tasks that a submission contains
 
 # ---------------------------------------------------------------------------- predictions
@@ -52,31 +52,52 @@ def embed_batch(model: SentenceEncoder, batch: Batch, pooling: str | None = None
     return model.embed(batch.input_ids, batch.attention_mask, batch.token_type_ids, pooling)
 
 
+def compute_rows(
+    model: SentenceEncoder,
+    dataset: TokenizedDataset,
+    batch_size: int,
+    function: Callable[[Batch], Tensor],  # batch -> an output for each of its rows, (B, ...)
+    size: tuple[int, ...],  # of a row's output
+    rows: np.ndarray | None = None,  # only these; the others' outputs are 0
+    title: str = "predict",
+) -> Tensor:
+    """The outputs of every row, (N, ...) on the model's device, in file order."""
+    outputs = torch.zeros(len(dataset), *size, device=model.device)
+    total = len(dataset) if rows is None else len(rows)
+    title = f"{title} {dataset.path.name}"
+    with model.evaluating(), progress_bar(total, title, leave=False) as bar:
+        # Batches hold rows of similar length, so they do not follow the order of the file.
+        for batch in dataset.eval_batches(batch_size, rows):
+            with catch_out_of_memory(batch):
+                outputs[torch.from_numpy(batch.rows)] = function(batch.to(model.device))
+            bar.update(min(len(batch) * distributed.world_size(), total - bar.n))
+    # Each process has filled in the rows of its own batches; the sum has all of them.
+    distributed.all_reduce_sum(outputs)
+    bad = ~outputs.flatten(1).isfinite().all(dim=1)
+    if bad.any():
+        row = dataset.describe_rows(bad.nonzero().flatten()[:1].cpu().numpy())
+        raise TrainingDiverged(
+            f"{dataset.path}: the outputs for {int(bad.sum())} rows are not finite ({row}, ...):"
+            " try a smaller --lr or --precision fp32"
+        )
+    return outputs
+
+
 def embed_dataset(
     model: SentenceEncoder,
     dataset: TokenizedDataset,
     batch_size: int,
     rows: np.ndarray | None = None,
-    pooling: str | None = None,
+    pooling: str | None = None,  # instead of the model's own
 ) -> Tensor:
-    """Embeddings (N, embeddings_per_row, D) of all rows, or of `rows` and zeros elsewhere.
+    """Embeddings (N, embeddings_per_row, D) of all rows, or of `rows` and zeros elsewhere."""
+    size = (dataset.embeddings_per_row, model.bert.config.hidden_size)
 
-    `pooling` replaces the model's own.
-    """
-    size = (len(dataset), dataset.embeddings_per_row, model.bert.config.hidden_size)
-    # Each process fills in its own rows; the others' are 0, so the sum has all.
-    vectors = torch.zeros(size, device=model.device)
-    total = len(dataset) if rows is None else len(rows)
-    with model.evaluating(), progress_bar(total, f"embed {dataset.path.name}", leave=False) as bar:
-        # Rows of similar length share a batch, so their order here is not that of the file.
-        for batch in dataset.eval_batches(batch_size, rows):
-            with catch_out_of_memory(batch):
-                found = embed_batch(model, batch.to(model.device), pooling)
-            found = found.unflatten(0, (size[1], -1)).transpose(0, 1)
-            vectors[torch.from_numpy(batch.rows)] = found
-            bar.update(min(len(batch) * distributed.world_size(), total - bar.n))
-    check_finite(distributed.all_reduce_sum(vectors), dataset)
-    return vectors
+    def embed(batch: Batch) -> Tensor:
+        # All first sentences, then all second ones -> (B, embeddings_per_row, D).
+        return embed_batch(model, batch, pooling).unflatten(0, (size[0], -1)).transpose(0, 1)
+
+    return compute_rows(model, dataset, batch_size, embed, size, rows, title="embed")
 
 
 @dataclass
@@ -104,29 +125,12 @@ class EmbeddingCache:
 
 def predict(model: MultitaskBERT, dataset: TaskDataset, batch_size: int, embed: Embed) -> Tensor:
     """The logits of every row, (N, C) float32 on the CPU, in file order."""
-    # In file order, whatever the order of the batches.
-    logits = torch.zeros(len(dataset), dataset.task.labels.num_logits)
-    description = f"predict {dataset.path.name}"
-    with model.evaluating(), progress_bar(len(dataset), description, leave=False) as bar:
-        for batch in dataset.eval_batches(batch_size):
-            batch = batch.to(model.device)
-            with catch_out_of_memory(batch):
-                found = model.decode(batch.task, embed(batch)).cpu()
-            logits[torch.from_numpy(batch.rows)] = found
-            bar.update(min(len(batch) * distributed.world_size(), len(dataset) - bar.n))
-    check_finite(distributed.all_reduce_sum(logits), dataset)
-    return logits
+    size = (dataset.task.labels.num_logits,)
 
+    def logits(batch: Batch) -> Tensor:
+        return model.decode(batch.task, embed(batch))
 
-def check_finite(outputs: Tensor, dataset: TokenizedDataset) -> None:
-    """TrainingDiverged if a row's outputs (N, ...) are not finite, naming the first such row."""
-    bad = ~outputs.flatten(1).isfinite().all(dim=1)
-    if bad.any():
-        row = dataset.describe_rows(bad.nonzero().flatten()[:1].cpu().numpy())
-        raise TrainingDiverged(
-            f"{dataset.path}: the outputs for {int(bad.sum())} rows are not finite ({row}, ...):"
-            " try a smaller --lr or --precision fp32"
-        )
+    return compute_rows(model, dataset, batch_size, logits, size).cpu()
 
 
 # ---------------------------------------------------------------------------- metrics
@@ -150,6 +154,7 @@ def primary_metric(metrics: dict[str, Any]) -> float:
 
 def overall_score(metrics: dict[str, dict[str, Any]]) -> float:
     """The course's overall score: the mean over tasks of accuracy, or of (Pearson + 1) / 2."""
+    # Pearson's r is from -1 to 1, accuracy from 0 to 1: the first is brought to the same range.
     scores = [TASKS[name].labels.course_score(primary_metric(m)) for name, m in metrics.items()]
     return sum(scores) / len(scores)
 
@@ -167,16 +172,17 @@ def constant_note(metrics: dict[str, Any]) -> str:
 def summarize(metrics: dict[str, dict[str, Any]]) -> str:
     """One line for people: each task's primary metric, and the overall score."""
     parts = [
-        f"{name} {next(iter(of))} {primary_metric(of):.3f}{constant_note(of)}"
-        for name, of in metrics.items()
+        f"{name} {next(iter(scores))} {primary_metric(scores):.3f}{constant_note(scores)}"
+        for name, scores in metrics.items()
     ]
     return ", ".join([*parts, f"overall {overall_score(metrics):.3f}"])
 
 
 def evaluate(datasets: Sequence[TaskDataset], logits: Sequence[Tensor]) -> dict[str, Any]:
     """Metrics by task ("tasks"), the overall score ("score"), and both in a line ("summary")."""
-    pairs = zip(datasets, logits, strict=True)
-    metrics = {dataset.task.name: task_metrics(dataset, of) for dataset, of in pairs}
+    metrics = {
+        d.name: task_metrics(d, outputs) for d, outputs in zip(datasets, logits, strict=True)
+    }
     return {"score": overall_score(metrics), "summary": summarize(metrics), "tasks": metrics}
 
 
@@ -194,6 +200,7 @@ def baseline(model: SentenceEncoder, dataset: TaskDataset, batch_size: int) -> t
     gold = dataset.labels.numpy()
     if dataset.task.labels.integer:
         return "majority class", majority_share(gold)
+    # The pairs again, encoded separately whatever the model's pair encoding is.
     texts = list(zip(*(example.texts for example in dataset.examples), strict=True))
     pairs = TokenizedDataset(dataset.name, dataset.path, texts, model.tokenizer)
     vectors = embed_dataset(model, pairs, batch_size, pooling="mean").cpu()
@@ -210,6 +217,7 @@ def write_predictions(path: Path, dataset: TaskDataset, logits: Tensor) -> None:
     Sentiment is an integer, paraphrase the rounded probability, similarity the raw score.
     """
     predictions = dataset.task.labels.predict(logits).tolist()
+    # Byte for byte the course's format, with its odd spaces and spelling: a grader may compare it.
     lines = [f"id \t {dataset.task.header} \n"]
     for example, prediction in zip(dataset.examples, predictions, strict=True):
         lines.append(f"{example.id} , {prediction} \n")
@@ -223,6 +231,7 @@ def read_predictions(
 
     UserError if the header, the number of rows, an id, the order or a prediction is wrong.
     """
+    # An order that differs from the file's would be scored against other rows without a word.
     header, *rows = read_text(path, "a prediction file; a finished run has them").split("\n")
     if header != f"id \t {task.header} ":
         raise UserError(f"{path}, line 1: the header is {header[:60]!r}, not that of {task.name}")
@@ -230,24 +239,21 @@ def read_predictions(
         raise UserError(
             f"{path}: {len(rows) - 1} rows, but {source} has {len(examples)}: predict all of it"
         )
-    predictions = np.empty(len(examples))
+    labels, predictions = task.labels, np.empty(len(examples))
     for i, (example, row) in enumerate(zip(examples, rows[:-1], strict=True)):
         name, _, text = row.rpartition(" , ")
         where = f"{path}, line {i + 2}"
         if name != example.id:
             raise UserError(f"{where}: {row[:60]!r}, where {source} has the id {example.id!r}")
-        predictions[i] = _parse_prediction(text, task.labels, where)
+        valid = False
+        with suppress(ValueError):
+            value = float(text) if labels.dtype == torch.float32 else int(text)
+            whole = value in range(int(labels.low), int(labels.high) + 1)
+            valid = whole if labels.integer else math.isfinite(value)
+        if not valid or text != f"{value} ":  # as `write_predictions` formats it
+            raise UserError(f"{where}: {text[:40]!r} is not a prediction in its format")
+        predictions[i] = value
     return predictions
-
-
-def _parse_prediction(text: str, labels: Any, where: str) -> float:
-    """The number in a leaderboard line, if it is formatted as the leaderboard expects."""
-    with suppress(ValueError):
-        value = float(text) if labels.dtype == torch.float32 else int(text)
-        whole = value in range(int(labels.low), int(labels.high) + 1)
-        if math.isfinite(value) and text == f"{value} " and (whole or not labels.integer):
-            return value
-    raise UserError(f"{where}: {text[:40]!r} is not a prediction in the leaderboard's format")
 
 
 # ---------------------------------------------------------------------------- saved runs
@@ -258,13 +264,15 @@ def run_facts(
 ) -> dict[str, Any]:
     """What `config.json` records of a run's data (split -> a dataset per task) and model."""
     return {
-        "data": {str(d.path): d.checksum for of in datasets.values() for d in of},
+        "data": {str(d.path): d.checksum for tasks in datasets.values() for d in tasks},
         "device": str(model.device),
         "precision": str(model.dtype).removeprefix("torch."),
         "decoders": model.decoders,
-        "rows": {split: {d.name: len(d) for d in of} for split, of in datasets.items()},
+        "rows": {split: {d.name: len(d) for d in tasks} for split, tasks in datasets.items()},
+        # Absolute, so that a run can be evaluated from another working directory.
         "files": {
-            split: {d.name: str(d.path.absolute()) for d in of} for split, of in datasets.items()
+            split: {d.name: str(d.path.absolute()) for d in tasks}
+            for split, tasks in datasets.items()
         },
     }
 
@@ -273,6 +281,7 @@ class SavedRun:
     """A finished run as its `config.json` describes it."""
 
     def __init__(self, folder: Path):
+        # Both files are there from the first second of a run.
         path = folder / "config.json"
         if not path.is_file() or not (folder / "log.jsonl").is_file():
             raise UserError(f"{folder}: not a run folder; expected one with config.json and best/")
@@ -282,17 +291,16 @@ class SavedRun:
             self.arguments: dict[str, Any] = self.config["arguments"]
             self.batch_size = int(self.arguments["batch_size"])
             self.limit: int | None = self.arguments["limit"]
-            self.threads = int(self.config["hardware"]["threads"])
             self.files: dict[str, dict[str, str]] = self.config.get("files", {})
-            _ = self.config["precision"], self.config["device"]
+            _ = self.config["precision"], self.config["device"], self.config["hardware"]["threads"]
 
     def load_model(self, device: str | None = None) -> MultitaskBERT:
         """The best model, with the run's precision and threads, on the run's device or another."""
         model = MultitaskBERT.from_pretrained(self.folder)
-        recorded = {**self.config, "device": device or self.config["device"]}
+        # With as many threads as the run had, sums are in the same order, and the metrics are the
+        # run's bit for bit; also if it had several processes.
+        recorded = {**self.config, "device": device or self.config["device"], "processes": 1}
         chosen, model.dtype = setup_device(0, "auto", "auto", recorded)
-        # Bit for bit as in the run, also where that used several processes.
-        torch.set_num_threads(min(self.threads, os.cpu_count() or 1))
         return model.to(chosen)
 
     def data_file(self, task: Task, split: str, data_dir: Path | None) -> Path:
@@ -306,6 +314,7 @@ class SavedRun:
 
     def prediction_file(self, task: Task, split: str) -> Path:
         """Where the run wrote its predictions."""
+        # --sst_dev_out of multitask_classifier.py, --dev_out of classifier.py.
         flags = (f"{task.name}_{split}_out", f"{split}_out")
         default = self.folder / "predictions" / f"{task.name}-{split}-output.csv"
         return Path(next((self.arguments[f] for f in flags if self.arguments.get(f)), default))
@@ -334,44 +343,46 @@ def evaluate_run(run: SavedRun, args: Namespace) -> None:
     if model.heads:
         embed = partial(embed_batch, model)
         logits = [predict(model, dataset, run.batch_size, embed) for dataset in datasets]
-        found = evaluate(datasets, logits)
-        result = {"dev": found["tasks"], "overall": found["score"]}
-        note(found["summary"])
+        evaluation = evaluate(datasets, logits)
+        result = {"dev": evaluation["tasks"], "overall": evaluation["score"]}
+        note(evaluation["summary"])
     else:
         vectors = embed_dataset(model, datasets[0], run.batch_size).cpu()
         result = {"dev": {"sts": similarity_metrics(vectors, datasets[0].labels)}}
     print(format_json(result))
-    known = run.folder / "result.json"
-    if args.data_dir is None and known.exists():
-        same = read_json(known).get("dev") == result["dev"]
-        note(f"{known}: {'the same metrics, bit for bit' if same else 'DIFFERENT metrics'}")
+    # On the same files the figures must be those that the run recorded.
+    recorded = run.folder / "result.json"
+    if args.data_dir is None and recorded.exists():
+        same = read_json(recorded).get("dev") == result["dev"]
+        note(f"{recorded}: {'the same metrics, bit for bit' if same else 'DIFFERENT metrics'}")
 
 
 def compare_runs(first: SavedRun, args: Namespace) -> None:
     """Print the differences between two runs' dev metrics, and whether they are significant."""
     runs = (first, SavedRun(args.compare))
     common = [name for name in TASKS if all(name in run.files.get("dev", {}) for run in runs)]
+    # Runs of different tasks are compared on what they share.
     if not common:
         raise UserError(f"{first.folder}, {args.compare}: have no task in common")
-    found = []
+    titles, results = [], []
     for task in find_tasks(common):
+        # Both runs' predictions of the same rows: the test is paired.
         path = first.data_file(task, "dev", args.data_dir)
         examples, others = (read_examples(path, task, limit=run.limit)[0] for run in runs)
         if examples != others:
             limits = " and ".join(f"{run.folder} had --limit {run.limit}" for run in runs)
             raise UserError(f"{limits}: they predicted different rows of {path}")
         gold = np.array([example.label for example in examples])
-        predicted = [
-            read_predictions(run.prediction_file(task, "dev"), task, examples, path) for run in runs
-        ]
-        metrics = [task.labels.metrics(of, gold) for of in predicted]
-        name, values = next(iter(metrics[0])), [primary_metric(of) for of in metrics]
-        what = f"{task.name} {name}, {len(gold):,} rows: {values[0]:.4f} - {values[1]:.4f}"
-        a, b = (of[None] for of in predicted)  # one seed each
-        found.append((what, compare(gold, a, b, correlation=not task.labels.integer)))
-    for (what, result), p in zip(found, holm([of.p for _, of in found]), strict=True):
+        files = [run.prediction_file(task, "dev") for run in runs]
+        a, b = (read_predictions(file, task, examples, path) for file in files)
+        metrics = [task.labels.metrics(predicted, gold) for predicted in (a, b)]
+        values = " - ".join(f"{primary_metric(scores):.4f}" for scores in metrics)
+        titles.append(f"{task.name} {next(iter(metrics[0]))}, {len(gold):,} rows: {values}")
+        correlation = not task.labels.integer
+        results.append(compare(gold, a[None], b[None], correlation))  # one seed each
+    for title, result, p in zip(titles, results, holm([r.p for r in results]), strict=True):
         print(
-            f"{what} = {result.difference:+.4f}, 95% interval {result.low:+.4f} to"
+            f"{title} = {result.difference:+.4f}, 95% interval {result.low:+.4f} to"
             f" {result.high:+.4f}, p {format_p(p)}:"
             f" {'significant' if p < SIGNIFICANCE else 'not significant'}"
         )
@@ -383,7 +394,7 @@ def compare_runs(first: SavedRun, args: Namespace) -> None:
 
 def predict_file(run: SavedRun, args: Namespace) -> None:
     """Write the predictions for a csv file; print metrics if it has labels."""
-    check_new_file(args.out)
+    check_new_file(args.out)  # now, and not after minutes of predicting
     model = run.load_model(args.device)
     if args.task not in model.heads:
         trained = ", ".join(model.heads) or "none: SimCSE pre-training has no heads"
@@ -408,6 +419,7 @@ def predict_texts(run: SavedRun, args: Namespace) -> None:
             f" {', '.join(model.heads) or 'no heads at all'}"
         )
     for task in tasks:
+        # A data set of one row: the same path as a file takes.
         joint = len(texts) > model.embeddings_per_row(task)
         columns = [[text] for text in texts]
         dataset = TokenizedDataset(task.name, Path("--text"), columns, model.tokenizer, joint)
@@ -419,8 +431,8 @@ def predict_texts(run: SavedRun, args: Namespace) -> None:
         prediction = task.labels.predict(logits).item()
         if task.class_names:
             probabilities = task.labels.probabilities(logits)[0].tolist()
-            pairs = zip(task.class_names, probabilities, strict=True)
-            listed = ", ".join(f"{name} {p:.4f}" for name, p in pairs)
+            names = zip(task.class_names, probabilities, strict=True)
+            listed = ", ".join(f"{name} {p:.4f}" for name, p in names)
             print(f"{task.name}: {task.class_names[int(prediction)]} ({listed})")
         else:
             print(f"{task.name}: {prediction:.4f}")
@@ -436,12 +448,13 @@ def submit(run: SavedRun, args: Namespace) -> None:
             path = run.prediction_file(task, split)
             source = run.data_file(task, split, args.data_dir)
             examples, _, _ = read_examples(source, task, labelled=split == "dev")
+            # A run on a subset of the rows has predicted that subset.
             if run.limit is not None and run.limit < len(examples):
                 raise UserError(
                     f"{run.folder}: had --limit {run.limit}, but {source} has {len(examples)} rows,"
                     " and the leaderboard wants all: train without --limit"
                 )
-            read_predictions(path, task, examples, source)
+            read_predictions(path, task, examples, source)  # checks every line
             files[f"predictions/{task.name}-{split}-output.csv"] = path
             note(f"{path}: {len(examples):,} predictions, in the order of {source}")
     with atomic_file(out) as draft, zipfile.ZipFile(draft, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -473,7 +486,7 @@ class ExportedEncoder(nn.Module):
 
 def export(run: SavedRun, args: Namespace) -> None:
     """Write the run's encoder as ONNX."""
-    path = args.out or run.folder / "best" / "onnx" / "model.onnx"
+    path = args.out or run.folder / "best" / "onnx" / "model.onnx"  # where the hub looks for it
     check_new_file(path)
     model = MultitaskBERT.from_pretrained(run.folder)
     limit = model.bert.config.max_position_embeddings
@@ -519,6 +532,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     args = parser.parse_args(argv)
     given = [action for action in ACTIONS if getattr(args, action, None) is not None]
     args.action = given[0] if given else "evaluate"
+    # A flag that would have no effect is refused, not ignored.
     for flag, actions in TAKEN_BY.items():
         if getattr(args, flag) is not None and args.action not in actions:
             parser.error(f"--{flag} has no effect {f'with --{given[0]}' if given else 'by itself'}")

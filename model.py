@@ -30,7 +30,7 @@ from engine.hub import read_weights, resolve_model
 from tasks import TASKS, Task, find_tasks
 from tokenizer import BertTokenizer
 
-POOLINGS = ("pooler", "cls", "mean")
+POOLINGS = ("pooler", "cls", "mean")  # the first is the default, as in the paper
 PAIR_ENCODINGS = ("separate", "joint")
 LENGTH_STEP = 4  # tokens, of a batch in bf16
 
@@ -47,6 +47,7 @@ def pool(output: dict[str, Tensor], attention_mask: Tensor, pooling: str) -> Ten
     if pooling == "cls":
         return hidden_states[:, 0]
     if pooling == "mean":
+        # Padding must not count: the embedding of a text would depend on its batch.
         mask = attention_mask[:, :, None].to(hidden_states.dtype)  # (B, T, 1), 0 at padding
         wide = torch.promote_types(hidden_states.dtype, torch.float32)  # sum bf16 in fp32
         total = (hidden_states * mask).sum(1, dtype=wide)
@@ -66,6 +67,7 @@ class LinearHead(nn.Module):
         super().__init__()
         self.dropout = nn.Dropout(dropout)
         self.dense = nn.Linear(width, task.labels.num_logits)
+        # The first predictions are in the middle of the range (see `Task.logit_range`).
         nn.init.constant_(self.dense.bias, sum(task.logit_range) / 2)
 
     def forward(self, u: Tensor) -> Tensor:
@@ -117,6 +119,7 @@ class CosineHead(nn.Module):
         return self.dense(F.cosine_similarity(u, v, dim=-1)[:, None])
 
 
+# Each --{task}_decoder has these as its choices.
 HEADS: dict[str, type[nn.Module]] = {
     "linear": LinearHead,
     "concat": ConcatHead,
@@ -142,10 +145,10 @@ class SentenceEncoder(nn.Module):
             raise UserError(f"pooling {pooling!r}: expected one of {', '.join(POOLINGS)}")
         if tokenizer is not None and tokenizer.vocab_size > bert.config.vocab_size:
             raise UserError(
-                f"--model: its tokenizer has {tokenizer.vocab_size} tokens, but vocab_size in its"
-                f" config.json is {bert.config.vocab_size}: they are not of one model"
+                f"the tokenizer has {tokenizer.vocab_size} tokens, but vocab_size in config.json is"
+                f" {bert.config.vocab_size}: they are not of one model"
             )
-        self.bert = bert
+        self.bert = bert  # under this name, the course's: students' code reaches into it
         self.tokenizer = tokenizer
         self.pooling = pooling
         # Of matrix products in BERT; bfloat16 by autocast: weights, embeddings, heads and losses
@@ -166,14 +169,14 @@ class SentenceEncoder(nn.Module):
     ) -> Tensor:
         """Token ids and mask (B, T) -> embeddings (B, D), float32; `pooling`: another one."""
         bf16 = self.dtype == torch.bfloat16
-        if bf16:
-            # For bf16 on CPUs, oneDNN compiles its kernels anew for every length: have few lengths.
+        if bf16 and input_ids.device.type == "cpu":
+            # oneDNN compiles its kernels anew for every length: have few different ones.
             limit = self.bert.config.max_position_embeddings
-            more = min(-input_ids.size(1) % LENGTH_STEP, limit - input_ids.size(1))
-            input_ids = F.pad(input_ids, (0, more), value=self.bert.config.pad_token_id)
-            attention_mask = F.pad(attention_mask, (0, more))
+            padding = min(-input_ids.size(1) % LENGTH_STEP, limit - input_ids.size(1))
+            input_ids = F.pad(input_ids, (0, padding), value=self.bert.config.pad_token_id)
+            attention_mask = F.pad(attention_mask, (0, padding))
             if token_type_ids is not None:
-                token_type_ids = F.pad(token_type_ids, (0, more))
+                token_type_ids = F.pad(token_type_ids, (0, padding))
         with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=bf16):
             output = self.bert(input_ids, attention_mask, token_type_ids)
             return pool(output, attention_mask, pooling or self.pooling).float()
@@ -203,6 +206,7 @@ class SentenceEncoder(nn.Module):
         """
         if isinstance(texts, str):
             raise TypeError("encode takes a list of str; for one sentence, encode([text])[0]")
+        # `shard=False`: every process may encode texts of its own.
         vectors = np.empty((len(texts), self.bert.config.hidden_size), dtype=np.float32)
         dataset = TokenizedDataset("", Path("texts"), [list(texts)], self.tokenizer)
         with self.evaluating():
@@ -264,7 +268,7 @@ class MultitaskBERT(SentenceEncoder):
         if pair_encoding == "joint" and bert.config.type_vocab_size < 2:
             raise UserError("--pair_encoding joint: this model has one segment (type_vocab_size)")
         self.pair_encoding = pair_encoding
-        self.decoders = {}
+        self.decoders = {}  # recorded beside the weights, to build the same heads again
         self.heads = nn.ModuleDict()
         for task in tasks:
             # One embedding of a jointly encoded pair leaves nothing to compare.
@@ -272,12 +276,14 @@ class MultitaskBERT(SentenceEncoder):
             name = (decoders or {}).get(task.name) or default
             if name not in HEADS:
                 raise UserError(f"decoder {name!r} of {task.name}: expected {', '.join(HEADS)}")
+            # `linear` takes one embedding, the others compare two.
             if HEADS[name].num_embeddings != self.embeddings_per_row(task):
                 raise UserError(
                     f"decoder {name!r} of {task.name}: takes {HEADS[name].num_embeddings}"
                     f" embeddings per row, but there are {self.embeddings_per_row(task)}"
                 )
             self.decoders[task.name] = name
+            # Heads drop out as much as BERT does.
             width, dropout = bert.config.hidden_size, bert.config.hidden_dropout_prob
             self.heads[task.name] = HEADS[name](width, task, dropout)
 
@@ -288,6 +294,7 @@ class MultitaskBERT(SentenceEncoder):
     def train(self, mode: bool = True) -> "MultitaskBERT":
         """Switch dropout on or off; a frozen BERT has none."""
         super().train(mode)
+        # With dropout, a frozen BERT would give a sentence another embedding in every epoch.
         self.bert.train(mode and self.bert.word_embedding.weight.requires_grad)
         return self
 
@@ -300,6 +307,7 @@ class MultitaskBERT(SentenceEncoder):
 
         For rows with two embeddings: all first sentences, then all second ones, (2 B, D).
         """
+        # One tensor for a sentence; two for a pair, u and v in the heads.
         return self.heads[task](*embeddings.chunk(self.embeddings_per_row(TASKS[task])))
 
     def forward(
@@ -343,6 +351,7 @@ class MultitaskBERT(SentenceEncoder):
             mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
             ids = pad_sequence(list(rows), batch_first=True, padding_value=pad)
             return self(task, ids, mask, pad_sequence(list(types), batch_first=True))
+        # Both sides in one forward pass, as in training: pad them to the same length.
         width = max(ids_1.size(1), ids_2.size(1))
         ids = [F.pad(x, (0, width - x.size(1)), value=pad) for x in (ids_1, ids_2)]
         masks = [F.pad(x, (0, width - x.size(1))) for x in (mask_1, mask_2)]
@@ -350,7 +359,7 @@ class MultitaskBERT(SentenceEncoder):
 
     def _join(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """Ids of "[CLS] a [SEP]" and of "[CLS] b [SEP]" -> ids and segment ids of the pair."""
-        cls, sep, a, b = a[:1], a[-1:], a[1:-1], b[1:-1]
+        cls, sep, a, b = a[:1], a[-1:], a[1:-1], b[1:-1]  # take them apart
         limit = self.bert.config.max_position_embeddings
         room = (self.tokenizer.max_length if self.tokenizer else limit) - 3
         if len(a) + len(b) > room:  # truncate the longer one first, as the tokenizer does
@@ -390,7 +399,7 @@ class MultitaskBERT(SentenceEncoder):
                     settings["pair_encoding"],
                     tokenizer,
                 )
-        except UserError as error:
+        except UserError as error:  # of the constructor, which does not know the file
             raise UserError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
         if decoders:
             model._load_heads(folder / "heads.safetensors")

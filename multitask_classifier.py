@@ -43,7 +43,7 @@ from evaluation import (
     task_metrics,
     write_predictions,
 )
-from model import HEADS, PAIR_ENCODINGS, MultitaskBERT
+from model import HEADS, PAIR_ENCODINGS, POOLINGS, MultitaskBERT
 from optimizer import AdamW, lr_factor, parameter_groups
 from tasks import TASKS, Task, find_tasks
 from tokenizer import BertTokenizer
@@ -51,6 +51,7 @@ from tokenizer import BertTokenizer
 Datasets = dict[str, list[TaskDataset]]  # split -> a dataset per task
 Backward = Callable[[Sequence[Batch], int], float]  # (batches, step) -> loss, leaving gradients
 
+# The methods of --surgery. A new one is a function of the tasks' gradients and a row here.
 COMBINE = {"sum": sum_gradients, "pcgrad": pcgrad}  # of the gradients of several tasks
 DEFAULT_LR = 5e-5  # of BERT
 DEFAULT_HEAD_LR = 1e-2  # of the heads; LOG.md has the measurement
@@ -68,17 +69,10 @@ def add_supervised_flags(parser: ArgumentParser) -> None:
     options = ["pretrain", "finetune", "lpft"]
     help_text = "pretrain: heads only (linear probing); finetune: BERT too; lpft: one, then both"
     add("--option", choices=options, default="pretrain", help=help_text)
-    add(
-        "--epochs",
-        type=cli.POSITIVE_INT,
-        help="(default: 10 for pretrain, else 3)",
-    )
+    add("--epochs", type=cli.POSITIVE_INT, help="(default: 10 for pretrain, else 3)")
     add("--lr", type=cli.POSITIVE, help="peak learning rate (default: pretrain 1e-2, else 5e-5)")
-    add(
-        "--head_lr",
-        type=cli.POSITIVE,
-        help="peak rate of the heads if BERT is trained too (default: 1e-2)",
-    )
+    head_help = "peak rate of the heads if BERT is trained too (default: 1e-2)"
+    add("--head_lr", type=cli.POSITIVE, help=head_help)
     add("--no_test", action="store_true", help="neither read nor predict the test files")
 
 
@@ -108,7 +102,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     add("--measure_conflict", type=cli.COUNT, default=0, metavar="N", help=conflict_help)
     rows_help = "rows per batch of --measure_conflict (default: --batch_size)"
     add("--conflict_rows", type=cli.POSITIVE_INT, metavar="ROWS", help=rows_help)
-    cli.add_training_flags(parser)
+    cli.add_training_flags(parser, POOLINGS)
     for task in TASKS.values():
         add = parser.add_argument_group(f"{task.title} ({task.name})").add_argument
         add(f"--{task.name}_decoder", choices=HEADS, help=f"decoder head (default: {task.head})")
@@ -124,9 +118,11 @@ def complete_supervised_args(args: Namespace, parser: ArgumentParser, name: str)
     cli.complete_training_args(args, parser, f"{name}-{args.option}")
     if args.option == "pretrain" and args.lr and args.head_lr:
         parser.error("--lr and --head_lr are the same with --option pretrain; give one of them")
+    # classifier.py has --test, multitask_classifier.py --sst_test and its like.
     for flag in [flag for flag in vars(args) if flag.endswith(("test", "test_out"))]:
         if args.no_test and flag != "no_test" and getattr(args, flag) is not None:
             parser.error(f"--{flag} contradicts --no_test; give one of them")
+    # Only heads are trained by linear probing, so there is one learning rate, by either name.
     if args.option == "pretrain":
         args.head_lr = args.head_lr or args.lr or DEFAULT_HEAD_LR
     else:
@@ -141,6 +137,7 @@ def check_multitask_args(args: Namespace, parser: ArgumentParser) -> None:
     listed = ",".join(args.tasks)
     if len(set(args.tasks)) < len(args.tasks):
         parser.error(f"--tasks {listed}: name each task once")
+    # A file of a task that is left out would never be read.
     for task in set(TASKS) - set(args.tasks):
         for flag in [flag for flag in vars(args) if flag.startswith(f"{task}_")]:
             if getattr(args, flag) is not None:
@@ -149,6 +146,7 @@ def check_multitask_args(args: Namespace, parser: ArgumentParser) -> None:
         parser.error(f"--leave_out {args.leave_out}: not in --tasks {listed}")
     if args.conflict_rows and not args.measure_conflict:
         parser.error("--conflict_rows needs --measure_conflict N")
+    # These are about the gradients that BERT gets from several tasks.
     for flag in ("leave_out", "surgery", "measure_conflict"):
         if getattr(args, flag) in (None, "none", 0):
             continue
@@ -175,7 +173,7 @@ def load_datasets(args: Namespace, tasks: list[Task], tokenizer: BertTokenizer) 
     for task in tasks:
         for split in splits:
             path = given_path(args, task.name, split) or args.data_dir / task.file(split)
-            pairs, labelled = args.pair_encoding, split != "test"
+            pairs, labelled = args.pair_encoding, split != "test"  # test labels are not public
             dataset = TaskDataset(path, task, tokenizer, pairs, labelled, limit=args.limit)
             datasets[split].append(dataset)
             print(dataset)
@@ -202,6 +200,7 @@ def output_paths(args: Namespace, resumed: bool) -> dict[tuple[str, str], Path]:
                 continue
             if not resumed:
                 check_new_file(path)
+            # Two outputs in one file, or one inside another, would overwrite each other.
             full = path.resolve()
             if any(full in (p, *p.parents) or p in full.parents for p in taken):
                 raise UserError(f"{path}: clashes with --run_dir or another output; move it")
@@ -231,6 +230,7 @@ def make_backward(args: Namespace, model: MultitaskBERT, embed: Embed) -> Backwa
 
     if args.surgery == "none":
         return lambda batches, step: backward_task(batches)
+    # Each task's gradient is computed separately; those of the shared weights are then combined.
     shared = list(model.bert.parameters())
     combine = COMBINE[args.surgery]
     return lambda batches, step: backward_by_task(backward_task, batches, shared, combine)
@@ -250,16 +250,31 @@ class DevEvaluator:
     def __call__(self) -> dict[str, Any]:
         """`evaluation.evaluate` of the current weights."""
         logits = {dataset: self.predict(dataset) for dataset in self.datasets}
-        found = distributed.broadcast_from_rank_zero(
+        # One process computes the metrics, so that all of them agree on which weights are the best.
+        result = distributed.broadcast_from_rank_zero(
             lambda: evaluate(self.datasets, list(logits.values()))
         )
-        if found["score"] > self.best["score"]:
-            self.best, self.best_logits = found, logits
-        return found
+        if result["score"] > self.best["score"]:
+            self.best, self.best_logits = result, logits
+        return result
 
     def predict(self, dataset: TaskDataset) -> Tensor:
         """The logits (N, C) of the current weights."""
         return predict(self.model, dataset, self.batch_size, self.embed)
+
+
+def make_optimizers(args: Namespace, model: MultitaskBERT, frozen: bool) -> dict[str, AdamW]:
+    """An AdamW for BERT, unless it is frozen, and one for each head.
+
+    As in the paper: with a common one, a task's batches would move the moments of other heads.
+    """
+    # BERT gets a small learning rate, new heads a large one.
+    rates = {name: (head, args.head_lr) for name, head in model.heads.items()}
+    rates = rates if frozen else {"bert": (model.bert, args.lr), **rates}
+    return {
+        name: AdamW(parameter_groups(module, args.weight_decay), lr=lr, fused=True)
+        for name, (module, lr) in rates.items()
+    }
 
 
 def train(
@@ -270,10 +285,7 @@ def train(
     frozen: bool,
     best_folder: str = "best",
 ) -> Trainer:
-    """Train the heads, and BERT unless it is frozen; the trainer, which has the best evaluation.
-
-    The paper has one Adam per head, so that a task's batches do not move another's moments.
-    """
+    """Train the heads, and BERT unless it is frozen; the trainer, which has the best evaluation."""
     mixture = TaskMixture(
         datasets["train"],
         args.batch_size,
@@ -291,13 +303,7 @@ def train(
         for dataset in [*datasets["dev"], *datasets.get("test", [])]:
             embed.add(dataset)
     model.freeze(frozen)
-    # BERT gets a small learning rate, new heads a large one.
-    rates = {name: (head, args.head_lr) for name, head in model.heads.items()}
-    rates = rates if frozen else {"bert": (model.bert, args.lr), **rates}
-    optimizers = {
-        name: AdamW(parameter_groups(module, args.weight_decay), lr=lr, fused=True)
-        for name, (module, lr) in rates.items()
-    }
+    optimizers = make_optimizers(args, model, frozen)
     backward = make_backward(args, model, embed)
     if args.measure_conflict:
         loss_fn = partial(row_losses, model, partial(embed_batch, model))
@@ -323,6 +329,7 @@ def train_by_option(
 ) -> Trainer:
     """`train` in the one or two stages of --option; the best weights are then loaded."""
     if args.option == "lpft":
+        # A run that is resumed in the second stage has been through the first.
         if run.state is None or run.state[1]["stage"] == "probe":
             run.stage = "probe"
             probe_args = Namespace(**{**vars(args), **PROBE})
@@ -350,11 +357,12 @@ def write_results(
     evaluator, best = trainer.evaluate_model, trainer.state.best
     outputs = output_paths(args, resumed=True)
     metrics = {}
-    # After an interruption, the best weights may be older than what the evaluator has seen.
-    known = evaluator.best_logits if evaluator.best["tasks"] == best["tasks"] else {}
+    # Dev logits of the best weights, if this process has computed them: after an interruption the
+    # best weights may be older than what its evaluator has seen.
+    cached = evaluator.best_logits if evaluator.best["tasks"] == best["tasks"] else {}
     for task, split in outputs:
-        dataset = next(dataset for dataset in datasets[split] if dataset.name == task)
-        logits = known[dataset] if dataset in known else evaluator.predict(dataset)
+        dataset = next(d for d in datasets[split] if d.name == task)
+        logits = cached[dataset] if dataset in cached else evaluator.predict(dataset)
         if trainer.run.writes:
             write_predictions(outputs[task, split], dataset, logits)
         if split == "dev":
@@ -374,10 +382,11 @@ def results_table(
 ) -> str:
     """Task, metric, score, baseline and number of rows, aligned."""
     lines = [("task", "metric", "score", "baseline", "rows")]
-    for task, of in metrics.items():
+    for task, scores in metrics.items():
         name, value = baselines[task]
-        score = f"{primary_metric(of):.3f}{constant_note(of)}"
-        lines.append((task, next(iter(of)), score, f"{value:.3f} ({name})", f"{of['rows']:,}"))
+        score = f"{primary_metric(scores):.3f}{constant_note(scores)}"
+        rows = f"{scores['rows']:,}"
+        lines.append((task, next(iter(scores)), score, f"{value:.3f} ({name})", rows))
     lines.append(("overall", "", f"{overall_score(metrics):.3f}", "", ""))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  " + "  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)

@@ -33,7 +33,7 @@ from engine.metrics import similarity_metrics
 from engine.run_dir import RunDir
 from engine.trainer import Trainer
 from evaluation import embed_dataset, run_facts
-from model import SentenceEncoder
+from model import POOLINGS, SentenceEncoder
 from optimizer import AdamW, lr_factor, parameter_groups
 from tasks import TASKS
 from tokenizer import BertTokenizer
@@ -50,7 +50,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     add("--temperature", type=cli.POSITIVE, default=0.05, help="SimCSE: 0.05; the paper: 1")
     weight_help = "of a row's own contradiction among its negatives (default: 1)"
     add("--hard_negative_weight", type=cli.POSITIVE, help=weight_help)
-    cli.add_training_flags(parser)
+    cli.add_training_flags(parser, POOLINGS)
     add = parser.add_argument_group("files").add_argument
     add("--nli", type=Path, help="NLI triples (default: nli_for_simcse.csv in --data_dir)")
     add("--sts_dev", type=Path, help="STS pairs to evaluate on (default: in --data_dir)")
@@ -58,7 +58,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     cli.complete_training_args(args, parser, f"simcse-{args.mode}")
     if args.mode == "unsupervised" and args.hard_negative_weight:
         parser.error("--hard_negative_weight: --mode unsupervised has no hard negatives")
-    args.hard_negative_weight = args.hard_negative_weight or 1.0
+    args.hard_negative_weight = args.hard_negative_weight or 1.0  # every negative counts alike
     if min(args.batch_size, args.limit or 2) < 2:
         parser.error("a contrastive loss needs two rows per batch: raise --batch_size or --limit")
     return args
@@ -86,19 +86,23 @@ def contrastive_loss(
     anchors, positives, negatives: (B, D); without negatives e(i, j-) is 0. excluded: (B, C) bool, C
     candidates (positives, then negatives) left out of a row's sum, but for its own positive.
     """
+    # Cosine of each row's anchor with every candidate: a row of scores (B, C), classified.
     candidates = positives if negatives is None else torch.cat([positives, negatives])  # (C, D)
     scores = F.normalize(anchors, dim=-1) @ F.normalize(candidates, dim=-1).T / temperature
-    own = torch.arange(len(anchors), device=scores.device)  # row i's positive is candidate i
+    diagonal = torch.arange(
+        len(anchors), device=scores.device
+    )  # candidate i is the positive of row i
     if negatives is not None:
         # A weight of the exponential is a summand of the score: w exp(s) = exp(s + log w).
         weights = torch.zeros_like(scores)
-        weights[own, own + len(anchors)] = math.log(hard_negative_weight)
+        weights[diagonal, diagonal + len(anchors)] = math.log(hard_negative_weight)
         scores = scores + weights
     if excluded is not None:
-        others = excluded.clone()
-        others[own, own] = False
-        scores = scores.masked_fill(others, -torch.inf)  # exp(-inf) = 0
-    return F.cross_entropy(scores, own, reduction="none")
+        # A row's own positive stays, even if it equals the anchor.
+        excluded = excluded.clone()
+        excluded[diagonal, diagonal] = False
+        scores = scores.masked_fill(excluded, -torch.inf)  # exp(-inf) = 0
+    return F.cross_entropy(scores, diagonal, reduction="none")
 
 
 def false_negatives(keys: Tensor) -> Tensor:
@@ -110,9 +114,9 @@ def false_negatives(keys: Tensor) -> Tensor:
     # A sentence that occurs in two rows would be pushed away from itself.
     first, second = keys[0][:, None], keys[1][:, None]  # (B, 1)
     candidates = keys[1:].flatten()  # (C,)
-    found = (candidates == first) | (candidates == second)
-    found[:, : len(first)] |= keys[0] == first
-    return found
+    false = (candidates == first) | (candidates == second)
+    false[:, : len(first)] |= keys[0] == first
+    return false
 
 
 def sentence_keys(batches: Sequence[Batch]) -> Tensor:
@@ -175,8 +179,8 @@ class ContrastiveBackward:
         grads = vectors.grad.split([len(batch.global_rows) for batch in batches], dim=1)
         for batch, state, grad in zip(batches, states, grads, strict=True):
             set_rng_states(device, state)
-            own = grad[:, distributed.rank_slice(len(batch.global_rows))]
-            self.embed(batch).backward(own)
+            rows = distributed.rank_slice(len(batch.global_rows))
+            self.embed(batch).backward(grad[:, rows])
         set_rng_states(device, after)
         return loss
 
@@ -218,6 +222,7 @@ def load_datasets(
     triples, checksum = read_triples(path, args.limit)
     columns: list[Sequence[str]] = list(zip(*triples, strict=True))
     unit = "rows"
+    # Without the labels of NLI, its file is just a list of sentences.
     if args.mode == "unsupervised":
         columns = [list(dict.fromkeys(text for triple in triples for text in triple))]
         unit = "distinct sentences"
@@ -273,11 +278,14 @@ def train(
 def run_training(args: Namespace) -> dict[str, Any]:
     """Train as the command line says, from files to a finished run; what `result.json` holds."""
     with distributed.process_group(args):
+        # As in multitask_classifier.py: checks, data and model, run folder, training.
         recorded = RunDir.check(args)
         device, dtype = setup_device(args.seed, args.device, args.precision, recorded)
         tokenizer = BertTokenizer.from_pretrained(args.model)
         nli, dev = load_datasets(args, tokenizer)
         bert = BertModel.from_pretrained(args.model, hidden_dropout_prob=args.hidden_dropout_prob)
+        # Unsupervised SimCSE trains with the pooler but takes [CLS] itself at evaluation (Gao et
+        # al. 2021, section 6.3): such a run evaluates and saves the model with pooling `cls`.
         without_mlp = args.mode == "unsupervised" and args.pooling == "pooler"
         model = SentenceEncoder(bert, tokenizer, "cls" if without_mlp else args.pooling)
         model.dtype = dtype

@@ -65,10 +65,11 @@ class BinaryClassification(Classification):
 
     def predict(self, logits: Tensor) -> Tensor:
         """logits (B, 1) -> the rounded probability, (B,) float32."""
-        return logits.squeeze(-1).sigmoid().round()
+        return logits.squeeze(-1).sigmoid().round()  # 1.0 where the probability is above 1/2
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """logits (B, 1) -> probabilities of no and yes, (B, 2)."""
+        # Not 1 - sigmoid(x), which is 0 in float32 from x = 17 on.
         return torch.cat([(-logits).sigmoid(), logits.sigmoid()], dim=-1)
 
 
@@ -166,7 +167,7 @@ TASKS: dict[str, Task] = {
         text_columns=("sentence1", "sentence2"),
         label_column="similarity",
         labels=Regression(0, 5),
-        header="Predicted_Similiary",
+        header="Predicted_Similiary",  # (sic)
         head="dot",
         logit_range=(0.0, 5.0),
     ),
@@ -177,5 +178,5 @@ def find_tasks(names: Sequence[str]) -> list[Task]:
     """The rows of `TASKS` with these names; UserError for a name that is not there."""
     for name in names:
         if name not in TASKS:
-            raise UserError(f"--tasks {name}: no such task; there are {', '.join(TASKS)}")
+            raise UserError(f"{name}: no such task; there are {', '.join(TASKS)}")
     return [TASKS[name] for name in names]

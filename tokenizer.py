@@ -113,7 +113,7 @@ class BertTokenizer:
         """
         if return_tensors not in (None, "pt"):
             raise ValueError(f"return_tensors={return_tensors!r}: expected 'pt' or None")
-        single = isinstance(texts, str)
+        single = isinstance(texts, str)  # gives lists instead of lists of lists
         texts = [texts] if single else list(texts)
         if pairs is not None:
             pairs = [pairs] if isinstance(pairs, str) else list(pairs)
@@ -141,6 +141,7 @@ class BertTokenizer:
         max_length: int | None = None,
     ) -> list[Encoding]:
         """The library's own encodings, unpadded; truncated ones have a non-empty `overflowing`."""
+        # Truncation is a setting of the library's object, not an argument.
         if max_length is None:
             self.backend.no_truncation()
         else:
@@ -160,15 +161,16 @@ class BertTokenizer:
         text stays the longer one, as the library gives it the odd token.
         """
         if max(map(len, pair)) <= max_length:
-            return pair
+            return pair  # few characters are few tokens
         # With truncation on, what a text has beyond the limit comes back in pieces.
         encodings = [self.backend.encode(text, add_special_tokens=False) for text in pair]
         pieces = [[e, *e.overflowing] for e in encodings]  # of `max_length` tokens each
-        lengths = [sum(map(len, of)) for of in pieces]
+        lengths = [sum(map(len, parts)) for parts in pieces]
+        # Cut after whole pieces: twice the limit is kept of the longer text, once of the other.
         keep = (2, 1) if lengths[0] > lengths[1] else (1, 2)
         first, second = (
-            text[: of[n - 1].offsets[-1][1]] if len(of) > n else text
-            for text, of, n in zip(pair, pieces, keep, strict=True)
+            text[: parts[n - 1].offsets[-1][1]] if len(parts) > n else text
+            for text, parts, n in zip(pair, pieces, keep, strict=True)
         )
         return first, second
 
@@ -191,12 +193,12 @@ class BertTokenizer:
         folder = Path(folder)
         self.backend.no_truncation()
         write_text(folder / "tokenizer.json", self.backend.to_str(pretty=True))
-        tokens = {index: token for token, index in self.backend.get_vocab().items()}
-        lines = [tokens.get(index, f"[unused line {index}]") for index in range(self.vocab_size)]
+        vocab = {index: token for token, index in self.backend.get_vocab().items()}
+        lines = [vocab.get(index, f"[unused line {index}]") for index in range(self.vocab_size)]
         write_text(folder / "vocab.txt", "".join(f"{token}\n" for token in lines))
-        own = {key: getattr(self, key) for key in SPECIAL_TOKENS}
+        tokens = {key: getattr(self, key) for key in SPECIAL_TOKENS}
         limits = {"model_max_length": self.max_length, "tokenizer_class": "BertTokenizer"}
-        write_json(folder / "tokenizer_config.json", {**self.settings, **own, **limits})
+        write_json(folder / "tokenizer_config.json", {**self.settings, **tokens, **limits})
 
 
 # ---------------------------------------------------------------------------- reading files
@@ -204,16 +206,17 @@ class BertTokenizer:
 
 def _special_tokens(settings: dict[str, Any]) -> dict[str, str]:
     """The special tokens; tokenizer_config.json has each as a string or as {"content": ...}."""
-    found = {}
+    special = {}
     for key, default in SPECIAL_TOKENS.items():
         token = settings.get(key)
         token = token.get("content") if isinstance(token, dict) else token
-        found[key] = token if isinstance(token, str) else default
-    return found
+        special[key] = token if isinstance(token, str) else default
+    return special
 
 
 def _max_length(folder: Path, config: dict[str, Any], settings: dict[str, Any]) -> int:
     """The model's limit in tokens, 512 where neither file gives one."""
+    # The smallest of what the files say.
     limits = [config.get("max_position_embeddings"), settings.get("model_max_length")]
     # transformers writes 10**30 for "no limit".
     limit = min([n for n in limits if isinstance(n, int) and n < 10**9], default=512)
@@ -232,12 +235,13 @@ def _read_tokenizer_json(path: Path) -> Source:
     content = read_json(path)
     with reading(path, "the tokenizer of a BERT"):
         for (part, key), expected in BERT_PIPELINE.items():
-            found = content[part].get(key, expected)
-            if found != expected:
-                raise UserError(f"{path}: {part} has {key} {found!r}; BERT's is {expected!r}")
+            value = content[part].get(key, expected)
+            if value != expected:
+                raise UserError(f"{path}: {part} has {key} {value!r}; BERT's is {expected!r}")
         vocabulary = content["model"]["vocab"]
         if not all(type(index) is int and index >= 0 for index in vocabulary.values()):
             raise TypeError("vocab is not a map from tokens to ids")
+        # Of the normalizer only these settings: the rest of it is the same for every BERT.
         known = [ours for ours, _ in NORMALIZATION.values()]
         stored = {key: value for key, value in content["normalizer"].items() if key in known}
         return vocabulary, stored, content.get("added_tokens") or []
@@ -261,6 +265,8 @@ def _build(
     missing = [token for token in special.values() if token not in vocabulary]
     if missing:
         raise ValueError(f"the vocabulary has no {missing[0]}")
+    # Text -> cleaned and lower-cased -> words and punctuation marks -> pieces in the vocabulary,
+    # the longest first: "unaffable" -> "una", "##ffa", "##ble".
     backend = Tokenizer(WordPiece(vocabulary, unk_token=special["unk_token"]))
     backend.normalizer = normalizers.BertNormalizer(clean_text=True, **flags)
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -272,6 +278,7 @@ def _build(
         if not (backend.normalizer.normalize_str(text) if token.normalized else text):
             raise ValueError(f"the added token {text!r} is empty after normalization")
     backend.add_tokens(tokens)
+    # An added token gets the next free id: it must be the one the weights were trained with.
     for token in added:
         if backend.token_to_id(token["content"]) != token.get("id"):
             raise ValueError(f"the added token {token['content']!r} cannot have id {token['id']}")

@@ -8,15 +8,13 @@ already right are kept without a request. A file that differs is kept too, and r
 """
 
 import argparse
-import contextlib
-import fcntl
 import hashlib
 import http.client
 import os
 import ssl
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 from urllib.error import HTTPError, URLError
@@ -146,20 +144,6 @@ def fetch_all(base: str, checksums: dict[str, str], folder: Path, force: bool) -
     return problems
 
 
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Let no second process write the same parts."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        fail(f"{folder}: another download is running here: wait until it has finished")
-    except OSError:
-        pass  # some network file systems have no locks
-    yield
-    os.close(handle)  # ends the lock, as the end of the process does
-
-
 def fail(message: str) -> NoReturn:
     """Exit with a one-line error."""
     print(f"download.py: error: {' '.join(message.split())}", file=sys.stderr)
@@ -173,17 +157,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     nli_url = os.environ.get("MINBERT_NLI_URL") or f"{hub.rstrip('/')}/{NLI_PATH}"
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = fail  # one line, without the usage
-    add, default = parser.add_argument, "(default: %(default)s)"
-    add("--out", type=Path, default=Path(__file__).resolve().parent, help=f"folder {default}")
-    add("--force", action="store_true", help="replace files that differ from the originals")
-    add("--course_url", default=course_url, help=f"or MINBERT_COURSE_URL {default}")
-    add("--nli_url", default=nli_url, help=f"or MINBERT_NLI_URL {default}")
+    default = Path(__file__).resolve().parent
+    parser.add_argument("--out", type=Path, default=default, help="folder (default: data/)")
+    parser.add_argument("--force", action="store_true", help="replace files that differ")
     args = parser.parse_args(argv)
     try:
         args.out.mkdir(parents=True, exist_ok=True)
-        with locked(args.out):
-            problems = fetch_all(args.course_url, COURSE_FILES, args.out, args.force)
-            problems += fetch_all(args.nli_url, NLI_FILES, args.out, args.force)
+        problems = fetch_all(course_url, COURSE_FILES, args.out, args.force)
+        problems += fetch_all(nli_url, NLI_FILES, args.out, args.force)
     except KeyboardInterrupt:
         print("download.py: interrupted: run this again to continue", file=sys.stderr)
         sys.exit(130)

@@ -1,1 +1,1 @@
-"""What every script shares: training loop, checkpoints, processes, devices. It knows no BERT."""
+"""What every script shares: training loop, checkpoints, processes, devices, command lines."""

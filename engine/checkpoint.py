@@ -3,12 +3,12 @@
 import json
 import os
 import shutil
-import stat
 import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -21,25 +21,16 @@ from engine.errors import UserError, reading
 # ---------------------------------------------------------------------------- reading
 
 
-def check_regular_file(path: Path) -> None:
-    """UserError if `path` is a folder, pipe or device: opening a pipe would wait forever."""
-    with suppress(OSError):  # a missing file is reported by whoever opens it
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise UserError(f"{path}: a folder, pipe or device; expected a file")
-
-
 def read_text(path: Path, kind: str = "a text file in UTF-8") -> str:
     """The contents of a UTF-8 text file, line endings as they are."""
-    check_regular_file(path)
     with reading(path, kind):
         return path.read_bytes().decode("utf-8")
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`; UserError if it is missing, damaged or something else."""
-    text = read_text(path, "a JSON object")
     with reading(path, "a JSON object"):
-        value = json.loads(text)
+        value = json.loads(path.read_bytes().decode("utf-8"))
         if not isinstance(value, dict):
             raise TypeError(f"found a {type(value).__name__}")
         return value
@@ -49,36 +40,25 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """The named tensors of a `.safetensors` file, or of a `.bin` file that torch.save wrote.
 
     `weights_only` makes torch.load refuse every pickle instruction that could call a function.
-
-    Raises:
-        UserError: the file is missing, damaged, or holds anything but named tensors.
     """
-    check_regular_file(path)
-    kind = "a file of named tensors"
-    with reading(path, kind), warnings.catch_warnings():
+    with reading(path, "a file of named tensors"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if path.suffix == ".safetensors":
-            tensors = load_file(path)
-        else:
-            try:
-                tensors = torch.load(path, map_location="cpu", weights_only=True)
-            except OSError:
-                raise
-            except Exception as error:  # torch's own message advises to turn weights_only off
-                raise ValueError(
-                    f"{type(error).__name__}; nothing in it was executed: use model.safetensors"
-                ) from None
-        if not isinstance(tensors, dict) or not all(
-            isinstance(name, str) and isinstance(tensor, Tensor) and tensor.layout == torch.strided
-            for name, tensor in tensors.items()
-        ):
-            raise TypeError("holds something other than named tensors")
-        # A pickled tensor may repeat its numbers, with a stride of 0: a file of a few bytes could
-        # ask for any amount of memory. Tied weights, one tensor under two names, are usual.
-        size, claimed = path.stat().st_size, sum(t.nbytes for t in tensors.values())
-        if claimed > 2 * size:
-            raise ValueError(f"has {size:,} bytes, but its tensors claim {claimed:,}")
+            return load_file(path)
+        # safetensors cannot hold code. A pickle can: it is a program that builds objects.
+        try:
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+        except UnpicklingError:  # torch's own message advises to turn weights_only off
+            raise ValueError("holds more than tensors; nothing in it was executed") from None
+        if not isinstance(tensors, dict) or not all(map(_is_named_tensor, tensors.items())):
+            raise TypeError("holds something other than named tensors with all their numbers")
         return tensors
+
+
+def _is_named_tensor(item: tuple[Any, Any]) -> bool:
+    name, tensor = item
+    dense = isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_meta
+    return isinstance(name, str) and dense
 
 
 def check_weight(name: str, tensor: Tensor, source: Path) -> None:
@@ -94,6 +74,7 @@ def check_weight(name: str, tensor: Tensor, source: Path) -> None:
 
 def check_new_file(path: Path) -> None:
     """UserError if an output file that the user named exists already or cannot be created."""
+    # A run of hours must not end with a file that cannot be written.
     with reading(path, "a new file"):
         if path.exists():
             raise UserError(f"{path}: exists and is not overwritten; name another file")
@@ -107,6 +88,7 @@ def check_new_file(path: Path) -> None:
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write to; it replaces `path` only if the block succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    # In the same folder: a rename between file systems would be a copy.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary

@@ -21,7 +21,7 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default in (None, False):
-            return action.help
+            return action.help  # the help text itself says what happens without the flag
         return super()._get_help_string(action)
 
 
@@ -30,7 +30,11 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def __init__(self, description: str, **options: Any):
         super().__init__(
-            description=description, formatter_class=_HelpFormatter, allow_abbrev=False, **options
+            # An abbreviation would become ambiguous, or another flag, when flags are added.
+            description=description,
+            formatter_class=_HelpFormatter,
+            allow_abbrev=False,
+            **options,
         )
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
@@ -64,7 +68,7 @@ def number(
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not {word}") from None
-        inside = low <= value <= high and value != math.inf
+        inside = low <= value <= high and value != math.inf  # NaN is not inside either
         if not inside or (above and value == low) or (below and value == high):
             raise argparse.ArgumentTypeError(f"{text} is out of range; expected {word} {bounds}")
         return value
@@ -89,13 +93,13 @@ FRACTION = number(float, 0, 1, below=True)
 # ---------------------------------------------------------------------------- shared flags
 
 
-def add_training_flags(parser: argparse.ArgumentParser) -> None:
+def add_training_flags(parser: argparse.ArgumentParser, poolings: Sequence[str]) -> None:
     """The flags of every script that trains, under the course's names, in groups."""
     add = parser.add_argument_group("model and data").add_argument
     add("--model", default="bert-base-uncased", help="a folder, a hub id, or all-MiniLM-L6-v2")
     add("--data_dir", type=Path, default=Path("data"), help="folder of the csv files")
     pooling_help = "how BERT's output becomes a sentence embedding"
-    add("--pooling", choices=["pooler", "cls", "mean"], default="pooler", help=pooling_help)
+    add("--pooling", choices=poolings, default=poolings[0], help=pooling_help)
     limit_help = "use a fixed random subset of N rows per file"
     add("--limit", type=number(int, 1), metavar="N", help=limit_help)
     add("--hidden_dropout_prob", type=FRACTION, help="in BERT and heads (default: the model's own)")
@@ -142,6 +146,7 @@ def complete_training_args(
 
 def _latest_run(name: str) -> Path | None:
     """The latest unfinished run of that name under runs/, or else the latest."""
+    # Names end with the time, so the greatest is the latest.
     runs = sorted(path.parent for path in Path("runs").glob(f"{name}-*-*/config.json"))
     unfinished = [run for run in runs if not (run / "result.json").exists()]
     return max(unfinished or runs, default=None)
@@ -158,6 +163,7 @@ def print_error(message: str) -> None:
 
 def run_script(main: Callable[[Sequence[str] | None], None]) -> NoReturn:
     """Run a script's `main` and exit: with 0, or with an error in one line and its exit code."""
+    # The exit codes of the shell: 130 after Ctrl-C, 141 after a broken pipe, 2 for usage errors.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # escape what the terminal's encoding lacks
             stream.reconfigure(errors="backslashreplace")

@@ -6,7 +6,6 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from engine.checkpoint import check_regular_file
 from engine.errors import UserError, reading
 
 DELIMITER_NAMES = {"\t": "tab", ",": "comma"}
@@ -17,24 +16,11 @@ csv.field_size_limit(10**6)  # characters
 def read_rows(
     path: Path, columns: Sequence[str], delimiter: str, optional: Sequence[str] = ()
 ) -> tuple[list[tuple[int, dict[str, str]]], str]:
-    """Read a csv file: a header line, default csv quoting, UTF-8.
+    """The rows of a csv file, each with its line number, and the file's sha256.
 
-    A byte-order mark, any line endings, blank lines, and columns in another order or beside those
-    wanted are accepted.
-
-    Args:
-        path: the file.
-        columns: the names of the columns that must be there.
-        delimiter: a tab or a comma.
-        optional: names of columns that may be there.
-
-    Returns:
-        Each row with its line number, and the file's sha256.
-
-    Raises:
-        UserError: names file and line of what cannot be read.
+    UTF-8, a header line, default csv quoting. A byte-order mark, any line endings, blank lines, and
+    columns in another order or beside those wanted are accepted; the `optional` may be missing.
     """
-    check_regular_file(path)
     if not path.exists():
         raise UserError(
             f"{path}: no such file: fetch the course's data with ./setup.sh --data, or try the"
@@ -42,58 +28,55 @@ def read_rows(
         )
     with reading(path, "a csv file"):
         content = path.read_bytes()
+    line = 1  # where the current row starts
     try:
-        text = content.decode("utf-8-sig")
+        content.decode("utf-8")  # all of it, so that an error has its place in the file
+        lines = io.TextIOWrapper(io.BytesIO(content), encoding="utf-8-sig", newline="")
+        reader = csv.reader(lines, delimiter=delimiter, strict=True)
+        header: list[str] = []
+        rows: list[tuple[int, dict[str, str]]] = []
+        # A quoted field may contain line breaks: rows and lines are not the same.
+        for fields in reader:
+            if fields and not header:
+                header = fields
+                _check_header(path, header, columns, delimiter)
+            elif fields:  # not a blank line
+                _check_row(f"{path}, line {line}", fields, len(header), delimiter)
+                row = dict(zip(header, fields, strict=True))
+                rows.append((line, {n: row[n] for n in (*columns, *optional) if n in row}))
+            line = reader.line_num + 1
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise UserError(f"{path}, line {line}: not UTF-8 ({error.reason}): save as UTF-8") from None
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    rows: list[tuple[int, dict[str, str]]] = []
-    start = 1  # the line where the next row starts
-    try:
-        while reader.fieldnames == []:  # a blank line before the header
-            reader.fieldnames = None
-        _check_header(path, reader.fieldnames, columns, delimiter)
-        names = [*columns, *(name for name in optional if name in reader.fieldnames)]
-        start = reader.line_num + 1
-        for row in reader:
-            line = _check_row(path, reader, row, delimiter)
-            rows.append((line, {name: row[name] for name in names}))
-            start = reader.line_num + 1
     except csv.Error as error:
-        raise UserError(f"{path}, line {start}: {error}; fix the quotes") from None
+        raise UserError(f"{path}, line {line}: {error}; fix the quotes") from None
+    if not rows:
+        problem = "no rows" if header else "empty"
+        raise UserError(f"{path}: {problem}; expected a header line and at least one row")
     return rows, hashlib.sha256(content).hexdigest()
 
 
-def _check_header(
-    path: Path, header: Sequence[str] | None, columns: Sequence[str], delimiter: str
-) -> None:
+def _check_header(path: Path, header: list[str], columns: Sequence[str], delimiter: str) -> None:
     """UserError unless the header has each wanted column exactly once."""
-    if header is None:
-        raise UserError(f"{path}: empty; expected a header line and rows")
     for column in columns:
-        count = list(header).count(column)
+        count = header.count(column)
         if count != 1:
-            found = ", ".join(map(repr, header))[:200]
             raise UserError(
                 f"{path}, line 1: {count or 'no'} column{'s' * (count > 1)} {column!r}; found"
-                f" {found}; name it so, once, and separate columns by"
+                f" {', '.join(map(repr, header))[:200]}; name it so, once, and separate columns by"
                 f" {DELIMITER_NAMES[delimiter]}s"
             )
 
 
-def _check_row(path: Path, reader: csv.DictReader, row: dict, delimiter: str) -> int:
-    """The line where a row starts; UserError unless it has the columns of the header."""
-    fields = [field for field in row.values() if isinstance(field, str)]
-    line = reader.line_num - sum(field.count("\n") for field in fields)
-    if any("\n" in field and delimiter in field for field in fields):
+def _check_row(where: str, fields: list[str], count: int, delimiter: str) -> None:
+    """UserError unless a row has as many fields as the header, none of them whole rows."""
+    # A quote that is never closed swallows whole lines. (A comma may stand in a sentence.)
+    if delimiter == "\t" and any("\n" in field and "\t" in field for field in fields):
         raise UserError(
-            f"{path}, line {line}: a quoted field contains whole lines up to line"
-            f" {reader.line_num}; close its quote, or remove its line breaks"
+            f"{where}: a quoted field contains whole lines; close its quote, or remove its breaks"
         )
-    if None in row or None in row.values():
+    if len(fields) != count:
         raise UserError(
-            f"{path}, line {line}: not the {len(reader.fieldnames)} columns of the header; is a"
-            f" {DELIMITER_NAMES[delimiter]} or a quote missing?"
+            f"{where}: not the {count} columns of the header; is a {DELIMITER_NAMES[delimiter]} or"
+            " a quote missing?"
         )
-    return line

@@ -42,7 +42,6 @@ def setup_device(
         # In fp32 MKL multiplies; oneDNN would only compute GELU, and keep a compiled kernel for
         # every batch shape scattered over memory.
         torch.backends.mkldnn.enabled = bf16 or not torch.backends.mkl.is_available()
-        keep_freed_memory()
     return torch.device(device), torch.bfloat16 if bf16 else torch.float32
 
 
@@ -90,7 +89,7 @@ def keep_freed_memory() -> None:
     """Tell glibc to reuse large freed blocks instead of returning them to the system.
 
     The gradient of the word embedding would otherwise be new, zeroed pages at every step, which
-    costs a small model 5% of its step time.
+    costs a small model 5% of its step time. Called after loading, whose memory may go back.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
@@ -103,14 +102,16 @@ def peak_memory_bytes(device: torch.device) -> int | None:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")  # resource's ru_maxrss starts with the parent process's peak
-    found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None
-    return int(found[1]) * 1024 if found else None
+    peak = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None
+    return int(peak[1]) * 1024 if peak else None
 
 
 def get_rng_states(device: torch.device) -> list[Tensor]:
     """States of the generators that dropout draws from: the CPU's, and the device's own."""
-    own = [] if device.type == "cpu" else [torch.get_device_module(device).get_rng_state()]
-    return [torch.get_rng_state(), *own]
+    states = [torch.get_rng_state()]
+    if device.type != "cpu":
+        states.append(torch.get_device_module(device).get_rng_state())
+    return states
 
 
 def set_rng_states(device: torch.device, states: Sequence[Tensor]) -> None:
@@ -126,8 +127,8 @@ def catch_out_of_memory(batch: Any) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        known = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if not known and "can't allocate memory" not in str(error):
+        expected = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not expected and "can't allocate memory" not in str(error):
             raise
         rows, tokens = batch.input_ids.shape
         raise OutOfMemory(

@@ -59,8 +59,10 @@ def process_group(args: Namespace) -> Iterator[None]:
     if os.environ.get("WORLD_SIZE", "1") == "1":
         yield
         return
+    # torchrun's environment variables say where rank 0 listens.
     try:
         _store, _rank, _world_size = next(rendezvous("env://", timeout=JOIN_TIMEOUT))
+        # Tensors on GPUs travel by NCCL, objects and generator states on the CPU by gloo.
         nccl = torch.cuda.is_available() and distributed.is_nccl_available()
         backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
         distributed.init_process_group(backend, store=_store, rank=_rank, world_size=_world_size)
@@ -114,7 +116,7 @@ def broadcast_from_rank_zero(function: Callable[[], Any]) -> Any:
     if _rank == 0:
         try:
             result = [function()]
-        except UserError as error:
+        except UserError as error:  # every process stops with it, and none waits for another
             result = [error]
     with _collective():
         distributed.broadcast_object_list(result, src=0, device=torch.device("cpu"))
@@ -148,7 +150,7 @@ def any_rank(*flags: bool) -> list[bool]:
     """For each flag, whether it is set in any process."""
     if _world_size == 1:
         return list(flags)
-    return (all_reduce_sum(torch.tensor(flags, dtype=torch.int32)) > 0).tolist()
+    return (all_reduce_sum(torch.tensor(flags, dtype=torch.int32)) > 0).tolist()  # logical or
 
 
 def rank_slice(count: int) -> slice:
@@ -166,11 +168,12 @@ def all_gather_rows(part: Tensor, count: int) -> Tensor:
     """
     if _world_size == 1:
         return part
-    own = rank_slice(count)
+    local = rank_slice(count)
+    # Slices may differ in length, which an all-gather would not allow; a sum with zeros does.
     rows = part.new_zeros(part.size(0), count, *part.shape[2:])
-    rows[:, own] = part.detach()
+    rows[:, local] = part.detach()
     all_reduce_sum(rows)
-    rows[:, own] = part  # the same numbers, with their graph
+    rows[:, local] = part  # the same numbers, with their graph
     return rows
 
 

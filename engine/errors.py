@@ -15,8 +15,9 @@ class UserError(ValueError):
     exit_code = 2
 
     def __init__(self, message: str):
-        if len(message) > 1000:
+        if len(message) > 1000:  # a parser may quote the whole of a damaged file
             message = f"{message[:700]} ... {message[-300:]}"
+        # Printable characters as they are, a tab as \t, an escape sequence as \x1b[...
         super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))
 
 
@@ -44,9 +45,10 @@ def reading(path: Path, kind: str) -> Iterator[None]:
 
     kind: what the file should be, with its article, such as "a JSON object".
     """
+    # A parser has too many ways to fail to list them; which one it was matters little to the user.
     try:
         yield
-    except UserError:
+    except UserError:  # says more already
         raise
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; expected {kind}") from None

@@ -35,6 +35,7 @@ def write_modules(folder: Path, pooling: str, max_length: int, pooler: nn.Linear
     With the pooling `pooler`, BERT's own dense layer `pooler`, which sentence-transformers does not
     count as part of the encoder, becomes a module of its own.
     """
+    # modules.json lists the modules in order; each has a folder with its configuration.
     width, names = pooler.in_features, list(MODULES)[: 3 if pooling == "pooler" else 2]
     prefix = "sentence_transformers.models."
     modules = [
@@ -46,6 +47,7 @@ def write_modules(folder: Path, pooling: str, max_length: int, pooler: nn.Linear
     modes = {"cls_token": pooling != "mean", "mean_tokens": pooling == "mean"}
     config = {f"pooling_mode_{mode}": on for mode, on in modes.items()}
     write_json(folder / "1_Pooling/config.json", {"word_embedding_dimension": width, **config})
+    # Pooler, as a dense layer with tanh on the embedding of [CLS].
     if pooling == "pooler":
         shape = {"in_features": width, "out_features": width, "bias": True}
         write_json(folder / "2_Dense/config.json", {**shape, "activation_function": TANH})
@@ -63,6 +65,7 @@ def read_pooler(folder: Path, width: int) -> dict[str, Tensor]:
     paths = [folder / MODULES[name] / "config.json" for name in ("Pooling", "Dense")]
     if not all(path.is_file() for path in paths):
         return {}
+    # Another dense module, such as a projection to fewer features, is not BERT's pooler.
     pooling, dense = map(read_json, paths)
     first_token = pooling.get("pooling_mode") == "cls" or pooling.get("pooling_mode_cls_token")
     wanted = {"in_features": width, "out_features": width, "activation_function": TANH}
@@ -70,14 +73,14 @@ def read_pooler(folder: Path, width: int) -> dict[str, Tensor]:
     if not (first_token and plain and wanted.items() <= dense.items()):
         return {}
     tensors, source = read_weights(folder / MODULES["Dense"])
-    found = {}
+    pooler = {}
     for name, shape in {"weight": (width, width), "bias": (width,)}.items():
         tensor = tensors.get(f"linear.{name}")
         if tensor is None or tensor.shape != shape:
             raise UserError(f"{source}: linear.{name} of shape {shape} is missing: fetch it again")
         check_weight(f"linear.{name}", tensor, source)
-        found[f"pooler.dense.{name}"] = tensor
-    return found
+        pooler[f"pooler.dense.{name}"] = tensor
+    return pooler
 
 
 # ---------------------------------------------------------------------------- model cards
@@ -120,6 +123,7 @@ def model_card(run: Path, result: dict[str, Any]) -> str:
     config = read_json(run / "config.json")
     rows, files = config["rows"]["train"], config["files"]
     data = [f"{Path(path).name} ({rows[task]:,} rows)" for task, path in files["train"].items()]
+    # A row of the table for each metric that is a single number.
     lines = [
         f"| {Path(files['dev'][task]).name} | {name} | {metrics[name]:.4f} |"
         for task, metrics in result["dev"].items()
@@ -157,6 +161,7 @@ def write_onnx(path: Path, encoder: nn.Module, outputs: Sequence[str], max_lengt
     # it would merge one that is passed three times.
     example = tuple(torch.zeros(2, 3, dtype=torch.int64) for _ in inputs)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    # The exporter prints a page of notes; what goes wrong it raises.
     with atomic_file(path) as temporary, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(

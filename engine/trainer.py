@@ -19,7 +19,13 @@ from tqdm import tqdm
 
 from engine import distributed
 from engine.checkpoint import write_text
-from engine.device import catch_out_of_memory, get_rng_states, peak_memory_bytes, set_rng_states
+from engine.device import (
+    catch_out_of_memory,
+    get_rng_states,
+    keep_freed_memory,
+    peak_memory_bytes,
+    set_rng_states,
+)
 from engine.errors import TrainingDiverged, reading
 from engine.export import model_card
 from engine.interrupts import SaveTimer, StopSignals, TrainingInterrupted
@@ -93,6 +99,8 @@ class Trainer:
 
     def _fit(self) -> None:
         self.model.train()
+        if self.model.device.type == "cpu":
+            keep_freed_memory()
         total = self.epoch_ends[-1]
         self.timer = SaveTimer(self.args.save_every, self.state.step)
         # Ctrl-C and SIGTERM are handled from here to the end, so that no step is lost half-way.
@@ -116,7 +124,6 @@ class Trainer:
             "best_epoch": best["epoch"],
             "best_step": best["step"],
             "training_seconds": round(self.seconds, 1),
-            "saving_seconds": round(run.saving_seconds, 2),  # of the training seconds
             "peak_memory_bytes": peak_memory_bytes(self.model.device),  # of rank 0
             "processes": distributed.world_size(),
         }
@@ -180,7 +187,7 @@ class Trainer:
         # 4. Record.
         lrs = {name: o.param_groups[0]["lr"] for name, o in self.optimizers.items()}
         tasks = "+".join(dict.fromkeys(batch.task for batch in batches))
-        self.run.log("train", step, epoch=epoch, loss=loss, grad_norm=norm, lr=lrs, of=tasks)
+        self.run.log("train", step, epoch=epoch, loss=loss, grad_norm=norm, lr=lrs, task=tasks)
         self.state.step += 1
         self.state.rows += sum(len(batch.global_rows) for batch in batches)
         self._show_progress(tasks, loss, lrs)
@@ -199,13 +206,13 @@ class Trainer:
     ) -> None:
         """Save the state before this step if it is finite, and raise TrainingDiverged."""
         step, names = self.state.step, "; ".join(map(str, batches))
-        what = f"gradient norm is {norm}" if math.isfinite(loss) else f"loss is {loss}"
+        problem = f"gradient norm is {norm}" if math.isfinite(loss) else f"loss is {loss}"
         self.run.log("diverged", step, loss=str(loss), grad_norm=str(norm), rows=names)
         kept = f"the best weights so far, if any, are in {self.run.path / self.best_folder}"
         if self._weights_are_finite():
             self.save(rng_states)
             kept += f", the state before this step in {self.run.path / 'last'}"
-        raise TrainingDiverged(f"step {step}: {what} at {names}: {kept}; {ADVICE}")
+        raise TrainingDiverged(f"step {step}: {problem} at {names}: {kept}; {ADVICE}")
 
     def _weights_are_finite(self) -> bool:
         return all(bool(p.isfinite().all()) for p in self.parameters)
@@ -226,19 +233,19 @@ class Trainer:
         self._stop_if_requested()
         if not self._weights_are_finite():
             raise TrainingDiverged(f"step {state.step}: weights are not finite; {ADVICE}")
-        found = {**self.evaluate_model(), "epoch": self.epoch}
-        if not math.isfinite(found["score"]):
-            raise TrainingDiverged(f"step {state.step}: dev score is {found['score']}; {ADVICE}")
+        result = {**self.evaluate_model(), "epoch": self.epoch}
+        if not math.isfinite(result["score"]):
+            raise TrainingDiverged(f"step {state.step}: dev score is {result['score']}; {ADVICE}")
         self.model.train()
-        self.run.log("dev", state.step, rows=state.rows, **found)
+        self.run.log("dev", state.step, rows=state.rows, **result)
         state.evals_since_best += 1
         mark = f"best was {state.best['score']:.4f}" if state.best else ""
-        if state.best is None or found["score"] > state.best["score"]:
-            state.best, state.evals_since_best = {**found, "step": state.step}, 0
+        if state.best is None or result["score"] > state.best["score"]:
+            state.best, state.evals_since_best = {**result, "step": state.step}, 0
             mark = "best so far"
             if self.run.writes:
                 self.model.save_pretrained(self.run.path / self.best_folder)
-        message = f"epoch {self.epoch}, step {state.step}: {found['summary']} ({mark})"
+        message = f"epoch {self.epoch}, step {state.step}: {result['summary']} ({mark})"
         self.bar.write(message, file=sys.stdout)
         state.eval_due = self.stop.immediate = False
         return not self.args.patience or state.evals_since_best < self.args.patience
@@ -284,9 +291,9 @@ class Trainer:
             for key, value in tensors.items():
                 kind, owner, *rest = key.split(".")
                 if kind == "optimizer" and owner == name:
-                    index, what = rest
-                    value = value.item() if what == "step" else value
-                    moments.setdefault(int(index), {})[what] = value
+                    index, moment = rest
+                    value = value.item() if moment == "step" else value
+                    moments.setdefault(int(index), {})[moment] = value
             groups = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": moments, "param_groups": groups})
 

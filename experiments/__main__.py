@@ -10,6 +10,7 @@ import argparse
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from engine.cli import POSITIVE_INT, ArgumentParser, run_script
 from experiments.conflict import report_run
@@ -22,33 +23,32 @@ RESERVED_FLAGS = ("model", "data_dir", "seed", "run_dir", "resume")  # set by `r
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line; invalid arguments exit with code 2."""
+    """The command line, checked; `action` is the function that does what it says."""
     parser = ArgumentParser(__doc__.splitlines()[0], prog="python -m experiments")
-    commands = parser.add_subparsers(
-        dest="command", required=True, metavar="run|report|conflict|map", help="what to do"
-    )
+    names = "run|report|conflict|map"
+    commands = parser.add_subparsers(required=True, metavar=names, help="what to do")
 
-    def command(name: str, help: str) -> ArgumentParser:
-        return commands.add_parser(name, help=help, description=help)
+    def command(name: str, action: Callable, help: str) -> Callable[..., Any]:
+        sub = commands.add_parser(name, help=help, description=help)
+        sub.set_defaults(action=action)
+        return sub.add_argument
 
-    def add_folders(add: Callable) -> None:
+    run_flags = command("run", run, "run every cell of some tables that has no record yet")
+    report_flags = command("report", report, "write tables and plots from the records in --out")
+    for add in (run_flags, report_flags):
         add("--data_dir", type=Path, default=Path("data"), help="folder of the csv files")
         add("--out", type=Path, default=Path("results"), help="folder of records and tables")
-
-    add = command("run", "run every cell of some tables that has no record yet").add_argument
+    report_flags("tables", nargs="*", metavar="TABLE", help="default: all that are complete")
+    add = run_flags
     add("tables", nargs="+", metavar="TABLE", help=f"{', '.join(TABLES)}, or all")
     add("--model", default="bert-base-uncased", help="a folder, a hub id, or all-MiniLM-L6-v2")
     add("--seeds", type=POSITIVE_INT, default=3, help="seeds per cell that trains the encoder")
     add("--probe_seeds", type=POSITIVE_INT, default=5, help="seeds per cell that freezes it")
     add("--flags", default="", help='flags for every script, as --flags="--epochs 1 --use_gpu"')
     add("--runs", type=Path, default=Path("runs/experiments"), help="folder of the run folders")
-    add_folders(add)
-    add = command("report", "write tables and plots from the records in --out").add_argument
-    add("tables", nargs="*", metavar="TABLE", help="default: every table that is complete")
-    add_folders(add)
-    add = command("conflict", "plot the gradient conflict that a run logged").add_argument
+    add = command("conflict", report_run, "plot the gradient conflict that a run logged")
     add("run", type=Path, help="folder of a run with --measure_conflict")
-    add = command("map", "plot a run's dev sentence embeddings by PCA").add_argument
+    add = command("map", plot_map, "plot a run's dev sentence embeddings by PCA")
     add("run", type=Path, help="a run folder")
     add("--data_dir", type=Path, help="folder of the dev files (default: the run's own files)")
     add("--limit", type=POSITIVE_INT, help="use a fixed random subset of N rows per file")
@@ -64,7 +64,8 @@ def check_args(args: argparse.Namespace, parser: ArgumentParser) -> None:
     for table in getattr(args, "tables", []):
         if table not in TABLES:
             parser.error(f"{table}: no such table; there are {', '.join(TABLES)}, and all")
-    if args.command == "run":
+    # `run` sets some flags itself; --flags must not override them.
+    if "flags" in args:
         try:
             args.flags = shlex.split(args.flags)
         except ValueError as error:
@@ -77,14 +78,7 @@ def check_args(args: argparse.Namespace, parser: ArgumentParser) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Do what the command line says."""
     args = parse_args(argv)
-    if args.command == "run":
-        run(args)
-    elif args.command == "report":
-        report(args)
-    elif args.command == "conflict":
-        report_run(args.run)
-    else:
-        plot_map(args.run, args.data_dir, args.limit)
+    args.action(args)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Plots of tables, learning curves and sentence embeddings."""
 
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ def plot_bars(table: Mapping[str, Any], baselines: Mapping[str, Any], path: Path
         panel.set_xticks(range(len(headings)), headings, rotation=40, ha="right")
         panel.set(title=title, ylabel=title.split()[1])
         panel.margins(y=0.28)  # room for the legend
+        # One entry for all bars of a kind.
         handles = dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
         panel.legend(handles.values(), handles.keys(), fontsize="small", loc="upper left", ncols=3)
     save_figure(figure, path)
@@ -60,7 +62,7 @@ def plot_curves(records: Mapping[str, Sequence[dict[str, Any]]], path: Path) -> 
     for cell, runs in records.items():
         # LP-FT's probe is left out: its steps start from 0 again when fine-tuning begins.
         curves = [[point for point in run["curve"] if point["stage"] != "probe"] for run in runs]
-        length = min(map(len, curves))
+        length = min(map(len, curves))  # early stopping may have ended some before others
         if length > 1:  # a cell that was evaluated once has no curve
             scores = [[point["score"] for point in curve[:length]] for curve in curves]
             steps = [point["step"] for point in curves[0][:length]]
@@ -73,33 +75,28 @@ def plot_curves(records: Mapping[str, Sequence[dict[str, Any]]], path: Path) -> 
     return True
 
 
-def plot_map(run: Path, data_dir: Path | None = None, limit: int | None = None) -> None:
-    """Write map.png into a run: two principal components of its dev sentences, colored by task.
-
-    Args:
-        run: a run folder.
-        data_dir: folder of the dev files; None for the files that the run itself was evaluated on.
-        limit: use a fixed random subset of that many rows per file.
-    """
-    saved = SavedRun(run)
-    model = MultitaskBERT.from_pretrained(run)
+def plot_map(args: Namespace) -> None:
+    """Write map.png into a run: two principal components of its dev sentences, colored by task."""
+    run = args.run
+    saved, model = SavedRun(run), MultitaskBERT.from_pretrained(run)
     vectors: dict[str, np.ndarray] = {}
     for task in model.heads:
-        path = saved.data_file(TASKS[task], "dev", data_dir)
-        examples, _, _ = read_examples(path, TASKS[task], limit=limit)
+        path = saved.data_file(TASKS[task], "dev", args.data_dir)
+        examples, _, _ = read_examples(path, TASKS[task], limit=args.limit)
         vectors[task] = model.encode([text for example in examples for text in example.texts])
     if sum(map(len, vectors.values())) < 3:
         raise UserError(f"{run}: fewer than three dev sentences; a map needs more")
+    # One projection for all tasks, or their clouds could not be compared.
     pca = PCA(2, random_state=0).fit(np.concatenate(list(vectors.values())))
-    figure, panels = new_figure(width=8, height=7)
+    figure, (panel,) = new_figure(width=8, height=7)
     for task, embeddings in vectors.items():
         label = f"{task} ({len(embeddings):,} sentences)"
-        panels[0].scatter(*pca.transform(embeddings).T, s=4, alpha=0.5, label=label)
+        panel.scatter(*pca.transform(embeddings).T, s=4, alpha=0.5, label=label)
     names = [
         f"principal component {i} ({share:.0%} of the variance)"
         for i, share in enumerate(pca.explained_variance_ratio_, start=1)
     ]
-    panels[0].set(title=f"{run.name}: dev sentences", xlabel=names[0], ylabel=names[1])
-    panels[0].legend(markerscale=3)
+    panel.set(title=f"{run.name}: dev sentences", xlabel=names[0], ylabel=names[1])
+    panel.legend(markerscale=3)
     save_figure(figure, run / "map.png")
     print(run / "map.png")

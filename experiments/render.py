@@ -39,6 +39,7 @@ def score_rows(
         baseline = f"{baselines[task]['score']:.3f}" if task in baselines else ""
         scores = [column["scores"][task] for column in columns]
         rows.append([title, baseline, *(score_text(score, plus_minus) for score in scores)])
+        # The paper's own score below ours, where it has one.
         if any(score["paper"] is not None for score in scores):
             papers = ["" if s["paper"] is None else f"{s['paper']:.3f}" for s in scores]
             rows.append(["in the paper", "", *papers])
@@ -50,6 +51,7 @@ def comparison_rows(table: Mapping[str, Any]) -> list[list[str]]:
     rows = [["comparison", "task", "difference", "95% interval", "p (Holm)", "caveat"]]
     for row in table["comparisons"]:
         headings = [table["columns"][row[side]]["heading"] for side in ("first", "second")]
+        # Significant over rows, but the worst seed of one is below the best of the other.
         overlap = row["p_corrected"] < SIGNIFICANCE and not row["seeds_separate"]
         doubt = "seeds overlap" if overlap else ""
         if row["both_at_majority"]:
@@ -78,6 +80,7 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 def markdown(results: Mapping[str, Any], has_curves: bool) -> str:
     """tables.md; `has_curves`: there is a plot of learning curves."""
+    # How much data the figures rest on.
     counts = [
         f"{split}: " + ", ".join(f"{task} {' or '.join(map(str, n))}" for task, n in rows.items())
         for split, rows in results["rows"].items()
@@ -108,6 +111,7 @@ def latex(table: Mapping[str, Any], baselines: Mapping[str, Any]) -> str:
     tabulars = [("l" + "r" * (len(table["columns"]) + 1), score_rows(table, baselines, r"$\pm$"))]
     if table["comparisons"]:
         rows = comparison_rows(table)
+        # In math mode a minus sign is as wide as a plus.
         signed = [[a, b, f"${c}$", d, f"${p}$", e] for a, b, c, d, p, e in rows[1:]]
         tabulars.append(("llrrrl", [rows[0], *signed]))
     lines = []

@@ -5,6 +5,8 @@ tables.json holds each figure that the other files show.
 """
 
 import argparse
+import json
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,9 @@ import numpy as np
 from bert import BertModel
 from datasets import TaskDataset, read_examples
 from engine.checkpoint import read_json, write_json, write_text
-from engine.errors import UserError
+from engine.errors import UserError, reading
 from engine.stats import compare, holm
-from evaluation import baseline, primary_metric
+from evaluation import baseline, majority_share, primary_metric
 from experiments.conflict import plot_conflict, summarize_conflict
 from experiments.plots import plot_bars, plot_curves
 from experiments.render import FLOOR_MARGIN, latex, markdown
@@ -26,10 +28,6 @@ from tasks import TASKS
 from tokenizer import BertTokenizer
 
 Records = dict[str, list[dict[str, Any]]]  # cell -> its runs, by seed
-RECORD_KEYS = {
-    *("cell", "seed", "command", "commit", "precision", "started", "rows", "dev", "curve"),
-    *("conflict", "predictions"),
-}
 ROUNDING_TOLERANCE = 1e-3  # predictions are rounded in a record
 
 
@@ -39,8 +37,11 @@ def report(args: argparse.Namespace) -> None:
     tables = select_tables(args.tables, records)
     shown = {cell for name in tables for cell in TABLES[name].cells}
     records = {cell: runs for cell, runs in records.items() if cell in shown}
-    results = round_floats(summarize(tables, records, args.data_dir))
+    results = json.dumps(summarize(tables, records, args.data_dir))
+    # Rounded, figures are equal on every machine.
+    results = json.loads(results, parse_float=lambda text: round(float(text), 6))
     write_json(args.out / "tables.json", results)
+    # All of them are made from tables.json alone, so they cannot disagree.
     for name, table in results["tables"].items():
         write_text(args.out / f"{name}.tex", latex(table, results["baselines"]))
         plot_bars(table, results["baselines"], args.out / f"{name}.png")
@@ -59,16 +60,14 @@ def load_records(out: Path) -> Records:
     records: Records = {}
     for path in sorted((out / "records").glob("*.json")):
         record = read_json(path)
-        if missing := RECORD_KEYS - set(record):
-            raise UserError(f"{path}: not a record (no {min(missing)}); move it away")
-        if record["cell"] not in CELLS:
-            raise UserError(f"{path}: its cell {record['cell']!r} is in no table; move it away")
-        if CELLS[record["cell"]].flags not in record["command"]:
-            raise UserError(
-                f"{path}: made by `{record['command']}`, but its cell is now"
-                f" `{CELLS[record['cell']].flags}`; run it again"
-            )
-        records.setdefault(record["cell"], []).append(record)
+        with reading(path, "a record of a run"):
+            cell, command, _ = record["cell"], record["command"], record["predictions"]
+            if CELLS[cell].flags not in command:
+                raise UserError(
+                    f"{path}: made by `{command}`, but its cell is now `{CELLS[cell].flags}`; run"
+                    " it again"
+                )
+        records.setdefault(cell, []).append(record)
     if not records:
         raise UserError(f"{out / 'records'}: no records; first: python -m experiments run TABLE")
     return {cell: sorted(runs, key=lambda run: run["seed"]) for cell, runs in records.items()}
@@ -76,6 +75,7 @@ def load_records(out: Path) -> Records:
 
 def select_tables(names: Sequence[str], records: Records) -> list[str]:
     """The named tables; without names, those whose columns all have records."""
+    # A table with a column that was never run would look finished.
     tables = list(names) or [n for n, table in TABLES.items() if set(table.cells) <= set(records)]
     if not tables or not any(set(TABLES[name].cells) & set(records) for name in tables):
         raise UserError("no table has all of its columns recorded; name one to see what there is")
@@ -85,44 +85,25 @@ def select_tables(names: Sequence[str], records: Records) -> list[str]:
 def load_gold(records: Records, data_dir: Path) -> dict[str, np.ndarray]:
     """Task -> the labels of the dev rows that the records were evaluated on, (N,).
 
-    Raises:
-        UserError: the rows in `data_dir` do not reproduce the recorded scores.
+    UserError if the rows in `data_dir` do not reproduce the recorded scores.
     """
     gold: dict[str, np.ndarray] = {}
     for task in TASK_TITLES:
-        runs = [run for of in records.values() for run in of if task in run["predictions"]]
-        sizes = {len(run["predictions"][task]) for run in runs}
-        if len(sizes) > 1:
-            raise UserError(
-                f"the records have {min(sizes)} to {max(sizes)} dev rows of {task}: run them again"
-                " on the same data"
-            )
-        for size in sizes:
-            path = dev_file(data_dir, task)
-            examples, _, _ = read_examples(path, TASKS[task], limit=size)
-            gold[task] = np.array([example.label for example in examples])
-            for run in runs:
-                check_score(run, task, gold[task], path)
+        for run in [run for runs in records.values() for run in runs if task in run["predictions"]]:
+            predicted = np.array(run["predictions"][task])
+            path, labels = data_dir / TASKS[task].file("dev"), TASKS[task].labels
+            if task not in gold:
+                examples, _, _ = read_examples(path, TASKS[task], limit=len(predicted))
+                gold[task] = np.array([example.label for example in examples])
+            what = f"{path}: wrong data: the record of {run['cell']}, seed {run['seed']},"
+            if len(predicted) != len(gold[task]):
+                raise UserError(f"{what} has {len(predicted)} rows of {task}")
+            # The score again: other rows, or another order of them, would not give it.
+            score = primary_metric(labels.metrics(predicted, gold[task]))
+            recorded = primary_metric(run["dev"][task])
+            if abs(score - recorded) > ROUNDING_TOLERANCE:
+                raise UserError(f"{what} scored {recorded:.4f} on {task}, here {score:.4f}")
     return gold
-
-
-def dev_file(data_dir: Path, task: str) -> Path:
-    """The dev file of a task."""
-    return data_dir / TASKS[task].files.format("dev")
-
-
-def check_score(run: Mapping[str, Any], task: str, gold: np.ndarray, path: Path) -> None:
-    """UserError unless a record's predictions have, on these labels, the score that it records."""
-    predicted, recorded = np.array(run["predictions"][task]), primary_metric(run["dev"][task])
-    name = f"the record of {run['cell']}, seed {run['seed']},"
-    if len(predicted) != len(gold):
-        raise UserError(f"{path}: {len(gold)} rows, but {name} has {len(predicted)}: wrong data")
-    score = primary_metric(TASKS[task].labels.metrics(predicted, gold))
-    if abs(score - recorded) > ROUNDING_TOLERANCE:
-        raise UserError(
-            f"{path}: {name} scored {recorded:.4f} on {task}, but {score:.4f} on these rows:"
-            " wrong data"
-        )
 
 
 # ---------------------------------------------------------------------------- statistics
@@ -158,6 +139,7 @@ def summarize_table(
         for task in gold
         if column.cell in records and other in records
     ]
+    # One correction for all comparisons of a table.
     corrected = holm([row["p"] for row in comparisons])
     for row, p in zip(comparisons, corrected, strict=True):
         row["p_corrected"] = p
@@ -176,6 +158,7 @@ def summarize_column(column: Column, runs: Sequence[dict[str, Any]]) -> dict[str
             "seeds": len(values),
             "paper": paper,
         }
+    # "+": made with changes that were not committed.
     commits = [
         (run["commit"] or "unknown")[:7] + ("+" if run.get("uncommitted_changes") else "")
         for run in runs
@@ -197,7 +180,7 @@ def compare_cells(
     predicted = [np.array([r["predictions"][task] for r in records[c]]) for c in (first, second)]
     ours, theirs = ([primary_metric(r["dev"][task]) for r in records[c]] for c in (first, second))
     is_accuracy = TASKS[task].labels.integer
-    floor = majority_accuracy(gold) + FLOOR_MARGIN
+    floor = majority_share(gold) + FLOOR_MARGIN
     accuracies = [(rows == gold).mean() for rows in predicted]
     return {
         **{"first": first, "second": second, "task": task},
@@ -206,11 +189,6 @@ def compare_cells(
         "seeds_separate": min(ours) > max(theirs) or max(ours) < min(theirs),
         "both_at_majority": is_accuracy and bool(max(accuracies) < floor),
     }
-
-
-def majority_accuracy(gold: np.ndarray) -> float:
-    """The accuracy of always predicting the most frequent class."""
-    return float(np.unique(gold, return_counts=True)[1].max() / len(gold))
 
 
 def baselines(
@@ -222,25 +200,18 @@ def baselines(
     """
     found: dict[str, Any] = {}
     for task in [task for task in gold if TASKS[task].labels.integer]:
-        found[task] = {"kind": "majority class", "score": majority_accuracy(gold[task])}
-    words = [run["command"].split() for run in runs if not CELLS[run["cell"]].start_from]
-    for name in {command[command.index("--model") + 1] for command in words}:
+        found[task] = {"kind": "majority class", "score": majority_share(gold[task])}
+    # Runs that start from another cell's encoder have that as their --model.
+    words = [shlex.split(run["command"]) for run in runs if not CELLS[run["cell"]].start_from]
+    for name in sorted({command[command.index("--model") + 1] for command in words}):
         try:
             tokenizer = BertTokenizer.from_pretrained(name)
             encoder = SentenceEncoder(BertModel.from_pretrained(name), tokenizer)
-            path = dev_file(data_dir, "sts")
-            dataset = TaskDataset(path, TASKS["sts"], tokenizer, limit=len(gold["sts"]))
+            sts = TASKS["sts"]
+            path = data_dir / sts.file("dev")
+            dataset = TaskDataset(path, sts, tokenizer, limit=len(gold["sts"]))
             kind, score = baseline(encoder, dataset, batch_size=64)
             found["sts"] = {"kind": kind, "score": score}
         except UserError as error:
             print(f"no baseline for STS: {error}")
     return found
-
-
-def round_floats(value: Any) -> Any:
-    """The same JSON value, floats rounded to 6 decimals: equal on every machine."""
-    if isinstance(value, dict):
-        return {key: round_floats(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [round_floats(inner) for inner in value]
-    return round(value, 6) if isinstance(value, float) else value

@@ -11,20 +11,15 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from engine.checkpoint import read_json, read_text, write_json
 from engine.errors import UserError
+from engine.run_dir import folder_lock
 from engine.trainer import progress_bar
 from experiments.tables import CELLS, TABLES
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 ENCODER_SEEDS = 3  # SimCSE takes the longest, so probes with more seeds share its encoders
@@ -54,7 +49,7 @@ class Job:
 
 def list_jobs(tables: Sequence[str], seeds: int, probe_seeds: int) -> list[Job]:
     """The jobs of some tables, each once, encoders before the jobs that start from them."""
-    jobs: dict[Job, None] = {}
+    jobs: dict[Job, None] = {}  # a set that keeps its order
     for name in (name for table in tables for name in TABLES[table].cells):
         for seed in range(1, (probe_seeds if CELLS[name].is_probe else seeds) + 1):
             job = Job(name, seed)
@@ -91,31 +86,16 @@ def check_record(job: Job, args: argparse.Namespace) -> None:
 # ---------------------------------------------------------------------------- running
 
 
-@contextmanager
-def exclusive_lock(folder: Path) -> Iterator[None]:
-    """Hold a folder of run folders; UserError if another `run` holds it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w", encoding="utf-8") as file:
-        try:
-            if fcntl is None:
-                raise OSError("no file locks on this platform")
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"--runs {folder}: in use by another run; use another folder") from None
-        except OSError as error:
-            message = f"warning: cannot lock {folder} ({error}): start no second `run` there"
-            print(message, file=sys.stderr)
-        yield
-
-
 def run(args: argparse.Namespace) -> None:
     """Run the jobs of the tables that have no record yet, one after the other."""
     if not args.data_dir.is_dir():
         raise UserError(f"--data_dir {args.data_dir}: no such folder")
     records = args.out / "records"
     records.mkdir(parents=True, exist_ok=True)
-    with exclusive_lock(args.runs):
+    args.runs.mkdir(parents=True, exist_ok=True)
+    with folder_lock(args.runs):  # two of these commands would run the same jobs
         jobs = list_jobs(args.tables, args.seeds, args.probe_seeds)
+        # Check all before the first hour of work.
         for job in jobs:
             check_record(job, args)
         pending = pending_jobs(jobs, args)
@@ -130,6 +110,7 @@ def run(args: argparse.Namespace) -> None:
 def pending_jobs(jobs: Sequence[Job], args: argparse.Namespace) -> list[Job]:
     """Jobs without a record, and the encoders that these need and whose run folders are gone."""
     unrecorded = [job for job in jobs if not (args.out / "records" / f"{job}.json").exists()]
+    # Records hold no weights: to start from an encoder, its run folder must still be there.
     needed = {job.encoder for job in unrecorded if job.encoder}
     gone = {job for job in needed if not (args.runs / str(job) / "result.json").exists()}
     return [job for job in jobs if job in unrecorded or job in gone]
@@ -160,6 +141,7 @@ def run_jobs(jobs: Sequence[Job], args: argparse.Namespace) -> list[Job]:
 
 def start_process(command: Sequence[str], log: Path) -> int:
     """Run a script of this repository, its output going to `log`; returns its exit code."""
+    # Its output goes to a file: in the terminal there is one progress bar over all runs.
     with open(log, "w", encoding="utf-8") as file:
         python = [sys.executable, str(REPOSITORY / command[0]), *command[1:]]
         process = subprocess.Popen(python, stdout=file, stderr=file)
@@ -186,6 +168,7 @@ def record_run(job: Job, args: argparse.Namespace) -> None:
         return
     config, result = read_json(folder / "config.json"), read_json(folder / "result.json")
     log = [json.loads(line) for line in read_text(folder / "log.jsonl").splitlines()]
+    # The learning curve on dev, but no sentence and no label: those are not ours to publish.
     curve = [
         {"step": entry["step"], "score": entry["score"], "stage": entry.get("stage")}
         for entry in log

@@ -50,6 +50,7 @@ class Table:
         return tuple(column.cell for column in self.columns)
 
 
+# Every run, once, however many tables show it.
 CELLS: dict[str, Cell] = {
     # The paper's SimCSE has batches of 32 and no temperature, which is a temperature of 1.
     "simcse": Cell("--batch_size 32 --temperature 1", "simcse.py"),

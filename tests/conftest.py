@@ -123,14 +123,14 @@ def run_contents(run_dir: Path) -> dict:
     """Everything that a run made with --keep_last leaves, except for times, memory and paths."""
     files = {str(p.relative_to(run_dir)): p for p in run_dir.rglob("*") if p.is_file()}
     changing = ("config.json", "resumed.jsonl", "best/README.md", "tensorboard/")
-    found = {name: p.read_bytes() for name, p in files.items() if not name.startswith(changing)}
+    contents = {n: p.read_bytes() for n, p in files.items() if not n.startswith(changing)}
     result = read_json(run_dir / "result.json")
-    for name in ("training_seconds", "saving_seconds", "peak_memory_bytes", "predictions"):
+    for name in ("training_seconds", "peak_memory_bytes", "predictions"):
         result.pop(name, None)
     tensors, facts = read_state(run_dir / "last/state.safetensors")
     del facts["seconds"]
-    tensors = {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
-    return {**found, "result.json": result, "last/state.safetensors": (tensors, facts)}
+    state = {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}, facts
+    return {**contents, "result.json": result, "last/state.safetensors": state}
 
 
 def load_multitask(
@@ -142,7 +142,7 @@ def load_multitask(
     torch.manual_seed(2)
     bert = BertModel.from_pretrained(tiny)
     model = MultitaskBERT(bert, tasks, tokenizer=tokenizer, **options).eval()
-    return model, [TaskDataset(data / t.files.format(split), t, tokenizer) for t in tasks]
+    return model, [TaskDataset(data / t.file(split), t, tokenizer) for t in tasks]
 
 
 @pytest.fixture
@@ -177,7 +177,7 @@ def train(run_script, tiny, data):
 @pytest.fixture(scope="session")
 def forker(tmp_path_factory) -> Iterator[Forker]:
     """Starts scripts in processes of their own; only rank 0 may write below /pytest-."""
-    found = Forker(tmp_path_factory.mktemp("forker"))
-    yield found
-    found.process.stdin.close()
-    found.process.wait()
+    forker = Forker(tmp_path_factory.mktemp("forker"))
+    yield forker
+    forker.process.stdin.close()
+    forker.process.wait()

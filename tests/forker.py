@@ -81,14 +81,10 @@ class Forker:
         for output in self.out.parent.iterdir():
             output.unlink()
         self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        env = {
-            "WORLD_SIZE": str(processes),
-            "LOCAL_WORLD_SIZE": str(processes),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(self.store.port),
-            "TORCHELASTIC_USE_AGENT_STORE": "True",
-            "TORCHELASTIC_RESTART_COUNT": "0",
-        }
+        size, port = str(processes), str(self.store.port)
+        env = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        env |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
         job = {"processes": processes, "script": script, "flags": list(map(str, flags))}
         job |= {"env": env, "out": str(self.out), "patch": patch}
         self.process.stdin.write(json.dumps(job) + "\n")
@@ -102,17 +98,14 @@ class Forker:
                 os.kill(pid, signal.SIGABRT)
 
     def wait(self) -> tuple[list[int], str, str]:
-        """Each process's exit code, all standard output and all standard error."""
+        """Each process's exit code, all standard output and all standard error, by rank."""
         timer = threading.Timer(LIMIT, self.abort)
         timer.start()
         codes = json.loads(self.process.stdout.readline())
         timer.cancel()
-        texts = ("".join(p.read_text() for p in self.files(kind)) for kind in ("out", "err"))
-        return (codes, *texts)
-
-    def files(self, kind: str) -> list[Path]:
-        """The output files of that kind, `out` or `err`, in the order of ranks."""
-        return sorted(self.out.parent.glob(f"*.{kind}"))
+        files = [sorted(self.out.parent.glob(f"*.{kind}")) for kind in ("out", "err")]
+        out, err = ("".join(path.read_text() for path in paths) for paths in files)
+        return codes, out, err
 
     def run(self, processes: int, script: str, flags: list, patch: str = "") -> None:
         """Run a script that must succeed in every process."""

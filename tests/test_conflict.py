@@ -10,7 +10,7 @@ from conftest import load_multitask, read_log, run_contents
 
 import multitask_classifier
 from bert import BertModel
-from engine.conflict import GradientConflictLogger, gradient_conflict, layer_group, negative_share
+from engine.conflict import GradientConflictLogger, gradient_conflict, layer_group, similarity
 from engine.run_dir import RunDir
 from evaluation import embed_batch
 from multitask_classifier import row_losses
@@ -25,28 +25,24 @@ def test_every_parameter_of_bert_belongs_to_a_part(tiny):
 
 
 def test_conflict_by_hand():
-    gradients = {
-        "a": ([[3.0, 0.0], [0.0, 0.0]], [[0.0, 1.0], [1.0, 0.0]]),
-        "b": ([[-4.0, 4.0], [1.0, 1.0]], [[-4.0, 4.0], [2.0, 2.0]]),
-    }
-    batches = {name: [list(map(torch.tensor, g)) for g in of] for name, of in gradients.items()}
-    given = {name: (first, lambda g=second: g) for name, (first, second) in batches.items()}
-    found = gradient_conflict(given, ["pooler.a", "word_embedding"])
-    assert list(found) == ["pooler", "embeddings", "overall"]
-    assert list(found["pooler"]) == ["a|b", "a|a", "b|b"]
+    first_a, second_a, first_b, second_b = torch.tensor(
+        [[[3.0, 0], [0, 0]], [[0, 1], [1, 0]], [[-4, 4], [1, 1]], [[-4, 4], [2, 2]]]
+    )
+    gradients = {"a": (first_a, lambda: second_a), "b": (first_b, lambda: second_b)}
+    parts = gradient_conflict(gradients, ["pooler.a", "word_embedding"])
+    assert list(parts) == ["pooler", "embeddings", "overall"]
+    assert list(parts["pooler"]) == ["a|b", "a|a", "b|b"]
     root = 32**0.5
     expected = {"cosine": -12 / (3 * root), "product": -12, "magnitude": 2 * 3 * root / (9 + 32)}
-    assert found["pooler"]["a|b"] == pytest.approx(expected)
-    assert found["pooler"]["a|a"]["cosine"] == 0
-    assert found["embeddings"]["a|b"] == {"cosine": None, "product": None, "magnitude": None}
+    assert parts["pooler"]["a|b"] == pytest.approx(expected)
+    assert parts["pooler"]["a|a"]["cosine"] == 0
+    assert parts["embeddings"]["a|b"] == {"cosine": None, "product": None, "magnitude": None}
     expected = {"cosine": 1, "product": 4, "magnitude": 0.8}
-    assert found["embeddings"]["b|b"] == pytest.approx(expected)
-    assert found["overall"]["a|b"]["cosine"] == pytest.approx(-12 / (3 * 34**0.5))
-    assert negative_share(found) == {"a|b": 1 / 2, "a|a": 0, "b|b": 0}
+    assert parts["embeddings"]["b|b"] == pytest.approx(expected)
+    assert parts["overall"]["a|b"]["cosine"] == pytest.approx(-12 / (3 * 34**0.5))
     large = [torch.full((2,), 1e20)]  # whose squares leave float32
-    found = gradient_conflict({"a": (large, lambda: large)}, ["pooler.a"])
     expected = {"cosine": 1, "product": 2e40, "magnitude": 1}
-    assert found["overall"]["a|a"] == pytest.approx(expected)
+    assert similarity(large, large) == pytest.approx(expected)
 
 
 def make_logger(tiny, data, run_dir, seen, **options) -> GradientConflictLogger:
@@ -74,19 +70,19 @@ def test_what_is_logged_is_the_conflict_of_fp32_gradients_without_dropout(tiny, 
     assert model.training and model.dtype == torch.bfloat16
     model.eval().dtype = torch.float32
     names, parameters = zip(*model.bert.named_parameters(), strict=True)
-    for batch, training, found in seen:
+    for batch, training, logged in seen:
         losses = row_losses(model, partial(embed_batch, model), batch)
-        assert not training and torch.equal(found, losses.detach())
+        assert not training and torch.equal(logged, losses.detach())
         grads = torch.autograd.grad(losses.mean(), parameters)
         gradients.setdefault(batch.task, []).append(dict(zip(names, grads, strict=True)))
     (entry,) = read_log(tmp_path / "run", "conflict")
     assert [len(entry["parts"]), len(entry["parts"]["overall"])] == [7, 6]
     for part, pairs in entry["parts"].items():
-        own = [name for name in names if part in ("overall", layer_group(name))]
+        members = [name for name in names if part in ("overall", layer_group(name))]
         for pair, figures in pairs.items():
             a, b = pair.split("|")
-            two = (gradients[a][0], gradients[b][int(a == b)])
-            u, v = (torch.cat([of[name].flatten() for name in own]).double() for of in two)
+            compared = (gradients[a][0], gradients[b][int(a == b)])
+            u, v = (torch.cat([g[n].flatten() for n in members]).double() for g in compared)
             cosine = torch.cosine_similarity(u, v, dim=0).item()
             magnitude = (2 * u.norm() * v.norm() / (u.norm() ** 2 + v.norm() ** 2)).item()
             assert figures["cosine"] == pytest.approx(cosine, abs=1e-5)
@@ -97,21 +93,18 @@ def test_more_rows_than_a_step_has_are_measured_in_parts(tiny, data, tmp_path):
     """To the same figures, on two batches without common rows, of at most half the set each."""
     seen = []
 
-    def measure(batch_size, conflict_rows):
+    def measure(size, rows):
         seen.clear()
-        options = {"batch_size": batch_size, "conflict_rows": conflict_rows}
-        run_dir = tmp_path / f"{batch_size}-{conflict_rows}"
-        logger = make_logger(tiny, data, run_dir, seen, **options)
-        logger([], 0)
-        logger.run.close()
+        run_dir = tmp_path / f"{size}-{rows}"
+        make_logger(tiny, data, run_dir, seen, batch_size=size, conflict_rows=rows)([], 0)
         return read_log(run_dir, "conflict")[0]
 
-    expected, found = measure(10, None), measure(4, 10)
+    whole, divided = measure(10, None), measure(4, 10)
     assert {len(batch) for batch, _, _ in seen} == {4, 2}
-    assert found["rows"] == expected["rows"] == {"sst": 10, "para": 10, "sts": 10}
-    for part, pairs in found["parts"].items():
+    assert divided["rows"] == whole["rows"] == {"sst": 10, "para": 10, "sts": 10}
+    for part, pairs in divided["parts"].items():
         for pair, figures in pairs.items():
-            assert figures == pytest.approx(expected["parts"][part][pair], abs=1e-5)
+            assert figures == pytest.approx(whole["parts"][part][pair], abs=1e-5)
     assert measure(4, 10**6)["rows"] == {"sst": 20, "para": 20, "sts": 10}
     used = Counter((batch.task, row) for batch, _, _ in seen for row in batch.rows)
     assert len(used) == 40 + 40 + 20 and set(used.values()) == {1}
@@ -126,11 +119,10 @@ def test_measuring_changes_no_bit_of_a_run_and_says_what_it_costs(train, tmp_pat
     entries = read_log(tmp_path / "measured", "conflict")
     assert [entry["step"] for entry in entries] == [0, 4, 8, 12, 16]
     assert entries[0]["rows"] == {"sst": 13, "para": 13, "sts": 10}  # STS has 20
-    assert entries[0]["negative"].keys() == entries[0]["parts"]["overall"].keys()
     plain, measured = (run_contents(tmp_path / name) for name in ("plain", "measured"))
     lines = measured.pop("log.jsonl").splitlines(keepends=True)
     kept = [line for line in lines if b'"kind": "conflict"' not in line]
     assert b"".join(kept) == plain.pop("log.jsonl")
-    for found in (plain, measured):
-        del found["last/state.safetensors"][1]["log"]  # the log's length
+    for contents in (plain, measured):
+        del contents["last/state.safetensors"][1]["log"]  # the log's length
     assert plain == measured

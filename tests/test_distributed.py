@@ -27,8 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture(scope="module")
 def model(tiny, tmp_path_factory) -> Path:
     """The tiny model without dropout, which would be different in each process."""
-    folder = tmp_path_factory.mktemp("model") / "model"
-    shutil.copytree(tiny, folder)
+    folder = shutil.copytree(tiny, tmp_path_factory.mktemp("model") / "model")
     rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     edit_json(folder / "config.json", **rates)
     return folder
@@ -40,46 +39,40 @@ def rows(tmp_path_factory) -> Path:
     return write_data(tmp_path_factory.mktemp("rows"), {"train": 25, "dev": 11, "test": 5})
 
 
-def assert_close(found, expected, tolerance=1e-6):
+def assert_close(value, expected, tolerance=1e-6):
     """The same values: losses to 1e-6; norms, correlations and cosines magnify rounding."""
     if isinstance(expected, dict):
-        assert list(found) == list(expected)
+        assert list(value) == list(expected)
         for name in expected:
             tolerance = 1e-6 if name in ("loss", "lr") else 1e-5
-            assert_close(found[name], expected[name], tolerance)
+            assert_close(value[name], expected[name], tolerance)
     elif isinstance(expected, float):
-        assert found == pytest.approx(expected, abs=tolerance, rel=tolerance)
+        assert value == pytest.approx(expected, abs=tolerance, rel=tolerance)
     else:
-        assert found == expected
+        assert value == expected
 
 
-def read_predictions(path: Path) -> list[float]:
-    return [float(line.split(" , ")[1]) for line in path.read_text().splitlines()[1:]]
-
-
-def assert_same_run(found: Path, expected: Path) -> None:
+def assert_same_run(run: Path, other: Path) -> None:
     """Losses, metrics, weights, moments and predictions of two runs are equal to 1e-6."""
     for kind in ("train", "dev", "conflict"):
-        for mine, theirs in zip(read_log(found, kind), read_log(expected, kind), strict=True):
-            assert_close(*({**entry, "summary": ""} for entry in (mine, theirs)))
-    (mine, facts), (theirs, other_facts) = (
-        read_state(run / "last/state.safetensors") for run in (found, expected)
-    )
+        for entries in zip(read_log(run, kind), read_log(other, kind), strict=True):
+            assert_close(*({**entry, "summary": ""} for entry in entries))
+    states = [read_state(folder / "last/state.safetensors") for folder in (run, other)]
+    (tensors, facts), (expected, other_facts) = states
     assert facts["step"] == other_facts["step"] and facts["rows"] == other_facts["rows"]
-    assert set(mine) == set(theirs)
-    pairs = [(mine[name], theirs[name]) for name in theirs if not name.startswith("random.")]
-    for path in (expected / "best").glob("*.safetensors"):
-        weights = load_file(found / "best" / path.name)
-        pairs += [(weights[name], tensor) for name, tensor in load_file(path).items()]
-    for tensor, other in pairs:
-        torch.testing.assert_close(tensor, other, atol=1e-6, rtol=1e-6)
-    assert_close(*(read_json(run / "result.json")["dev"] for run in (found, expected)))
-    for path in (expected / "predictions").glob("*.csv"):
-        predictions = read_predictions(found / "predictions" / path.name)
-        assert predictions == pytest.approx(read_predictions(path), abs=1e-5)
+    for path in (other / "best").glob("*.safetensors"):
+        tensors |= load_file(run / "best" / path.name)
+        expected |= load_file(path)
+    assert set(tensors) == set(expected)
+    for name in expected:
+        if not name.startswith("random."):
+            torch.testing.assert_close(tensors[name], expected[name], atol=1e-6, rtol=1e-6)
+    assert_close(*(read_json(folder / "result.json")["dev"] for folder in (run, other)))
+    for path in (other / "predictions").glob("*.csv"):
+        files = (run / "predictions" / path.name, path)
+        columns = (np.loadtxt(file, delimiter=",", skiprows=1, usecols=1) for file in files)
+        np.testing.assert_allclose(*columns, rtol=1e-5, atol=1e-5)
 
-
-# ---------------------------------------------------------------------------- equal to one process
 
 MULTITASK = "multitask_classifier --option "
 JOBS = {
@@ -93,7 +86,6 @@ JOBS = {
     "supervised": "simcse --limit 18 --lr 5e-5 --temperature 1",
     "unsupervised": "simcse --limit 6 --lr 5e-5 --temperature 1 --mode unsupervised --accumulate 2",
 }
-SMALL_BUCKETS = "from engine import distributed; distributed.BUCKET_SIZE = 5000"
 
 
 @pytest.mark.parametrize("job", JOBS)
@@ -103,10 +95,9 @@ def test_several_processes_leave_what_one_leaves(job, forker, model, rows, tmp_p
     data = ROOT / "data/sample" if script == "simcse" else rows
     runs = {n: tmp_path / str(n) for n in ((1, 2, 3) if job == "finetune" else (1, 3))}
     for n, run in runs.items():
-        flags = quick_run(model, data, run, "--keep_last", *more)
-        forker.run(n, script, flags, SMALL_BUCKETS)
-        assert read_json(run / "config.json")["processes"] == n
-        assert read_json(run / "result.json")["processes"] == n
+        forker.run(n, script, quick_run(model, data, run, "--keep_last", *more))
+        for name in ("config", "result"):
+            assert read_json(run / f"{name}.json")["processes"] == n
         assert_same_run(run, runs[1])
     assert run_contents(runs[3]).keys() == run_contents(runs[1]).keys()
     if job == "finetune":  # what three processes predict is what one predicts, to the bit
@@ -132,8 +123,6 @@ def test_every_row_belongs_to_one_process_and_no_two_draw_the_same_numbers(size,
     assert len(set(drawn)) == size
     assert drawn[0] == torch.rand(1, generator=torch.Generator().manual_seed(5)).item()
 
-
-# ---------------------------------------------------------------------------- signals and errors
 
 KILL_AT = """
 import os
@@ -169,13 +158,13 @@ def test_a_killed_process_ends_all_until_they_resume(option, rank, forker, tiny,
     assert run_contents(tmp_path / "broken") == run_contents(tmp_path / "whole")
 
 
-def test_ctrl_c_in_any_process_stops_all_and_another_number_goes_on(forker, model, rows, tmp_path):
+def test_a_signal_stops_all_processes_and_another_number_goes_on(forker, model, rows, tmp_path):
     """2, then 1, then 3 processes leave what one leaves."""
     more = ("--option", "finetune", "--surgery", "pcgrad", "--save_every", 0, "--keep_last")
     forker.run(1, "multitask_classifier", quick_run(model, rows, tmp_path / "whole", *more))
     flags = quick_run(model, rows, tmp_path / "run", *more, "--resume")
-    for n, rank, step in ((2, 1, 0), (1, 0, 2)):
-        patch = KILL_AT.format(rank=rank, step=step, signal=2)
+    for n, rank, step, number in ((2, 1, 0, 2), (1, 0, 2, 15)):  # SIGINT, SIGTERM
+        patch = KILL_AT.format(rank=rank, step=step, signal=number)
         codes, err = fail(forker, n, "multitask_classifier", flags, patch)
         assert codes == [130] * n and err.count(f"stopped at step {step + 1}; ") == 1, err
     forker.run(3, "multitask_classifier", flags)
@@ -195,22 +184,13 @@ def test_an_error_of_all_is_printed_once(forker, model, rows, tmp_path, run_scri
 
 OUT_OF_MEMORY = """
 import bert
-real = bert.BertModel.forward
-def forward(self, *args):
+forward = bert.BertModel.forward
+def run_out(self, *args):
     if rank == 1 and self.training:
         raise MemoryError
-    return real(self, *args)
-bert.BertModel.forward = forward
+    return forward(self, *args)
+bert.BertModel.forward = run_out
 """
-
-
-def test_an_error_of_one_process_ends_all(forker, model, rows, tmp_path):
-    flags = quick_run(model, rows, tmp_path / "run", "--option", "finetune")
-    codes, err = fail(forker, 3, "classifier", flags, OUT_OF_MEMORY)
-    assert codes == [1, 1, 1] and err.count("out of memory on cpu") == 1
-    assert err.count("another process of this run has ended") == 1
-
-
 DIFFERENT_SEEDS = """
 import sys
 import classifier
@@ -222,6 +202,13 @@ import datasets
 read_examples = datasets.read_examples
 datasets.read_examples = lambda *given: (*read_examples(*given)[:2], str(rank))
 """
+
+
+def test_an_error_of_one_process_ends_all(forker, model, rows, tmp_path):
+    flags = quick_run(model, rows, tmp_path / "run", "--option", "finetune")
+    codes, err = fail(forker, 3, "classifier", flags, OUT_OF_MEMORY)
+    assert codes == [1, 1, 1] and err.count("out of memory on cpu") == 1
+    assert err.count("another process of this run has ended") == 1
 
 
 def test_different_command_lines_or_data_are_refused(forker, model, rows, tmp_path):

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from model_files import edit_json
 from scipy import stats
-from sklearn.metrics import accuracy_score
+from sklearn.metrics import accuracy_score, log_loss
 
 import classifier
 import evaluation
@@ -49,27 +49,14 @@ def test_leaderboard_files_byte_for_byte(multitask, tmp_path, monkeypatch, task,
     dataset = multitask[1][task]
     monkeypatch.setattr(dataset, "examples", dataset.examples[:2])
     evaluation.write_predictions(tmp_path / "new" / "out.csv", dataset, torch.tensor(logits))
-    content = expected.format(*(example.id for example in dataset.examples))
-    assert (tmp_path / "new" / "out.csv").read_bytes() == content.encode()
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["out.csv"]
-
-
-def test_predictions_do_not_depend_on_the_batch_size(multitask):
-    model, datasets = multitask
-    embed = partial(embed_batch, model)
-    for dataset in datasets:
-        batches = (dataset.batch(np.array([row])) for row in range(len(dataset)))
-        alone = torch.cat([model.decode(dataset.name, embed(batch)) for batch in batches])
-        for size in (1, 3, 64):
-            logits = predict(model, dataset, size, embed)
-            torch.testing.assert_close(logits, alone, atol=1e-5, rtol=1e-5)
+    expected = expected.format(*(example.id for example in dataset.examples))
+    assert (tmp_path / "new" / "out.csv").read_bytes() == expected.encode()
 
 
 def test_cached_embeddings_equal_fresh_ones_and_are_computed_once(multitask):
     """Each needed row exactly once, however batches are drawn later."""
     model, (sst, _, sts) = multitask
-    cache = EmbeddingCache(model, batch_size=5)
-    sequences = []
+    cache, sequences = EmbeddingCache(model, batch_size=5), []
     hook = model.bert.register_forward_hook(lambda *given: sequences.append(len(given[1][0])))
     cache.add(sts, np.array([9, 2, 5, 11]))
     cache.add(sst)
@@ -77,10 +64,10 @@ def test_cached_embeddings_equal_fresh_ones_and_are_computed_once(multitask):
     for rows in ([5, 2, 9], [9, 5], [2, 11]):
         batch = sts.batch(np.array(rows))
         sequences.clear()
-        found = cache(batch)
+        vectors = cache(batch)
         assert not sequences
         with torch.no_grad():
-            torch.testing.assert_close(found, embed_batch(model, batch), atol=1e-6, rtol=1e-5)
+            torch.testing.assert_close(vectors, embed_batch(model, batch), atol=1e-6, rtol=1e-5)
     hook.remove()
 
 
@@ -102,28 +89,24 @@ def test_metrics_are_of_all_rows_at_once(multitask):
     """Not means over batches, and in file order; the overall score is the course's."""
     model, datasets = multitask
     logits = [predict(model, dataset, 7, partial(embed_batch, model)) for dataset in datasets]
-    found = evaluate(datasets, logits)
-    sst, para, sts = (found["tasks"][dataset.name] for dataset in datasets)
-    for dataset, of, metrics in zip(datasets, logits, (sst, para, sts), strict=True):
-        loss = dataset.task.labels.loss(of, dataset.labels).double().mean().item()
-        assert metrics["rows"] == 16 and metrics["loss"] == pytest.approx(loss)
     gold = [[example.label for example in dataset.examples] for dataset in datasets]
-    assert sst["accuracy"] == accuracy_score(gold[0], logits[0].argmax(1).numpy())
-    r = stats.pearsonr(gold[2], logits[2][:, 0].double().numpy()).statistic
-    assert sts["pearson"] == pytest.approx(r, abs=1e-4)
+    result = evaluate(datasets, logits)
+    sst, para, sts = result["tasks"].values()
+    assert sst["rows"] == 16 and sst["accuracy"] == accuracy_score(gold[0], logits[0].argmax(1))
+    loss = log_loss(gold[0], logits[0].double().softmax(1), labels=range(5))
+    assert sst["loss"] == pytest.approx(loss, rel=1e-5)
+    assert sts["pearson"] == pytest.approx(np.corrcoef(gold[2], logits[2][:, 0])[0, 1], abs=1e-4)
     score = (sst["accuracy"] + para["accuracy"] + (sts["pearson"] + 1) / 2) / 3
-    assert found["score"] == pytest.approx(score)
-    assert found["summary"] == summarize(found["tasks"])
+    assert result["score"] == pytest.approx(score)
+    assert result["summary"] == summarize(result["tasks"])
 
 
 def test_predictions_of_a_single_class_get_a_note():
-    majority = [[5, 0], [2, 0]]
-    note = lambda confusion: evaluation.constant_note({"confusion": confusion})  # noqa: E731
-    assert note(majority) == " (majority class)"
-    assert note([[0, 5], [0, 2]]) == " (one class only)" and note([[4, 1], [1, 1]]) == ""
-    assert evaluation.constant_note({"pearson": 0.0}) == ""
-    metrics = {"accuracy": 5 / 7, "confusion": majority}
-    assert "sst accuracy 0.714 (majority class), overall 0.714" in summarize({"sst": metrics})
+    notes = {" (majority class)": [[5, 0], [2, 0]], " (one class only)": [[0, 5], [0, 2]]}
+    for note, confusion in {**notes, "": [[4, 1], [1, 1]]}.items():
+        metrics = {"accuracy": 5 / 7, "confusion": confusion}
+        assert summarize({"sst": metrics}) == f"sst accuracy 0.714{note}, overall 0.714"
+    assert summarize({"sts": {"pearson": 0.0}}) == "sts pearson 0.000, overall 0.500"
 
 
 def test_baselines_are_the_majority_class_and_the_untouched_encoder(multitask, monkeypatch):
@@ -135,9 +118,8 @@ def test_baselines_are_the_majority_class_and_the_untouched_encoder(multitask, m
     u, v = (model.encode([example.texts[i] for example in sts.examples]) for i in (0, 1))
     cosines = (u * v).sum(1) / np.linalg.norm(u, axis=1) / np.linalg.norm(v, axis=1)
     monkeypatch.setattr(model, "pooling", "pooler")
-    name, value = baseline(model, sts, 4)
-    assert name == "untouched encoder"
-    assert value == pytest.approx(stats.pearsonr(cosines, sts.labels).statistic, abs=1e-5)
+    r = stats.pearsonr(cosines, sts.labels).statistic
+    assert baseline(model, sts, 4) == ("untouched encoder", pytest.approx(r, abs=1e-5))
 
 
 # ---------------------------------------------------------------------------- saved runs
@@ -168,8 +150,8 @@ def runs(tiny, data, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def copy(runs, tmp_path) -> Path:
-    """A copy of a run without its model, for a test to change."""
+def probe_copy(runs, tmp_path) -> Path:
+    """A copy of the run "probe" without its model, for a test to change."""
     shutil.copytree(runs / "probe", tmp_path / "run", ignore=shutil.ignore_patterns("best"))
     return tmp_path / "run"
 
@@ -178,10 +160,10 @@ def copy(runs, tmp_path) -> Path:
 def ask(run_script):
     """`ask(*flags)`: what evaluation.py prints on standard output and on standard error."""
 
-    def run(*flags) -> tuple[str, str]:
-        code, out, err = run_script(evaluation, *flags)
-        assert code == 0, err
-        return out, err
+    def run(*flags):
+        code, *printed = run_script(evaluation, *flags)
+        assert code == 0, printed
+        return printed
 
     return run
 
@@ -190,7 +172,7 @@ def ask(run_script):
 def refused(run_script):
     """`refused(flags, *expected)`: evaluation.py must refuse in a line that has `expected`."""
 
-    def run(flags: list, *expected: object) -> None:
+    def run(flags, *expected):
         code, out, err = run_script(evaluation, *flags)
         assert (code, out, err.count("error: ")) == (2, "", 1), err
         line = err.splitlines()[-1]
@@ -217,20 +199,15 @@ def test_a_run_is_evaluated_to_the_same_bits(runs, ask, tmp_path, monkeypatch, n
         assert str(result["dev"]["sst"]["confusion"][0])[1:-1] in out
 
 
-def test_data_from_another_folder(runs, tmp_path, ask):
+def test_other_data_other_metrics_and_missing_files_are_pointed_out(runs, tmp_path, ask, refused):
     other = write_data(tmp_path / "data", {"dev": 23, "test": 2}, seed=5)
     out, err = ask(runs / "finetune", "--data_dir", other)
-    found = json.loads(out)["dev"]
-    assert {task: of["rows"] for task, of in found.items()} == {"sst": 23, "para": 23, "sts": 23}
-    assert "result.json" not in err
-
-
-def test_other_metrics_and_missing_files_are_pointed_out(runs, tmp_path, ask, refused):
-    run, gone = tmp_path / "run", tmp_path / "gone.csv"
-    shutil.copytree(runs / "lpft", run)
+    rows = {task: metrics["rows"] for task, metrics in json.loads(out)["dev"].items()}
+    assert rows == {"sst": 23, "para": 23, "sts": 23} and "result.json" not in err
+    run = shutil.copytree(runs / "lpft", tmp_path / "run")
     edit_json(run / "result.json", "dev", "cfimdb", accuracy=0.123)
     assert "DIFFERENT metrics" in ask(run)[1]
-    edit_json(run / "config.json", "files", dev={"cfimdb": str(gone)})
+    edit_json(run / "config.json", "files", dev={"cfimdb": str(tmp_path / "gone.csv")})
     refused([run], "gone.csv: no such file")
     edit_json(run / "config.json", "files", dev={})
     refused([run], "names no dev file of cfimdb; give --data_dir")
@@ -240,14 +217,13 @@ def test_other_metrics_and_missing_files_are_pointed_out(runs, tmp_path, ask, re
 @pytest.mark.parametrize(("split", "file"), [("dev", "dev"), ("test", "test-student")])
 def test_a_file_gets_the_runs_predictions(runs, data, tmp_path, ask, refused, name, split, file):
     """Byte for byte, with a label column and without; metrics where there are labels."""
-    result = read_json(runs / name / "result.json")["dev"]
-    for task in result:
+    for task, metrics in read_json(runs / name / "result.json")["dev"].items():
         path, out = data / TASKS[task].files.format(file), tmp_path / "new folder" / f"{task}.csv"
         flags = [runs / name, "--data", path, "--task", task, "--out", out]
         answer, _ = ask(*flags)
-        expected = runs / name / "predictions" / f"{task}-{split}-output.csv"
-        assert out.read_bytes() == expected.read_bytes()
-        assert answer == "" if split == "test" else json.loads(answer) == {task: result[task]}
+        assert answer == "" if split == "test" else json.loads(answer) == {task: metrics}
+        predictions = runs / name / "predictions" / f"{task}-{split}-output.csv"
+        assert out.read_bytes() == predictions.read_bytes()
         refused(flags, "exists and is not overwritten")
 
 
@@ -275,9 +251,8 @@ def test_any_sentence_gets_the_prediction_that_it_gets_alone(runs, tmp_path, row
 @pytest.mark.parametrize(("name", "tolerance"), [("finetune", 1e-4), ("joint", 2e-2)])
 def test_texts_get_class_names_and_probabilities(runs, ask, name, tolerance):
     """One text: the tasks of one sentence; two: those of pairs."""
-    model = MultitaskBERT.from_pretrained(runs / name)
+    model, texts = MultitaskBERT.from_pretrained(runs / name), ("a great film !", "the cat")
     model.dtype = getattr(torch, read_json(runs / name / "config.json")["precision"])
-    texts = ("a great film !", "the cat")
     one, two = (model.tokenizer([text], return_tensors="pt") for text in texts)
     sentence = (one["input_ids"], one["attention_mask"])
     pair = (*sentence, two["input_ids"], two["attention_mask"])
@@ -287,8 +262,8 @@ def test_texts_get_class_names_and_probabilities(runs, ask, name, tolerance):
         sts = model.predict_similarity(*pair).item()
     names = ["very negative", "negative", "neutral", "positive", "very positive"]
     listed = ", ".join(f"{name} #" for name in names)
-    found = "paraphrase" if para > 0.5 else "not a paraphrase"
-    both = f"para: {found} (not a paraphrase #, paraphrase #)\nsts: #\n"
+    answer = "paraphrase" if para > 0.5 else "not a paraphrase"
+    both = f"para: {answer} (not a paraphrase #, paraphrase #)\nsts: #\n"
     for flags, words, numbers in (
         (["--text", texts[0]], f"sst: {names[np.argmax(classes)]} ({listed})\n", classes),
         (["--text", texts[0], "--text", texts[1]], both, [1 - para, para, sts]),
@@ -309,18 +284,18 @@ def test_texts_that_do_not_fit(runs, ask, refused):
 # ---------------------------------------------------------------------------- leaderboard
 
 
-def test_a_submission_holds_the_six_files(copy, tmp_path, ask, refused):
+def test_a_submission_holds_the_six_files(probe_copy, tmp_path, ask, refused):
     """Byte for byte, also one that the user put elsewhere, and the same archive each time."""
-    expected = {f"predictions/{p.name}": p.read_bytes() for p in (copy / "predictions").iterdir()}
-    (copy / "predictions/para-dev-output.csv").rename(tmp_path / "mine.csv")
-    edit_json(copy / "config.json", "arguments", para_dev_out=str(tmp_path / "mine.csv"))
+    files = {f"predictions/{p.name}": p.read_bytes() for p in probe_copy.glob("predictions/*")}
+    mine = (probe_copy / "predictions/para-dev-output.csv").rename(tmp_path / "mine.csv")
+    edit_json(probe_copy / "config.json", "arguments", para_dev_out=str(mine))
     for name in ("a.zip", "b.zip"):
-        assert ask(copy, "--submit", tmp_path / name)[0] == f"{tmp_path / name}\n"
+        assert ask(probe_copy, "--submit", tmp_path / name)[0] == f"{tmp_path / name}\n"
     assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
     with zipfile.ZipFile(tmp_path / "a.zip") as archive:
-        found = {name: archive.read(name) for name in archive.namelist()}
-    assert found == expected and len(found) == 6
-    refused([copy, "--submit", tmp_path / "a.zip"], "a.zip: exists and is not overwritten")
+        assert {name: archive.read(name) for name in archive.namelist()} == files
+    assert len(files) == 6
+    refused([probe_copy, "--submit", tmp_path / "a.zip"], "a.zip: exists and is not overwritten")
 
 
 def end_with(prediction: str):
@@ -331,7 +306,6 @@ def end_with(prediction: str):
 FAULTS = {
     "order": ("sst-dev", lambda t: re.sub(r"(.+\n)(.+\n)$", r"\2\1", t), "line 16: 'ids-sst"),
     "missing row": ("sts-test", lambda t: re.sub(r".+\n$", "", t), "7 rows, but"),
-    "cut off": ("para-dev", lambda t: t[:-1], "15 rows, but"),
     "text at the end": ("para-dev", lambda t: t + "x", "16 rows, but"),
     "header": ("para-dev", lambda t: t.replace("Is_Para", "Para"), "line 1: the header"),
     "class": ("sst-dev", end_with("5 "), "line 17: '5 '"),
@@ -342,22 +316,22 @@ FAULTS = {
 
 
 @pytest.mark.parametrize(("name", "change", "expected"), FAULTS.values(), ids=FAULTS)
-def test_a_wrong_prediction_file_is_not_submitted(copy, tmp_path, refused, name, change, expected):
-    path = copy / "predictions" / f"{name}-output.csv"
+def test_a_wrong_prediction_file_is_refused(probe_copy, tmp_path, refused, name, change, expected):
+    path = probe_copy / "predictions" / f"{name}-output.csv"
     path.write_bytes(change(path.read_bytes().decode()).encode())
-    refused([copy, "--submit", tmp_path / "out.zip"], path, expected)
+    refused([probe_copy, "--submit", tmp_path / "out.zip"], path, expected)
     assert not (tmp_path / "out.zip").exists()
 
 
-def test_half_a_run_is_not_submitted(runs, copy, tmp_path, ask, refused):
+def test_half_a_run_is_not_submitted(runs, probe_copy, tmp_path, ask, refused):
     """Rows left out by --limit, a missing file, other data, and a run without the tasks."""
     flags = ["--submit", tmp_path / "x.zip"]
     refused([runs / "joint", *flags], "had --limit 10, but")
     refused([runs / "lpft", *flags], "names no dev file of sst")
     other = write_data(tmp_path / "data", {"dev": 17, "test": 8})
-    refused([copy, *flags, "--data_dir", other], "16 rows, but")
-    (copy / "predictions" / "sts-test-output.csv").rename(tmp_path / "away.csv")
-    refused([copy, *flags], "sts-test-output.csv: no such file")
+    refused([probe_copy, *flags, "--data_dir", other], "16 rows, but")
+    (probe_copy / "predictions" / "sts-test-output.csv").unlink()
+    refused([probe_copy, *flags], "sts-test-output.csv: no such file")
     other = write_data(tmp_path / "data", {"dev": 16, "test": 8}, seed=1)
     ask(runs / "probe", *flags, "--data_dir", other)  # of the same ids
 
@@ -369,17 +343,16 @@ def write_dev_predictions(run: Path, task: str, predictions: list) -> None:
     path.write_text("\n".join([header, *rows, ""]), encoding="utf-8")
 
 
-def test_a_comparison_tells_differences_from_noise(multitask, copy, ask):
+def test_a_comparison_tells_differences_from_noise(multitask, probe_copy, ask):
     """Against McNemar's exact test; one task differs much, one a little, one not at all."""
     right, para, _ = (dataset.labels.tolist() for dataset in multitask[1])
     wrong = [(label + 1) % 5 for label in right]
-    other = copy.parent / "other"
-    shutil.copytree(copy, other)
-    write_dev_predictions(copy, "sst", right[:14] + wrong[14:])
+    other = shutil.copytree(probe_copy, probe_copy.parent / "other")
+    write_dev_predictions(probe_copy, "sst", right[:14] + wrong[14:])
     write_dev_predictions(other, "sst", wrong[:14] + right[14:])
-    write_dev_predictions(copy, "para", para)
+    write_dev_predictions(probe_copy, "para", para)
     write_dev_predictions(other, "para", [1 - para[0], *para[1:]])
-    out, err = ask(copy, "--compare", other)
+    out, err = ask(probe_copy, "--compare", other)
     sst, para, sts = out.splitlines()
     assert sst.startswith("sst accuracy, 16 rows: 0.8750 - 0.1250 = +0.7500, 95% interval +0.")
     p = 3 * stats.binomtest(14, 16).pvalue  # of three tasks, the smallest p counts three times
@@ -389,40 +362,40 @@ def test_a_comparison_tells_differences_from_noise(multitask, copy, ask):
     assert para.endswith("p 1.0000: not significant")
     assert sts.endswith("= +0.0000, 95% interval +0.0000 to +0.0000, p 1.0000: not significant")
     assert "the variance between seeds is in neither" in err
-    assert "0.1250 - 0.8750 = -0.7500" in ask(other, "--compare", copy)[0]
+    assert "0.1250 - 0.8750 = -0.7500" in ask(other, "--compare", probe_copy)[0]
 
 
-def test_runs_that_predicted_different_rows_are_not_compared(runs, copy, tmp_path, ask, refused):
+def test_runs_of_different_rows_are_not_compared(runs, probe_copy, tmp_path, ask, refused):
     probe = runs / "probe"
     refused([probe, "--compare", runs / "lpft"], "have no task in common")
     refused([runs / "simcse", "--compare", probe], "sts-dev-output.csv: no such file")
     refused([probe, "--compare", tmp_path], "not a run folder")
-    edit_json(copy / "config.json", "arguments", limit=10)
-    expected = f"{copy} had --limit 10 and {probe} had --limit None"
-    refused([copy, "--compare", probe], expected)
-    edit_json(copy / "config.json", "arguments", limit=10**6)  # above the sizes of the files
-    ask(copy, "--compare", probe)
-    ask(copy, "--submit", tmp_path / "a.zip")
+    edit_json(probe_copy / "config.json", "arguments", limit=10)
+    expected = f"{probe_copy} had --limit 10 and {probe} had --limit None"
+    refused([probe_copy, "--compare", probe], expected)
+    edit_json(probe_copy / "config.json", "arguments", limit=10**6)  # above the sizes of the files
+    ask(probe_copy, "--compare", probe)
+    ask(probe_copy, "--submit", tmp_path / "a.zip")
 
 
-@pytest.mark.parametrize(
-    ("flags", "expected"),
-    [
-        ("--task sst", "--task has no effect by itself"),
-        ("--text a --data_dir d", "--data_dir has no effect with --text"),
-        ("--data f.csv --task sst", "needs --task NAME and --out FILE"),
-        ("--text a --text b --text c", "one sentence, or the two of a pair"),
-        ("--text a --submit b.zip", "not allowed with"),
-    ],
-)
-def test_bad_flags(refused, flags, expected):
-    refused(["x", *flags.split()], expected)
+BAD_FLAGS = {
+    "--task sst": "--task has no effect by itself",
+    "--text a --data_dir d": "--data_dir has no effect with --text",
+    "--data f.csv --task sst": "needs --task NAME and --out FILE",
+    "--text a --text b --text c": "one sentence, or the two of a pair",
+    "--text a --submit b.zip": "not allowed with",
+}
 
 
-def test_folders_and_tasks_that_are_not_there(runs, copy, data, tmp_path, refused):
+def test_bad_flags(refused):
+    for flags, expected in BAD_FLAGS.items():
+        refused(["x", *flags.split()], expected)
+
+
+def test_folders_and_tasks_that_are_not_there(runs, probe_copy, data, tmp_path, refused):
     refused([tmp_path / "nowhere"], "not a run folder")
     refused([runs / "probe" / "best"], "best: not a run folder")
-    refused([copy], "without best/")
+    refused([probe_copy], "without best/")
     flags = [runs / "probe", "--data", data / "ids-sst-dev.csv", "--out", tmp_path / "o.csv"]
     for name in ("cfimdb", "nli"):
         expected = f"--task {name}: the run has no head for it; it has sst, para, sts"
@@ -431,12 +404,10 @@ def test_folders_and_tasks_that_are_not_there(runs, copy, data, tmp_path, refuse
     assert not (tmp_path / "o.csv").exists()
 
 
-KEYS = ["arguments", "hardware", "precision", "device", "batch_size", "limit"]
-
-
-@pytest.mark.parametrize("key", KEYS)
-def test_an_incomplete_record_is_refused(runs, copy, refused, key):
-    config = read_json(copy / "config.json")
-    del (config if key in config else config["arguments"])[key]
-    write_json(copy / "config.json", config)
-    refused([copy, "--compare", runs / "probe"], copy / "config.json")
+def test_an_incomplete_record_is_refused(runs, probe_copy, refused):
+    path = probe_copy / "config.json"
+    for key in ("arguments", "hardware", "precision", "device", "batch_size", "limit"):
+        config = read_json(runs / "probe/config.json")
+        del (config if key in config else config["arguments"])[key]
+        write_json(path, config)
+        refused([probe_copy, "--compare", runs / "probe"], path)

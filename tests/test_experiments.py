@@ -16,10 +16,9 @@ import multitask_classifier
 from datasets import read_examples
 from engine.checkpoint import read_json, read_text, write_text
 from engine.errors import UserError
-from engine.run_dir import RunDir
+from engine.run_dir import RunDir, folder_lock
 from experiments import __main__ as experiments
 from experiments import conflict, plots, report, runner
-from experiments.runner import Job
 from experiments.tables import CELLS, TABLES
 from tasks import TASKS
 
@@ -42,13 +41,13 @@ def test_disattenuation_recovers_the_cosine_of_the_expected_gradients(angle):
 
     across, a, b = products("a", "b"), products("a", "a"), products("b", "b")
     expected = angle * (norms["a"] @ norms["b"]) / (norms["a"] @ norms["a"])
-    found, low, high = conflict.disattenuated_cosine(across, a, b)
-    assert found == pytest.approx(expected, abs=0.05)
+    cosine, low, high = conflict.disattenuated_cosine(across, a, b)
+    assert cosine == pytest.approx(expected, abs=0.05)
     assert low < expected < high and high - low < 0.5
     assert conflict.disattenuated_cosine(across, a, b - b.mean()) is None  # nothing but noise
     assert conflict.disattenuated_cosine(across[:1], a[:1], b[:1]) is None
-    with_gap = [np.append(of, np.nan) for of in (across, a, b)]
-    assert conflict.disattenuated_cosine(*with_gap) == (found, low, high)
+    with_gap = [np.append(values, np.nan) for values in (across, a, b)]
+    assert conflict.disattenuated_cosine(*with_gap) == (cosine, low, high)
 
 
 def test_conflict_is_summarized_over_measurements():
@@ -59,36 +58,32 @@ def test_conflict_is_summarized_over_measurements():
         measured.append({"step": len(measured), "parts": {"pooler": pairs, "overall": pairs}})
     summary = conflict.summarize_conflict([measured[:2], measured[2:]])
     assert (summary["runs"], summary["measurements"]) == (2, 4)
-    found, known = summary["pairs"]["sst|sts"], [-0.3, 0.1, -0.4]
+    row, known = summary["pairs"]["sst|sts"], [-0.3, 0.1, -0.4]
     expected = stats.t.interval(0.95, 2, np.mean(known), stats.sem(known))
-    assert found["cosine"] == pytest.approx(-0.2)
-    assert found["interval"] == pytest.approx(expected)
-    assert found["negative_share"] == found["negative_share_by_group"] == pytest.approx(2 / 3)
-    assert found["disattenuated"] is None  # no inner products were logged, as in older records
+    assert row["cosine"] == pytest.approx(-0.2) and row["interval"] == pytest.approx(expected)
+    assert row["negative_share"] == row["negative_share_by_group"] == pytest.approx(2 / 3)
+    assert row["disattenuated"] is None  # no inner products were logged, as in older records
     assert summary["pairs"]["sst|sst"]["cosine"] is None
     text = conflict.conflict_markdown(summary)
     assert r"| sst\|sts | -0.200 | " in text and "| 67% | 67% | 0.500 |" in text
 
 
 def test_comparisons_say_whether_seeds_separate_and_models_beat_the_majority_class():
-    gold = np.array([0] * 60 + [1] * 40)
-    records: dict[str, list] = {}
-    for cell, found in (("floor", (0, 1)), ("good", (20, 30)), ("mixed", (0, 25))):
-        for right in found:  # of class 1
-            predicted = np.where(np.arange(100) < 60 + right, gold, 0)
+    gold, records = np.array([0] * 60 + [1] * 40), {}
+    for cell, seeds in {"floor": (0, 1), "good": (20, 30), "mixed": (0, 25)}.items():
+        for right in seeds:  # of class 1
+            predicted = np.where(np.arange(100) < 60 + right, gold, 0).tolist()
             dev = {"para": {"accuracy": (60 + right) / 100}}
-            run = {"dev": dev, "predictions": {"para": predicted.tolist()}}
-            records.setdefault(cell, []).append(run)
+            records.setdefault(cell, []).append({"dev": dev, "predictions": {"para": predicted}})
 
     def compare(first, second):
-        found = report.compare_cells(first, second, "para", records, gold)
-        return found["seeds_separate"], found["both_at_majority"], found["difference"]
+        row = report.compare_cells(first, second, "para", records, gold)
+        return row["seeds_separate"], row["both_at_majority"], row["difference"]
 
     assert compare("good", "floor") == (True, False, pytest.approx(0.245))
     assert compare("floor", "good") == (True, False, pytest.approx(-0.245))
     assert compare("good", "mixed")[:2] == (False, False)
     assert compare("floor", "floor") == (False, True, 0)
-    assert report.majority_accuracy(gold) == 0.6
 
 
 def test_curves_leave_out_the_probe_of_lpft_and_cells_evaluated_once(tmp_path, monkeypatch):
@@ -96,8 +91,7 @@ def test_curves_leave_out_the_probe_of_lpft_and_cells_evaluated_once(tmp_path, m
     monkeypatch.setattr(plots, "save_figure", lambda figure, path: drawn.append(figure.axes[0]))
 
     def run(*stages):
-        points = [{"step": i, "score": i / 10, "stage": stage} for i, stage in enumerate(stages)]
-        return {"curve": points}
+        return {"curve": [{"step": i, "score": i, "stage": s} for i, s in enumerate(stages)]}
 
     once, twice = [run("finetune")], [run(None, None), run(None, None, None)]
     lpft = [run("probe", "probe", "finetune"), run("probe", "finetune")]
@@ -118,7 +112,7 @@ def test_probes_share_the_encoders_in_turn():
 
 def test_flags_of_a_cell_override_those_for_all():
     args = experiments.parse_args(["run", "table1", "--flags=--option finetune --epochs 9"])
-    command = runner.build_command(Job("probe", 3), args, args.runs, args.data_dir)
+    command = runner.build_command(runner.Job("probe", 3), args, args.runs, args.data_dir)
     parsed = multitask_classifier.parse_args(command[1:])
     assert (parsed.option, parsed.epochs, parsed.seed) == ("pretrain", 10, 3)
 
@@ -133,7 +127,7 @@ def test_a_script_is_a_process_with_its_own_log(tmp_path):
 def command(run_script):
     """Runs `python -m experiments`, which must succeed or fail with `error`; what it prints."""
 
-    def run(*flags: object, error: str = "", code: int = 2) -> str:
+    def run(*flags, error="", code=2):
         ended, out, err = run_script(experiments, *flags)
         assert ended == (code if error else 0) and error in err, err
         return out + err
@@ -148,8 +142,8 @@ def grid(tiny, tmp_path, monkeypatch):
     started = {}  # job -> its --model
 
     def start_process(command, log):
-        given = dict(itertools.pairwise(command))
-        started[Path(given["--run_dir"]).name] = given["--model"]
+        flags = dict(itertools.pairwise(command))
+        started[Path(flags["--run_dir"]).name] = flags["--model"]
         try:
             importlib.import_module(Path(command[0]).stem).main(command[1:])
         except UserError as error:
@@ -160,16 +154,13 @@ def grid(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "start_process", start_process)
     flags = ["--model", tiny, "--data_dir", tmp_path / "data", "--out", tmp_path / "results"]
     flags += ["--runs", tmp_path / "runs", "--seeds", 1, "--probe_seeds", 2]
-    flags += ["--flags=--epochs 1 --batch_size 16 --precision fp32 --limit 24"]
-    return flags, started
+    return [*flags, "--flags=--epochs 1 --batch_size 16 --precision fp32 --limit 24"], started
 
 
 def test_every_table_runs_and_is_reported(grid, tmp_path, command):
     flags, started = grid
     command("run", "all", *flags)
     assert {name.rsplit("-seed", 1)[0] for name in started} == set(CELLS)
-    order = list(started)
-    assert order.index("simcse-seed2") < order.index("probe-simcse-seed2")
     assert started["probe-simcse-seed2"] == str(tmp_path / "runs/simcse-seed2/best")
     out = tmp_path / "results"
     reported = ["report", "--data_dir", tmp_path / "data", "--out", out]
@@ -183,8 +174,8 @@ def test_every_table_runs_and_is_reported(grid, tmp_path, command):
         for cell in ("probe", "mean-cosine", "mean-dot")
     }
     mean, sd = np.mean(pearson["probe"]), np.std(pearson["probe"], ddof=1)
-    shown = results["tables"]["table1"]["columns"]["probe"]["scores"]["sts"]
-    assert shown == pytest.approx({"mean": mean, "sd": sd, "seeds": 2, "paper": 0.304}, abs=1e-6)
+    score = results["tables"]["table1"]["columns"]["probe"]["scores"]["sts"]
+    assert score == pytest.approx({"mean": mean, "sd": sd, "seeds": 2, "paper": 0.304}, abs=1e-6)
     rows = results["tables"]["ablation"]["comparisons"]
     [row] = [row for row in rows if (row["first"], row["task"]) == ("mean-cosine", "sts")]
     expected = np.mean(pearson["mean-cosine"]) - np.mean(pearson["mean-dot"])
@@ -197,7 +188,7 @@ def test_every_table_runs_and_is_reported(grid, tmp_path, command):
     assert f"Cosine for STS - Mean pooling & sts & ${row['difference']:+.3f}$ & " in tex
     assert "| in the paper |  | 0.386 | 0.390 | 0.494 | 0.487 |" in text
     assert "train: sst 24, para 24, sts 24; dev: sst 24, para 24, sts 24." in text
-    assert "embedded all-MiniLM" not in text  # the model is another one
+    assert "bundled all-MiniLM" not in text  # the model is another one
     images = re.findall(r"\]\((.*\.png)\)", text)
     expected = [*TABLES, "conflict-finetune-layers", "conflict-finetune-steps"]
     assert {f"{name}.png" for name in expected} < set(images)
@@ -208,10 +199,9 @@ def test_every_table_runs_and_is_reported(grid, tmp_path, command):
     assert not any(example.texts[0] in recorded for example in examples)
 
     # Labels, or a cell, that have changed since a record was made are noticed.
-    dev = tmp_path / "data/quora-dev.csv"
-    original = read_text(dev)
+    dev, original = tmp_path / "data/quora-dev.csv", read_text(tmp_path / "data/quora-dev.csv")
     write_text(dev, original.replace("\t1.0\n", "\t0\n"))
-    assert "wrong data" in command(*reported, error="quora-dev.csv: the record of ")
+    command(*reported, error="quora-dev.csv: wrong data: the record of ")
     write_text(dev, original)
     path = out / "records/simcse-seed1.json"
     write_text(path, read_text(path).replace("--temperature 1", "--temperature 2"))
@@ -266,11 +256,11 @@ def test_jobs_whose_encoder_failed_are_skipped(grid, tmp_path, command, monkeypa
     flags[flags.index("--probe_seeds") + 1] = 1
     start = runner.start_process
     fail = lambda command, log: 1 if command[0] == "simcse.py" else start(command, log)  # noqa: E731
-    monkeypatch.setattr(runner, "start_process", fail)
-    said = command("run", "table1", *flags, error="3 of 5 runs failed (simcse-seed1, ...)")
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "start_process", fail)
+        out = command("run", "table1", *flags, error="3 of 5 runs failed (simcse-seed1, ...)")
     assert list(started) == ["probe-seed1", "finetune-seed1"]
-    assert "probe-simcse-seed1: skipped, because simcse-seed1 failed" in said
-    monkeypatch.setattr(runner, "start_process", start)
+    assert "probe-simcse-seed1: skipped, because simcse-seed1 failed" in out
     command("run", "table1", *flags)
     for name in ("simcse-seed1", "probe-simcse-seed1"):
         shutil.rmtree(tmp_path / "runs" / name)
@@ -280,40 +270,28 @@ def test_jobs_whose_encoder_failed_are_skipped(grid, tmp_path, command, monkeypa
     assert list(started) == ["simcse-seed1", "probe-simcse-seed1"]
 
 
-def test_interruption_and_bad_input_stop_the_command_and_other_failures_do_not(
-    grid, command, monkeypatch
+def test_interruption_bad_input_and_a_second_command_stop_and_other_failures_do_not(
+    grid, tmp_path, command, monkeypatch
 ):
     flags, _ = grid
     codes = iter([1, -signal.SIGTERM, 2])
     monkeypatch.setattr(runner, "start_process", lambda command, log: next(codes))
     command("run", "table3", *flags, error="2 of 6 runs failed (probe-concat-seed1, ...)")
     command("run", "table3", *flags, error="1 of 6 runs failed")
+    with folder_lock(tmp_path / "runs"):
+        command("run", "table3", *flags, error="in use by another process")
     assert next(codes, None) is None
 
 
-def test_two_commands_do_not_share_a_folder_of_runs(grid, tmp_path, command, monkeypatch, capsys):
-    flags, started = grid
-    with runner.exclusive_lock(tmp_path / "runs"):
-        command("run", "table3", *flags, error="in use by another run")
-    assert not started
-    monkeypatch.setattr(runner, "fcntl", None)  # Windows
-    with runner.exclusive_lock(tmp_path / "runs"):
-        assert "warning: cannot lock" in capsys.readouterr().err
-
-
-def test_plots_of_one_run(train, command, tmp_path, monkeypatch):
-    run, read, original = tmp_path / "run", [], plots.read_examples
+def test_plots_of_one_run(train, command, tmp_path):
+    run = tmp_path / "run"
     conflict_flags = ["--option", "finetune", "--measure_conflict", 3, "--epochs", 1, "--no_test"]
     train(multitask_classifier, run, *conflict_flags)
-    record = lambda path, *rest, **more: read.append(path) or original(path, *rest, **more)  # noqa: E731
-    monkeypatch.setattr(plots, "read_examples", record)
-    said = command("conflict", run)
-    assert r"| sst\|sts |" in said and "disattenuated cosine" in said
-    assert f"{run}/map.png" in command("map", run)
-    files = read_json(run / "config.json")["files"]["dev"]
-    assert [str(path) for path in read] == list(files.values())  # the run's own
+    out = command("conflict", run)
+    assert r"| sst\|sts |" in out and "disattenuated cosine" in out
+    assert f"{run}/map.png" in command("map", run)  # of the run's own files
     command("map", run, "--data_dir", SAMPLE, "--limit", 9)
-    assert {path.parent for path in read[3:]} == {SAMPLE}
+    command("map", run, "--data_dir", tmp_path, error=f"{tmp_path}/ids-sst-dev.csv: no such file")
     for name in ("conflict-layers.png", "conflict-steps.png", "map.png"):
         assert (run / name).read_bytes().startswith(b"\x89PNG")
 
@@ -324,26 +302,25 @@ def test_plots_of_one_run(train, command, tmp_path, monkeypatch):
     command("conflict", run, error="damaged or not the log of a run")
 
 
-@pytest.mark.parametrize(
-    ("flags", "expected"),
-    [
-        ("", "run|report|conflict|map"),
-        ("run table9", "table9: no such table; there are table1, table2"),
-        ("run table1 --seeds 0", "--seeds"),
-        ("run table1 --flags='x", "--flags"),
-        ("run table1 --flags=--seed=3", "--flags: --seed is set by this command"),
-        ("run table1 --data_dir nowhere", "--data_dir nowhere: no such folder"),
-        ("report --out nowhere", "no records; first: python -m experiments run"),
-        ("report --out {tmp}", "x.json: not a record"),
-        ("conflict nowhere", "nowhere/log.jsonl: no such file"),
-        ("map nowhere", "nowhere"),
-        ("run table1 --out {tmp}/records/x.json", "Not a directory"),
-    ],
-)
-def test_bad_usage(command, tmp_path, flags, expected):
-    (tmp_path / "records").mkdir()
-    (tmp_path / "records/x.json").write_text('{"cell": "probe"}', encoding="utf-8")
-    assert command(*flags.format(tmp=tmp_path).split(), error=expected).count("\n") == 1
+BAD_USAGE = {
+    "": "run|report|conflict|map",
+    "run table9": "table9: no such table; there are table1, table2",
+    "run table1 --seeds 0": "--seeds",
+    "run table1 --flags='x": "--flags",
+    "run table1 --flags=--seed=3": "--flags: --seed is set by this command",
+    "run table1 --data_dir nowhere": "--data_dir nowhere: no such folder",
+    "report --out nowhere": "no records; first: python -m experiments run",
+    "report --out {tmp}": "x.json: damaged or not a record of a run",
+    "conflict nowhere": "nowhere/log.jsonl: no such file",
+    "map nowhere": "nowhere",
+    "run table1 --out {tmp}/records/x.json": "Not a directory",
+}
+
+
+def test_bad_usage(command, tmp_path):
+    write_text(tmp_path / "records/x.json", '{"cell": "probe"}')
+    for flags, expected in BAD_USAGE.items():
+        assert command(*flags.format(tmp=tmp_path).split(), error=expected).count("\n") == 1
 
 
 def test_the_committed_records_are_readable_and_complete():
@@ -357,9 +334,9 @@ def test_the_committed_tables_are_those_of_the_records(tmp_path, command):
     """One table is enough: the others are computed in the same way."""
     shutil.copytree(RESULTS / "records", tmp_path / "records")
     command("report", "table3", "--data_dir", os.environ["MINBERT_DATA"], "--out", tmp_path)
-    found, committed = read_json(tmp_path / "tables.json"), read_json(RESULTS / "tables.json")
+    computed, committed = read_json(tmp_path / "tables.json"), read_json(RESULTS / "tables.json")
     committed["tables"] = {"table3": committed["tables"]["table3"]}
-    assert flatten(found) == pytest.approx(flatten(committed), abs=1e-4)
+    assert flatten(computed) == pytest.approx(flatten(committed), abs=1e-4)
 
 
 def flatten(value, path=""):

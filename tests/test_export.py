@@ -15,7 +15,6 @@ import onnxruntime
 import pytest
 import torch
 import transformers
-from conftest import quick_run
 from huggingface_hub import ModelCard
 from model_files import edit_json, refused
 from safetensors.torch import load_file, save_file
@@ -24,7 +23,7 @@ import classifier
 import evaluation
 import multitask_classifier
 import simcse
-from bert import BertModel, hub_name
+from bert import BertModel
 from engine.checkpoint import read_json
 from engine.export import read_pooler
 from model import POOLINGS, MultitaskBERT, SentenceEncoder
@@ -78,19 +77,16 @@ def folders(models, tmp_path_factory):
     return folder
 
 
-# ---------------------------------------------------------------------------- sentence-transformers
-
-
 @pytest.mark.parametrize("how", POOLINGS)
 def test_embeddings_equal_those_of_sentence_transformers(models, folders, how):
     """Before and after it trains the model, whose pooler is a module of its own to it."""
     folder, before = folders / f"{how}-trained", models[how].encode(TEXTS)
-    loaded, theirs = (np.load(folders / f"{how}-{when}.npy") for when in ("loaded", "trained"))
+    loaded, trained = (np.load(folders / f"{how}-{when}.npy") for when in ("loaded", "trained"))
     np.testing.assert_allclose(loaded, before, rtol=0, atol=1e-5)
-    assert np.abs(theirs - before).max() > 1e-3
+    assert np.abs(trained - before).max() > 1e-3
     tokenizer = BertTokenizer.from_pretrained(folder)
     model = SentenceEncoder(BertModel.from_pretrained(folder), tokenizer, how)
-    np.testing.assert_allclose(model.encode(TEXTS), theirs, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(model.encode(TEXTS), trained, rtol=0, atol=1e-5)
     model.save_pretrained(folders / f"{how}-again")
     again = MultitaskBERT.from_pretrained(folders / f"{how}-again")
     np.testing.assert_array_equal(again.encode(TEXTS), model.encode(TEXTS))
@@ -133,16 +129,6 @@ def test_a_damaged_dense_module_is_refused(dense):
     refused(lambda: BertModel.from_pretrained(dense), path, "damaged")
 
 
-# ---------------------------------------------------------------------------- transformers
-
-
-@pytest.mark.parametrize("how", POOLINGS)
-def test_transformers_loads_the_same_bits(models, folders, how):
-    theirs = transformers.BertModel.from_pretrained(folders / how).state_dict()
-    ours = {hub_name(name): p.detach() for name, p in models[how].bert.named_parameters()}
-    torch.testing.assert_close(dict(theirs), ours, rtol=0, atol=0)
-
-
 @pytest.mark.parametrize(
     "kind", ["Model", "ForSequenceClassification", "ForQuestionAnswering", "ForMaskedLM"]
 )
@@ -155,58 +141,48 @@ def test_a_model_that_transformers_trained_loads_here(folders, tmp_path, kind):
     optimizer = torch.optim.SGD(theirs.parameters(), lr=0.05)
     theirs(**batch)[0].square().mean().backward()
     optimizer.step()
-    theirs.eval().save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
+    theirs.eval().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
 
-    ours, encoder = BertModel.from_pretrained(tmp_path / "model"), getattr(theirs, "bert", theirs)
+    ours, encoder = BertModel.from_pretrained(tmp_path), getattr(theirs, "bert", theirs)
     with torch.no_grad():
-        expected, found = encoder(**batch), ours(**batch)
+        expected, output = encoder(**batch), ours(**batch)
     tokens = batch["attention_mask"].bool()
-    torch.testing.assert_close(found["last_hidden_state"][tokens], expected[0][tokens])
+    torch.testing.assert_close(output["last_hidden_state"][tokens], expected[0][tokens])
     if encoder.pooler is not None:
-        torch.testing.assert_close(found["pooler_output"], expected[1])
-    own = BertTokenizer.from_pretrained(tmp_path / "model")
-    mine = own(TEXTS, padding=True, truncation=True, return_tensors="pt")
-    assert all(torch.equal(mine[name], batch[name]) for name in mine)
-
-
-# ---------------------------------------------------------------------------- model cards
-
-METRICS = ("accuracy", "macro_f1", "pearson", "spearman")
+        torch.testing.assert_close(output["pooler_output"], expected[1])
+    tokenizer = BertTokenizer.from_pretrained(tmp_path)
+    encoded = tokenizer(TEXTS, padding=True, truncation=True, return_tensors="pt")
+    assert all(torch.equal(encoded[name], batch[name]) for name in encoded)
 
 
 @pytest.mark.parametrize("script", [multitask_classifier, simcse])
-def test_the_best_model_has_a_model_card(folders, data, tmp_path, run_script, script):
+def test_the_best_model_has_a_model_card(folders, tmp_path, train, script):
     """The hub's own reader understands it; the numbers are those of result.json.
 
     The base model is one that sentence-transformers trained: that can be trained on.
     """
-    base, run = tmp_path / "base: #1", tmp_path / "my run"
+    base, run, triples = tmp_path / "base: #1", tmp_path / "my run", tmp_path / "triples.csv"
     shutil.copytree(folders / "pooler-trained", base)
-    (tmp_path / "triples.csv").write_text("sent0,sent1,hard_neg\n" + "a film,a plot,a cat\n" * 8)
-    more = ["--nli", tmp_path / "triples.csv"] if script is simcse else []
-    code, _, err = run_script(script, *quick_run(base, data, run, *more))
-    assert code == 0, err
+    triples.write_text("sent0,sent1,hard_neg\n" + "a film,a plot,a cat\n" * 8)
+    train(script, run, "--model", base, *(["--nli", triples] if script is simcse else []))
     card = ModelCard.load(run / "best" / "README.md")
     config, result = read_json(run / "config.json"), read_json(run / "result.json")
     assert (card.data.base_model, card.data.library_name) == (str(base), "sentence-transformers")
-    parts = ["triples.csv (8 rows)"]
+    files = ["triples.csv (8 rows)"]
     if script is multitask_classifier:
-        parts = ["ids-sst-train.csv (40 rows)", "quora-train.csv (40", "sts-train.csv (20 rows)"]
-    for part in ("# my run", f"`{base}`", config["command"], *parts):
+        files = ["ids-sst-train.csv (40 rows)", "quora-train.csv (40", "sts-train.csv (20 rows)"]
+    for part in ("# my run", f"`{base}`", config["command"], *files):
         assert part in card.text
     table = [line.strip("| ").split(" | ") for line in card.text.splitlines() if line[:2] == "| "]
     expected = [
         [Path(config["files"]["dev"][task]).name, name, f"{value:.4f}"]
         for task, metrics in result["dev"].items()
         for name, value in metrics.items()
-        if name in METRICS
+        if name in ("accuracy", "macro_f1", "pearson", "spearman")
     ]
     assert table == [["dev set", "metric", "value"], *expected]
     assert len(expected) == (1 if script is simcse else 6)
-
-
-# ---------------------------------------------------------------------------- ONNX
 
 
 def test_onnx_computes_the_same_outputs_for_any_batch_and_length(
@@ -218,6 +194,7 @@ def test_onnx_computes_the_same_outputs_for_any_batch_and_length(
     assert run_script(evaluation, *export)[:2] == (0, f"{path}\n")
     assert [file.name for file in path.parent.iterdir()] == ["model.onnx"]
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
     model, rng = MultitaskBERT.from_pretrained(run), np.random.default_rng(0)
     for rows, length in ((1, 1), (1, 2), (2, 3), (7, 20), (3, 48)):
         ids = torch.from_numpy(rng.integers(5, 50, (rows, length)))
@@ -226,10 +203,9 @@ def test_onnx_computes_the_same_outputs_for_any_batch_and_length(
         batch = {"input_ids": ids, "attention_mask": mask, "token_type_ids": ids % 2}
         with torch.no_grad():
             expected = {**model.bert(**batch), "sentence_embedding": model.embed(**batch)}
-        found = session.run(None, {name: tensor.numpy() for name, tensor in batch.items()})
-        names = [output.name for output in session.get_outputs()]
+        values = session.run(None, {name: tensor.numpy() for name, tensor in batch.items()})
         assert set(names) == set(expected)
-        for name, value in zip(names, found, strict=True):
+        for name, value in zip(names, values, strict=True):
             np.testing.assert_allclose(value, expected[name].numpy(), rtol=0, atol=1e-4)
 
     before = path.read_bytes()

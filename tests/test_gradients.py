@@ -60,8 +60,7 @@ def test_projection_by_hand():
         torch.testing.assert_close(pcgrad(gradients)[0], torch.zeros(2))
     for rows in ([[1, 0, 0], [0, 2, 0]], [[1, 1, 0], [1, 0, 3]], [[1, 0, 0], [0, 0, 0]]):
         gradients = make_gradients(*rows)  # orthogonal, agreeing, zero: only summed
-        expected = np.sum(rows, axis=0).tolist()
-        assert flat(pcgrad(gradients)) == flat(sum_gradients(gradients)) == expected
+        assert flat(pcgrad(gradients)) == flat(sum_gradients(gradients)) == np.sum(rows, 0).tolist()
 
 
 def test_the_order_of_projections_is_random():
@@ -72,9 +71,9 @@ def test_the_order_of_projections_is_random():
         torch.manual_seed(seed)
         results.add(tuple(np.round(flat(pcgrad(gradients)), 9)))
     options = []
-    for own in gradients:
-        orders = permutations([other for other in gradients if other is not own])
-        options.append([project(own, order) for order in orders])
+    for i, gradient in enumerate(gradients):
+        orders = permutations(gradients[:i] + gradients[i + 1 :])
+        options.append([project(gradient, order) for order in orders])
     possible = {tuple(np.round(flat(sum_gradients(parts)), 9)) for parts in product(*options)}
     assert len(results) > 1 and results <= possible
 
@@ -85,9 +84,9 @@ numbers = st.floats(-3, 3).map(lambda x: round(x, 3))
 @settings(max_examples=100)
 @given(st.lists(st.lists(numbers, min_size=4, max_size=4), min_size=2, max_size=5))
 def test_no_conflict_is_left_with_the_gradient_last_projected_against(rows):
-    own, *others = make_gradients(*rows)
+    gradient, *others = make_gradients(*rows)
     for i, row in enumerate(rows[1:]):
-        before, after = (np.array(flat(project(own, others[:n]))) for n in (i, i + 1))
+        before, after = (np.array(flat(project(gradient, others[:n]))) for n in (i, i + 1))
         assert after @ row >= -1e-9
         assert after @ after <= before @ before + 1e-9
         if before @ row > 1e-9:
@@ -99,26 +98,25 @@ def test_no_conflict_is_left_with_the_gradient_last_projected_against(rows):
 def test_bert_gets_the_combined_gradient_and_each_head_its_own(tiny, data, pooling, left_out):
     """Against autograd task by task. Mean pooling does not reach the pooler."""
     model, datasets = load_multitask(tiny, data, pooling=pooling)
-    embed = partial(embed_batch, model)
+    embed, shared = partial(embed_batch, model), list(model.bert.parameters())
     batches = [d.batch(np.arange(k, k + 3)) for d in datasets for k in (0, 3)]
-    shared = list(model.bert.parameters())
     expected, losses = [], {}
     for name in model.heads:
-        own = [row_losses(model, embed, batch) for batch in batches if batch.task == name]
-        losses[name] = torch.cat(own).mean()
+        parts = [row_losses(model, embed, batch) for batch in batches if batch.task == name]
+        losses[name] = torch.cat(parts).mean()
         if name != left_out:
             grads = torch.autograd.grad(losses[name], shared, allow_unused=True, retain_graph=True)
             expected.append([grad for grad in grads if grad is not None])
 
-    def backward(own):
-        loss_fn = partial(row_losses, model, embed, detach=own[0].task == left_out)
-        return sum_losses(loss_fn, own, list(model.parameters()))
+    def backward(batches):
+        loss_fn = partial(row_losses, model, embed, detach=batches[0].task == left_out)
+        return sum_losses(loss_fn, batches, list(model.parameters()))
 
     loss = backward_by_task(backward, batches, shared, sum_gradients)
     assert loss == pytest.approx(sum(losses.values()).item())
     assert (model.bert.pooler_dense.weight.grad is None) == (pooling == "mean")
-    found = [p.grad for p in shared if p.grad is not None]
-    for grad, parts in zip(found, zip(*expected, strict=True), strict=True):
+    combined = [p.grad for p in shared if p.grad is not None]
+    for grad, parts in zip(combined, zip(*expected, strict=True), strict=True):
         torch.testing.assert_close(grad, sum(parts), atol=1e-5, rtol=1e-4)
     for name, head in model.heads.items():
         grads = torch.autograd.grad(losses[name], list(head.parameters()))

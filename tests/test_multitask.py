@@ -6,7 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import load_multitask, quick_run, read_log
+from conftest import load_multitask, read_log
 from safetensors.torch import load_file
 
 import classifier
@@ -23,9 +23,9 @@ FINETUNE = ("--option", "finetune")
 
 def test_another_seed_gives_other_heads(train, tmp_path):
     for seed in (5, 6):
-        train(classifier, tmp_path / str(seed), "--seed", seed)
+        train(classifier, tmp_path / str(seed), "--seed", seed, "--lr", 1e-9)
     heads = [load_file(tmp_path / f"{seed}/best/heads.safetensors") for seed in (5, 6)]
-    assert not torch.equal(*(of["sst.dense.weight"] for of in heads))
+    assert not torch.allclose(*(tensors["sst.dense.weight"] for tensors in heads))
 
 
 def test_a_run_leaves_its_record_predictions_and_a_table(train, tmp_path):
@@ -73,14 +73,12 @@ def test_the_classifier_learns(train, tmp_path, task):
     assert result["dev"][task]["accuracy"] > result["baselines"][task]["majority class"]
 
 
-@pytest.mark.parametrize("heads", [["--sts_decoder", "cosine", "--para_decoder", "concat"], None])
-@pytest.mark.parametrize("sampling", ["proportional", "annealed"])
-def test_other_encodings_heads_samplings_and_accumulation(train, tmp_path, heads, sampling):
-    more = heads or ["--pair_encoding", "joint"]
-    more = [*FINETUNE, "--sampling", sampling, "--accumulate", 2, *more]
+def test_sampling_accumulation_and_decoders_are_those_of_the_flags(train, tmp_path):
+    more = [*FINETUNE, "--sampling", "proportional", "--accumulate", 2]
+    more += ["--sts_decoder", "cosine", "--para_decoder", "concat"]
     train(multitask_classifier, tmp_path / "run", *more)
     decoders = read_json(tmp_path / "run/config.json")["decoders"]
-    assert decoders["sts"] == ("cosine" if heads else "linear")
+    assert decoders == {"sst": "linear", "para": "concat", "sts": "cosine"}
     assert len(read_log(tmp_path / "run", "train")) == 2 * (3 + 3 + 2)
 
 
@@ -89,21 +87,9 @@ def test_hidden_dropout_reaches_bert_and_heads(train, tmp_path, monkeypatch):
     spy = lambda self, frozen: (models.append(self), freeze(self, frozen))  # noqa: E731
     monkeypatch.setattr(MultitaskBERT, "freeze", spy)
     train(multitask_classifier, tmp_path / "run", "--hidden_dropout_prob", "0.37")
-    modules = [of for of in models[0].named_modules() if "self_attention" not in of[0]]
-    dropouts = [module.p for name, module in modules if name.endswith("dropout")]
+    modules = dict(models[0].named_modules()).items()
+    dropouts = [m.p for n, m in modules if n.endswith("dropout") and "self_attention" not in n]
     assert dropouts == [0.37] * (1 + 2 * 2 + 3)  # embeddings, two layers, three heads
-
-
-def test_outputs_that_are_not_finite_end_the_run(tiny, data, tmp_path, run_script, monkeypatch):
-    """Weights may be finite and too large: no metric and no model is made of what comes out."""
-    decode = MultitaskBERT.decode
-    spoiled = lambda self, *x: decode(self, *x) * (1 if self.training else float("nan"))  # noqa: E731
-    monkeypatch.setattr(MultitaskBERT, "decode", spoiled)
-    flags = quick_run(tiny, data, tmp_path / "run", *FINETUNE)
-    code, _, err = run_script(multitask_classifier, *flags)
-    line = err.strip().splitlines()[-1]
-    assert code == 1 and "outputs for 16 rows are not finite" in line and "--lr" in line
-    assert not (tmp_path / "run/best").exists() and not (tmp_path / "run/result.json").exists()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -136,11 +122,11 @@ def test_a_step_moves_its_own_head_and_bert_and_nothing_else(tiny, data, frozen,
     layers = {name for name in names if name.startswith("bert.bert_layers")}
     for dataset in datasets:
         moved = take_step(dataset.batch(np.arange(4, 10)))
-        own = {name for name in names if name.startswith(f"heads.{dataset.name}.")}
+        head = {name for name in names if name.startswith(f"heads.{dataset.name}.")}
         if frozen or dataset.name == left_out:
-            assert moved == own
+            assert moved == head
         else:  # softmax does not depend on the keys' bias
-            assert {name for name in moved if name.startswith("heads.")} == own
+            assert {name for name in moved if name.startswith("heads.")} == head
             assert all("key.bias" in name for name in layers - moved)
 
 
@@ -150,7 +136,7 @@ def test_pcgrad_and_sum_train_on_all_tasks_in_a_step_and_differ(train, tmp_path)
         more = [*FINETUNE, "--surgery", surgery, "--accumulate", 2, "--lr", "1e-2"]
         train(multitask_classifier, tmp_path / surgery, *more)
         entries = read_log(tmp_path / surgery, "train")
-        assert [entry["of"] for entry in entries] == ["sst+para+sts"] * 4  # 2 steps of STS an epoch
+        assert [entry["task"] for entry in entries] == ["sst+para+sts"] * 4  # 2 steps of STS
         losses[surgery] = [entry["loss"] for entry in entries]
     assert losses["sum"][0] == losses["pcgrad"][0]
     assert losses["sum"][1:] != losses["pcgrad"][1:]
@@ -161,10 +147,10 @@ def test_lpft_probes_until_dev_is_best_and_goes_on_from_those_heads(train, tmp_p
 
     def watched(args, model, *rest, **options):
         heads.append({name: p.clone() for name, p in model.heads.state_dict().items()})
-        found = fit(args, model, *rest, **options)
+        trainer = fit(args, model, *rest, **options)
         if len(heads) == 1:
             heads.append(load_file(tmp_path / "run/probe/heads.safetensors"))
-        return found
+        return trainer
 
     monkeypatch.setattr(multitask_classifier, "train", watched)
     out = train(multitask_classifier, tmp_path / "run", "--option", "lpft", "--epochs", 1)
@@ -181,20 +167,3 @@ def test_lpft_probes_until_dev_is_best_and_goes_on_from_those_heads(train, tmp_p
         assert set(entry["lr"]) == names and len(set(entry["lr"].values())) == 1
     assert read_json(tmp_path / "run/result.json")["best_epoch"] == 1
     assert not (tmp_path / "run/probe").exists()
-
-
-@pytest.mark.parametrize(
-    ("flags", "expected"),
-    [
-        ("--option finetune --leave_out nli", "--leave_out nli: not in --tasks"),
-        ("--leave_out sst", "--leave_out is for training BERT"),
-        ("--surgery pcgrad", "--surgery is for training BERT"),
-        ("--measure_conflict 5", "--measure_conflict is for training BERT"),
-        ("--option finetune --conflict_rows 9", "--conflict_rows needs --measure_conflict N"),
-        ("--option lpft --tasks sst --measure_conflict 9", "needs two tasks or more"),
-        ("--option finetune --surgery sum --sampling annealed", "--sampling roundrobin"),
-    ],
-)
-def test_methods_that_have_no_effect_are_refused(run_script, flags, expected):
-    code, _, err = run_script(multitask_classifier, *flags.split())
-    assert code == 2 and expected in err and len(err.strip().splitlines()) == 1

@@ -2,13 +2,14 @@
 
 import copy
 import io
-import itertools
 import math
+import re
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+import transformers
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -16,7 +17,7 @@ from bert import BertModel
 from optimizer import AdamW, lr_factor, parameter_groups
 
 STEPS = 1000
-MOMENTS = ("exp_avg", "exp_avg_sq")
+SCALE = 4.0  # a power of two: the product with it is exact
 BOTH = pytest.mark.parametrize("fused", [False, True], ids=["eager", "fused"])
 
 
@@ -35,7 +36,7 @@ def relative(tensor, expected):
     return np.linalg.norm(numbers(tensor) - expected) / np.linalg.norm(expected)
 
 
-def gradient(shape, dtype=torch.float64):
+def gradient(shape, dtype):
     """Gradients of scales from 1e-3 to 1, with a drift."""
     noise, scale = torch.randn(shape, dtype=torch.float64), torch.rand(shape, dtype=torch.float64)
     return ((noise + 0.3) * 10 ** (-3 * scale)).to(dtype)
@@ -50,11 +51,11 @@ class Reference:
     def __init__(self, parameter, options):
         self.parameter, self.options, self.t = parameter, options, 0
         self.p = self.start = numbers(parameter).copy()
-        self.m, self.v, self.largest = 0 * self.p, 0 * self.p, np.abs(self.p)
+        self.m, self.v = 0 * self.p, 0 * self.p
 
     def step(self, lr):
         """p <- p - a m / (sqrt(v) + eps), then p <- p - lr weight_decay p."""
-        (b1, b2), gradient = self.options["betas"], numbers(self.parameter.grad)
+        (b1, b2), gradient = self.options["betas"], SCALE * numbers(self.parameter.grad)
         self.t += 1
         self.m = b1 * self.m + (1 - b1) * gradient
         self.v = b2 * self.v + (1 - b2) * gradient**2
@@ -63,9 +64,6 @@ class Reference:
             rate = lr * math.sqrt(1 - b2**self.t) / (1 - b1**self.t)
         p = self.p - rate * self.m / (np.sqrt(self.v) + self.options["eps"])
         self.p = p - lr * self.options["weight_decay"] * p
-        if self.parameter.dtype == torch.bfloat16:  # which rounds at every step
-            self.p = numbers(torch.from_numpy(self.p).float().bfloat16())
-        self.largest = np.maximum(self.largest, np.abs(self.p))
 
 
 GROUPS = [
@@ -79,12 +77,10 @@ GROUPS = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("dtype", "fused"),
-    [*itertools.product([torch.float64, torch.float32], [False, True]), (torch.bfloat16, False)],
-)
-def test_thousand_steps_in_several_groups(dtype, fused):
-    """Each group has its own hyperparameters; rates change, and some gradients are None."""
+@BOTH
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float64, 1e-12), (torch.float32, 3e-5)])
+def test_thousand_steps_in_several_groups(dtype, allowed, fused):
+    """Groups have their own options, rates change, some gradients are None, all are scaled."""
     torch.manual_seed(0)
     groups, references = [], []
     for options in GROUPS:
@@ -104,20 +100,14 @@ def test_thousand_steps_in_several_groups(dtype, fused):
             p.grad = None if skip else gradient(p.shape, dtype)
             if not skip:
                 reference.step(factor * reference.options["lr"])
-        adam.step()
+        adam.step(scale=SCALE)
 
     for reference in references:
         p, lr = reference.parameter, reference.options["lr"]
         assert adam.state[p]["step"] == reference.t < STEPS
         if lr > 1e-5:
             assert np.abs(reference.p - reference.start).max() > 50 * lr
-        if dtype == torch.bfloat16:
-            # A float32 moment may tip a rounding: by two steps of bfloat16 at most.
-            spacing = 2.0 ** (np.floor(np.log2(reference.largest)) - 7)
-            apart = np.abs(numbers(p) - reference.p) / spacing
-            assert (apart == 0).mean() >= 0.99 and apart.max() <= 2
-        else:
-            assert relative(p, reference.p) <= (1e-12 if dtype == torch.float64 else 3e-5)
+        assert relative(p, reference.p) <= allowed
 
 
 @settings(max_examples=60)
@@ -163,24 +153,6 @@ def test_gradient_of_an_odd_memory_layout_counts_by_its_values(view):
 
 
 @BOTH
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_scale_is_a_factor_on_the_gradients(dtype, fused):
-    """As if they had been multiplied before; they stay as they were, for the next micro-batch."""
-    torch.manual_seed(4)
-    start = torch.randn(300, dtype=dtype)
-    one, other = leaf(start), leaf(start)
-    first, second = (AdamW([p], lr=0.01, weight_decay=0.1, fused=fused) for p in (one, other))
-    for scale in (1.0, 0.25, 2.0, 0.5):  # powers of two: the product is exact
-        new = gradient((300,), dtype)
-        one.grad, other.grad = new.clone(), new * scale
-        first.step(scale=scale)
-        second.step()
-        assert torch.equal(one.grad, new) or (fused and scale != 1)
-    assert torch.equal(one, other)
-    assert not torch.equal(one, start)
-
-
-@BOTH
 @pytest.mark.parametrize(("eps", "decay"), [(0.0, 0.0), (1e-3, 0.3)])
 @pytest.mark.parametrize(("dtype", "allowed"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 def test_equals_torch_where_both_define_the_same(eps, decay, dtype, allowed, fused):
@@ -221,19 +193,10 @@ def test_closure_is_called_with_gradients_on():
 # ---------------------------------------------------------------------------- state
 
 
-def through_torch_save(state):
-    """To bytes and back, without executing anything."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=True)
-
-
 @BOTH
-@pytest.mark.parametrize("carry", [through_torch_save, copy.deepcopy, lambda state: state])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_resumed_run_continues_bit_for_bit(carry, dtype, fused):
-    """Two groups, a parameter without a gradient so far; moments keep every bit, and are copies."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_resumed_run_continues_bit_for_bit(dtype, fused):
+    """Two groups, and a parameter without a gradient so far, through a file."""
 
     def make(parameters):
         last = {"params": parameters[2:], "lr": 0.02, "betas": (0.5, 0.9)}
@@ -252,27 +215,15 @@ def test_resumed_run_continues_bit_for_bit(carry, dtype, fused):
     adam = make(parameters)
     advance(adam, parameters, 0, 10)
     copies = [leaf(p) for p in parameters]
-    resumed = make(copies)
-    resumed.load_state_dict(carry(adam.state_dict()))
-    assert resumed.param_groups[1]["lr"] == 0.02
+    resumed, file = make(copies), io.BytesIO()
+    torch.save(adam.state_dict(), file)
+    file.seek(0)
+    resumed.load_state_dict(torch.load(file, weights_only=True))
     advance(resumed, copies, 10, 30)
     advance(adam, parameters, 10, 30)
     for p, other in zip(parameters, copies, strict=True):
         assert torch.equal(p, other)
         torch.testing.assert_close(adam.state[p], resumed.state[other], rtol=0, atol=0)
-        wide = torch.promote_types(dtype, torch.float32)
-        assert {resumed.state[other][name].dtype for name in MOMENTS} == {wide}
-
-
-def test_state_of_parameters_of_other_shapes_is_refused():
-    parameter = leaf(torch.ones(4))
-    parameter.grad = torch.ones(4)
-    adam = AdamW([parameter])
-    adam.step()
-    with pytest.raises(ValueError, match=r"AdamW: .*parameter 0"):
-        AdamW([leaf(torch.ones(5))]).load_state_dict(adam.state_dict())
-    with pytest.raises(ValueError, match="group"):
-        AdamW([leaf(torch.ones(4)), leaf(torch.ones(4))]).load_state_dict(adam.state_dict())
 
 
 # ---------------------------------------------------------------------------- refusals
@@ -287,15 +238,13 @@ BAD += [("betas[1]", {"betas": (0.9, bad)}) for bad in (1.5, math.nan)]
 def test_bad_hyperparameter_is_refused_by_name(name, options):
     """As an argument, in a group, and in a group added later."""
     one, other = leaf(torch.ones(1)), leaf(torch.ones(1))
-    good = AdamW([other])
     for make in (
         lambda: AdamW([one], **options),
         lambda: AdamW([{"params": [other]}, {"params": [one], **options}]),
-        lambda: good.add_param_group({"params": [one], **options}),
+        lambda: AdamW([other]).add_param_group({"params": [one], **options}),
     ):
-        with pytest.raises(ValueError) as caught:
+        with pytest.raises(ValueError, match=re.escape(f"AdamW: {name} is ")):
             make()
-        assert f"AdamW: {name} is " in str(caught.value)
 
 
 @BOTH
@@ -338,42 +287,29 @@ def test_frozen_parameters_are_left_out(tiny):
 
 # ---------------------------------------------------------------------------- schedule
 
+SCHEDULES = [
+    ("linear", 0.4, [0.25, 0.5, 0.75, 1, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]),
+    ("constant", 0.5, [0.25, 0.5, 0.75, 1, 1, 1, 1, 1]),
+    ("linear", 0.1, [1, 0.75, 0.5, 0.25]),  # less than half a step of warm-up is none
+    ("linear", 1.0, [0.25, 0.5, 0.75, 1]),
+]
 
-@pytest.mark.parametrize(
-    ("schedule", "warmup", "expected"),
-    [
-        ("linear", 0.4, [0.25, 0.5, 0.75, 1, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]),
-        ("constant", 0.5, [0.25, 0.5, 0.75, 1, 1, 1, 1, 1]),
-        ("linear", 0.1, [1, 0.75, 0.5, 0.25]),  # less than half a step of warm-up is none
-        ("linear", 1.0, [0.25, 0.5, 0.75, 1]),
-    ],
-)
+
+@pytest.mark.parametrize(("schedule", "warmup", "expected"), SCHEDULES)
 def test_schedule_by_hand(schedule, warmup, expected):
-    """Up to 1, then down to one step above 0, or staying."""
     factors = [lr_factor(schedule, warmup, step, len(expected)) for step in range(len(expected))]
     assert factors == pytest.approx(expected, rel=1e-15)
 
 
-@settings(max_examples=150)
-@given(st.sampled_from(["linear", "constant"]), st.integers(1, 300), st.floats(0, 1))
-def test_schedule_has_its_shape_for_any_lengths(schedule, total, warmup):
-    """In (0, 1], reaching 1; up over the warm-up, then never up; no jump larger than its slope."""
-    factors = [lr_factor(schedule, warmup, step, total) for step in range(total)]
-    assert all(0 < factor <= 1 for factor in factors)
-    assert max(factors) == 1
-    steps = factors.index(1) + 1  # of warm-up, at least 1 here
-    assert abs(max(steps, warmup * total) - max(1, warmup * total)) <= 1
-    slopes = np.diff(factors)
-    rise, fall = slopes[: steps - 1], slopes[steps - 1 :]
-    np.testing.assert_allclose(rise, 1 / steps, rtol=0, atol=1e-12)
-    steepest = 1 / max(1, total - steps) if schedule == "linear" else 0
-    assert ((-steepest - 1e-12 <= fall) & (fall <= 1e-12)).all()
-    if schedule == "linear" and len(fall):
-        assert factors[-1] <= 1 / (total - steps)
-
-
-@pytest.mark.parametrize("step", [0, 9])
-def test_unknown_schedule_is_refused_from_the_first_step(step):
-    """Not only once the warm-up is over."""
-    with pytest.raises(ValueError, match=r"'cosine'.*linear or constant"):
-        lr_factor("cosine", 0.3, step, 10)
+@pytest.mark.parametrize("name", ["linear", "constant_with_warmup"])
+@settings(max_examples=50)
+@given(st.integers(1, 300), st.floats(0, 1))
+def test_schedule_equals_transformers(name, total, warmup):
+    """Which begins a step earlier, with a rate of 0."""
+    steps, sgd = round(warmup * total), torch.optim.SGD([torch.ones(1)])
+    assume(steps < total)
+    [factor] = transformers.get_scheduler(name, sgd, steps, total).lr_lambdas
+    for step in range(total):
+        expected = factor(step + (step < steps))
+        ours = lr_factor(name.split("_")[0], warmup, step, total)
+        assert ours == pytest.approx(expected, rel=1e-12)

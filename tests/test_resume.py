@@ -1,10 +1,8 @@
 """A run that is interrupted anywhere and resumed leaves the same bits as one that never was.
 
-Interruptions are of three kinds: an exception at a chosen write, in this process; `kill -9` at
-random moments, and signals, in processes of their own.
+Here by an exception at a chosen write, in this process, and by `kill -9` at random moments.
 """
 
-import json
 import os
 import random
 import signal
@@ -18,7 +16,6 @@ from conftest import quick_run, run_contents
 import classifier
 import multitask_classifier
 import simcse
-from engine.checkpoint import read_state
 from engine.run_dir import RunDir
 
 SAMPLE = Path(__file__).resolve().parent.parent / "data" / "sample"
@@ -30,7 +27,29 @@ class Death(BaseException):
     """Not an Exception: nothing may take it for an error that it knows."""
 
 
-# ---------------------------------------------------------------------------- at chosen writes
+@pytest.fixture
+def die_at(monkeypatch):
+    """`die_at(n)`: the n-th write from now on fails, a line of the log or a file being replaced."""
+    left = 0
+
+    def mortal(function):
+        def call(*args, **kwargs):
+            nonlocal left
+            left -= 1
+            if left == 0:
+                raise Death
+            return function(*args, **kwargs)
+
+        return call
+
+    def start(count):
+        nonlocal left
+        left = count
+
+    monkeypatch.setattr(RunDir, "log", mortal(RunDir.log))
+    monkeypatch.setattr(os, "replace", mortal(os.replace))
+    return start
+
 
 JOBS = {
     "probe": "--option pretrain --sampling annealed",
@@ -44,30 +63,15 @@ JOBS = {
 
 
 @pytest.mark.parametrize("job", JOBS)
-def test_a_death_at_any_write_costs_nothing(job, tiny, data, tmp_path, run_script, monkeypatch):
-    """At lines of the log, and at files and folders that are about to be replaced."""
+def test_a_death_at_any_write_costs_nothing(job, tiny, data, tmp_path, run_script, die_at):
     script = SCRIPTS.get(job, multitask_classifier)
     data = SAMPLE if script is simcse else data
     more = (*SAVING, *JOBS[job].split())
     code, _, err = run_script(script, *quick_run(tiny, data, tmp_path / "whole", *more))
     assert code == 0, err
-    left = 0
-
-    def mortal(function):
-        def call(*args, **kwargs):
-            nonlocal left
-            left -= 1
-            if left == 0:
-                raise Death
-            return function(*args, **kwargs)
-
-        return call
-
-    monkeypatch.setattr(RunDir, "log", mortal(RunDir.log))
-    monkeypatch.setattr(os, "replace", mortal(os.replace))
     flags = quick_run(tiny, data, tmp_path / "broken", *more, "--resume")
     for deaths in range(200):
-        left = 8 + 3 * deaths
+        die_at(8 + 3 * deaths)
         with suppress(Death):
             code, _, err = run_script(script, *flags)
             assert code == 0, err
@@ -80,24 +84,13 @@ def test_a_death_at_any_write_costs_nothing(job, tiny, data, tmp_path, run_scrip
     assert not list((tmp_path / "broken").rglob(".*"))
 
 
-# ---------------------------------------------------------------------------- in processes
-
-
-def wait(forker) -> tuple[int, str]:
-    """Its exit code, and what it printed: errors last."""
-    (code,), out, err = forker.wait()
-    assert "Traceback" not in err, err
-    return code, out + err
-
-
 def test_kill_9_at_20_random_moments(forker, tiny, data, tmp_path):
     """In loading, steps, evaluations, saving, predictions; every killed run is resumed."""
     more = (*SAVING, "--option", "finetune", "--eval_every", 4, "--epochs", 1)
     started = time.perf_counter()
     forker.run(1, "multitask_classifier", quick_run(tiny, data, tmp_path / "whole", *more))
     seconds = time.perf_counter() - started
-    whole = run_contents(tmp_path / "whole")
-    rng = random.Random(1)
+    whole, rng = run_contents(tmp_path / "whole"), random.Random(1)
     kills = finished = 0
     while kills < 20 or not finished:
         run = tmp_path / f"run{finished}"
@@ -106,34 +99,14 @@ def test_kill_9_at_20_random_moments(forker, tiny, data, tmp_path):
             time.sleep(rng.random() * seconds)
             with suppress(ProcessLookupError):  # it has finished already
                 os.kill(forker.pids[0], signal.SIGKILL)
-        code, output = wait(forker)
+        (code,), _, err = forker.wait()
         if code == -signal.SIGKILL:
             kills += 1
             continue
-        assert code == 0, output
+        assert code == 0 and "Traceback" not in err, err
         seconds *= 0.8  # too late: be quicker
         assert run_contents(run) == whole
         finished += 1
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_a_script_after_its_step(forker, tiny, data, tmp_path, number):
-    """And the script says how to continue."""
-    more = ("--option", "finetune", "--epochs", 300, "--save_every", 0)
-    forker.start(1, "classifier", quick_run(tiny, data, tmp_path / "run", *more))
-    log, deadline = tmp_path / "run/log.jsonl", time.monotonic() + 60
-    while not (log.exists() and log.read_text().count("\n") > 8):
-        assert time.monotonic() < deadline, "no steps"
-        time.sleep(0.01)
-    os.kill(forker.pids[0], number)
-    code, output = wait(forker)
-    assert code == 130, output
-    state = read_state(tmp_path / "run/last/state.safetensors")[1]
-    steps = [json.loads(line)["step"] for line in log.read_text().splitlines() if "train" in line]
-    assert state["step"] == 1 + max(steps)
-    last = output.strip().splitlines()[-1]
-    assert f"stopped at step {state['step']}; " in last
-    assert f"--run_dir {tmp_path / 'run'} --resume" in last
 
 
 def test_a_signal_before_the_predictions_is_heeded(tiny, data, tmp_path, run_script, monkeypatch):
@@ -154,23 +127,6 @@ def test_a_signal_before_the_predictions_is_heeded(tiny, data, tmp_path, run_scr
     assert code == 0 and "training had finished" in out
 
 
-@pytest.fixture
-def stopped(tiny, data, tmp_path, run_script, monkeypatch) -> list[str]:
-    """The flags that resume a run of 18 steps that died in step 12."""
-    log = RunDir.log
-
-    def log_and_die(self, kind, step, **figures):
-        if step == 12:
-            raise Death
-        log(self, kind, step, **figures)
-
-    flags = quick_run(tiny, data, tmp_path / "run", *SAVING, "--option", "finetune")
-    with monkeypatch.context() as patch, pytest.raises(Death):
-        patch.setattr(RunDir, "log", log_and_die)
-        run_script(multitask_classifier, *flags)
-    return [*flags, "--resume"]
-
-
 def test_the_latest_unfinished_run_is_resumed(train, tiny, data, tmp_path, monkeypatch, run_script):
     """Of that script and option, if --run_dir is not given."""
     monkeypatch.chdir(tmp_path)
@@ -189,17 +145,22 @@ def test_the_latest_unfinished_run_is_resumed(train, tiny, data, tmp_path, monke
 LARGEST_FILE = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0}))"
 
 
-def test_a_full_disk_is_named_and_the_state_stays(forker, stopped, train, tmp_path, run_script):
+def test_a_full_disk_is_named_and_the_state_stays(
+    forker, train, tiny, data, tmp_path, run_script, die_at
+):
     """A limit on the size of files stands for the disk; with room again the run goes on."""
+    flags = quick_run(tiny, data, tmp_path / "run", *SAVING, "--option", "finetune", "--resume")
+    die_at(20)
+    with pytest.raises(Death):
+        run_script(multitask_classifier, *flags)
     path = tmp_path / "run/last/state.safetensors"
     before = path.read_bytes()
-    patch = LARGEST_FILE.format(len(before) // 2)
-    forker.start(1, "multitask_classifier", stopped, patch)
-    code, output = wait(forker)
-    line = output.strip().splitlines()[-1]
+    forker.start(1, "multitask_classifier", flags, LARGEST_FILE.format(len(before) // 2))
+    (code,), _, err = forker.wait()
+    line = err.strip().splitlines()[-1]
     assert code == 2 and "error: " in line and str(path) in line
     assert path.read_bytes() == before
     assert not list((tmp_path / "run").rglob("*.tmp"))
-    assert run_script(multitask_classifier, *stopped)[0] == 0
+    assert run_script(multitask_classifier, *flags)[0] == 0
     train(multitask_classifier, tmp_path / "whole", *SAVING, "--option", "finetune")
     assert run_contents(tmp_path / "run") == run_contents(tmp_path / "whole")

@@ -10,7 +10,6 @@ from argparse import Namespace
 from pathlib import Path
 from unittest.mock import Mock
 
-import numpy as np
 import pytest
 import torch
 
@@ -23,7 +22,6 @@ DATA = {"train.csv": "abc", "dev.csv": "def"}
 
 
 def arguments(path: Path, *, resume: bool = False, **changes) -> Namespace:
-    """A command line."""
     defaults = {"lr": 1e-5, "model": Path("a model"), "save_every": "10m", "keep_last": False}
     return Namespace(run_dir=path, resume=resume, seed=3, **{**defaults, **changes})
 
@@ -71,7 +69,6 @@ def test_a_run_records_what_it_takes_to_repeat_it(tmp_path, monkeypatch):
     assert config["data"] == DATA and config["device"] == "cpu"
     assert shlex.split(config["command"])[1:] == sys.argv
     assert config["versions"]["torch"] == torch.__version__
-    assert config["versions"]["numpy"] == np.__version__
     assert config["hardware"]["threads"] == torch.get_num_threads()
     assert config["python"] == sys.version.split()[0] and config["processes"] == 1
     assert {"commit", "uncommitted_changes", "started"} <= config.keys()
@@ -172,15 +169,9 @@ def test_other_arguments_and_data_are_refused_by_name(interrupted):
     start(interrupted, resume=True, save_every="5", keep_last=True).close()
 
 
-def test_a_damaged_record_state_or_log_is_refused_and_nothing_executed(interrupted, tmp_path):
-    trap = type("Trap", (), {"__reduce__": lambda _: (Path.touch, (tmp_path / "executed",))})()
-    torch.save({"weight": trap}, tmp_path / "pickle")
-    pickled = (tmp_path / "pickle").read_bytes()
-    for name, damaged in (
-        ("config.json", [b"{", b"[]", b"{}", b'{"arguments": 3}']),
-        ("last/state.safetensors", [b"", b"x" * 500, pickled]),
-        ("log.jsonl", [b""]),
-    ):
+def test_a_damaged_record_state_or_log_is_refused(interrupted):
+    damages = {"config.json": [b"{", b"[]", b"{}", b'{"arguments": 3}'], "log.jsonl": [b""]}
+    for name, damaged in {**damages, "last/state.safetensors": [b"", b"x" * 500]}.items():
         path = interrupted / name
         whole = path.read_bytes()
         for content in damaged:
@@ -188,7 +179,6 @@ def test_a_damaged_record_state_or_log_is_refused_and_nothing_executed(interrupt
             assert str(path) in refused(interrupted)
         path.write_bytes(whole)
     start(interrupted, resume=True).close()
-    assert not (tmp_path / "executed").exists()
 
 
 def test_a_folder_that_vanishes_is_named(tmp_path):
@@ -202,9 +192,8 @@ def test_a_folder_that_vanishes_is_named(tmp_path):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
 def test_a_log_on_a_full_disk_is_named(interrupted):
     run = start(interrupted, resume=True)
-    log, run._log = run._log, open("/dev/full", "ab", buffering=0)  # noqa: SIM115
-    with pytest.raises(OSError) as caught:
+    with open("/dev/full", "ab", buffering=0) as full, pytest.raises(OSError) as caught:
+        run._log = full
         run.log("train", 1, loss=1.0)
-    assert caught.value.errno == errno.ENOSPC and caught.value.filename
+    assert caught.value.errno == errno.ENOSPC and caught.value.filename == "/dev/full"
     run.close()
-    log.close()
