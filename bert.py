@@ -253,15 +253,26 @@ class BertModel(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, name: str | Path, *, local_files_only: bool = False, **overrides: Any
+        cls,
+        name: str | Path,
+        *,
+        config: BertConfig | None = None,
+        local_files_only: bool = False,
+        cache_dir: str | Path | None = None,
+        revision: str | None = None,
+        **overrides: Any,
     ) -> "BertModel":
         """Load a HuggingFace BERT checkpoint, in float32 and evaluation mode.
 
-        name: a folder, a hub id, or a bundled model. overrides: fields of `BertConfig` to change,
-        such as `hidden_dropout_prob=0.3`; None keeps the checkpoint's own.
+        name: a folder, a hub id (`cache_dir`, `revision` and `local_files_only` are for these), or
+        a bundled model. config: instead of the checkpoint's config.json. overrides: fields of
+        `BertConfig` to change, such as `hidden_dropout_prob=0.3`; None keeps the checkpoint's own.
         """
-        folder = resolve_model(name, local_files_only=local_files_only)
-        config = BertConfig.from_file(folder / "config.json")
+        for key in set(overrides) - {field.name for field in fields(BertConfig)}:
+            raise TypeError(f"BertModel.from_pretrained: {key} is not supported")
+        options = {"local_files_only": local_files_only, "cache_dir": cache_dir}
+        folder = resolve_model(name, revision=revision, **options)
+        config = config or BertConfig.from_file(folder / "config.json")
         overrides = {name: value for name, value in overrides.items() if value is not None}
         config = BertConfig(**{**asdict(config), **overrides})
         tensors, source = read_weights(folder)
@@ -299,9 +310,12 @@ HUB_NAMES = {
     "bert_layers.{}.out_layer_norm": "encoder.layer.{}.output.LayerNorm",
     "pooler_dense": "pooler.dense",
 }
-# What checkpoints hold besides the encoder: heads for pre-training, classification and question
-# answering, and a constant buffer.
-IGNORED = re.compile(r"(cls|classifier|qa_outputs)\..*|embeddings\.position_ids")
+# What checkpoints hold besides the encoder: a constant buffer, and the heads for pre-training,
+# classification and question answering, which need no mention.
+ENCODER_PARTS = ("embeddings", "encoder", "pooler")
+KNOWN_HEADS = ("cls", "classifier", "qa_outputs")
+IGNORED = re.compile(rf"({'|'.join(KNOWN_HEADS)})\..*|embeddings\.position_ids")
+WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+")  # of DataParallel and torch.compile
 
 
 def hub_name(name: str) -> str:
@@ -311,36 +325,48 @@ def hub_name(name: str) -> str:
     return HUB_NAMES[re.sub(r"\d+", "{}", module)].format(layer) + "." + kind
 
 
+def encoder_names(tensors: dict[str, Tensor], source: Path) -> dict[str, str]:
+    """The encoder's tensors in a checkpoint: stored name -> HuggingFace's name in a plain model."""
+    names = {stored: WRAPPERS.sub("", stored) for stored in tensors}
+    if any(name.startswith("bert.") for name in names.values()):
+        # A model with heads: what is neither `bert.` nor of the encoder is theirs.
+        heads = {name.split(".")[0] for name in names.values()} - {"bert", *ENCODER_PARTS}
+        names = {stored: n for stored, n in names.items() if n.split(".")[0] not in heads}
+        names = {stored: name.removeprefix("bert.") for stored, name in names.items()}
+        if heads := sorted(heads - {*KNOWN_HEADS}):
+            print(f"note: {source}: not loaded, as of a head: {', '.join(heads)}", file=sys.stderr)
+    # The published bert-base-uncased still has TensorFlow's names of LayerNorm's weights.
+    for tensorflow, name in {"gamma": "weight", "beta": "bias"}.items():
+        pattern = rf"(?<=LayerNorm\.){tensorflow}$"
+        names = {stored: re.sub(pattern, name, old) for stored, old in names.items()}
+    return {stored: name for stored, name in names.items() if not IGNORED.fullmatch(name)}
+
+
 @torch.no_grad()
 def load_weights(
     model: BertModel, tensors: dict[str, Tensor], source: Path, pooler: dict[str, Tensor]
 ) -> None:
     """Copy the tensors of a checkpoint into `model`, strictly both ways.
 
-    A `bert.` prefix and TensorFlow's `gamma` and `beta` are accepted. `pooler` wins over the
-    checkpoint's own; if neither has one, it keeps its random weights. UserError names a tensor that
-    is missing, unexpected, duplicate or misshapen.
+    A `bert.` prefix, TensorFlow's `gamma` and `beta`, and heads are accepted. `pooler` wins over
+    the checkpoint's own; if neither has one, it keeps its random weights. UserError names a tensor
+    that is missing, unexpected, duplicate or misshapen.
     """
     # Nothing is skipped silently: a checkpoint that half fits would train to a bad score.
     expected = {hub_name(name): parameter for name, parameter in model.named_parameters()}
     weights: dict[str, Tensor] = {}
-    for original, tensor in tensors.items():
-        name = original.removeprefix("bert.")  # in checkpoints with heads
-        # The published bert-base-uncased still has TensorFlow's names of LayerNorm's weights.
-        name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name)
-        name = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name)
-        if IGNORED.fullmatch(name):
-            continue
+    for stored, name in encoder_names(tensors, source).items():
+        tensor = tensors[stored]
         if name not in expected:
-            raise UserError(f"{source}: {original} is not a weight of the model in config.json")
+            raise UserError(f"{source}: {stored} is not a weight of the model in config.json")
         if name in weights:
-            raise UserError(f"{source}: {original} is there twice, under two names")
+            raise UserError(f"{source}: {stored} is there twice, under two names")
         if tensor.shape != expected[name].shape:
             raise UserError(
-                f"{source}: {original} has shape {tuple(tensor.shape)}, but config.json makes it"
+                f"{source}: {stored} has shape {tuple(tensor.shape)}, but config.json makes it"
                 f" {tuple(expected[name].shape)}"
             )
-        check_weight(original, tensor, source)
+        check_weight(stored, tensor, source)
         weights[name] = tensor
     missing = [name for name in expected if name not in weights]
     if missing and missing != [name for name in expected if name.startswith("pooler.")]:

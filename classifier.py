@@ -29,7 +29,7 @@ SINGLE_TASK = {
 
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     """The command line, checked and completed."""
-    parser = cli.ArgumentParser(__doc__.splitlines()[0])
+    parser = cli.ArgumentParser(__doc__)
     parser.add_argument("--task", choices=["sst", "cfimdb"], default="sst", help="what to train on")
     add_supervised_flags(parser)
     cli.add_training_flags(parser, POOLINGS)

@@ -6,6 +6,7 @@
     python evaluation.py runs/NAME --submit FILE.zip
     python evaluation.py runs/NAME --compare runs/OTHER
     python evaluation.py runs/NAME --export onnx                        # after ./setup.sh --dev
+    python evaluation.py runs/NAME --export course                      # pytorch_model.bin
 
 Batch size, precision, pooling, pair encoding and dev files are those that the run recorded.
 """
@@ -27,9 +28,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bert import hub_name
 from datasets import Batch, Example, TaskDataset, TokenizedDataset, read_examples
 from engine import distributed
-from engine.checkpoint import atomic_file, check_new_file, read_json, read_text, write_text
+from engine.checkpoint import (
+    atomic_file,
+    check_new_file,
+    checksum,
+    read_json,
+    read_text,
+    write_text,
+)
 from engine.cli import ArgumentParser, run_script
 from engine.device import catch_out_of_memory, setup_device
 from engine.errors import TrainingDiverged, UserError, reading
@@ -264,12 +273,12 @@ def run_facts(
 ) -> dict[str, Any]:
     """What `config.json` records of a run's data (split -> a dataset per task) and model."""
     return {
-        "data": {str(d.path): d.checksum for tasks in datasets.values() for d in tasks},
+        "data": {str(d.path.absolute()): d.checksum for tasks in datasets.values() for d in tasks},
+        "model_checksum": checksum(model.bert.state_dict(), str(model.tokenizer)),
         "device": str(model.device),
         "precision": str(model.dtype).removeprefix("torch."),
         "decoders": model.decoders,
         "rows": {split: {d.name: len(d) for d in tasks} for split, tasks in datasets.items()},
-        # Absolute, so that a run can be evaluated from another working directory.
         "files": {
             split: {d.name: str(d.path.absolute()) for d in tasks}
             for split, tasks in datasets.items()
@@ -317,7 +326,13 @@ class SavedRun:
         # --sst_dev_out of multitask_classifier.py, --dev_out of classifier.py.
         flags = (f"{task.name}_{split}_out", f"{split}_out")
         default = self.folder / "predictions" / f"{task.name}-{split}-output.csv"
-        return Path(next((self.arguments[f] for f in flags if self.arguments.get(f)), default))
+        given = next((self.arguments[f] for f in flags if self.arguments.get(f)), default)
+        if not Path(given).is_absolute() and given != default:  # an older record
+            raise UserError(
+                f"{self.folder / 'config.json'}: does not say in which folder {given} is: make that"
+                " path absolute there"
+            )
+        return Path(given)
 
 
 def note(*lines: object) -> None:
@@ -352,7 +367,9 @@ def evaluate_run(run: SavedRun, args: Namespace) -> None:
     print(format_json(result))
     # On the same files the figures must be those that the run recorded.
     recorded = run.folder / "result.json"
-    if args.data_dir is None and recorded.exists():
+    if not recorded.exists():
+        note(f"{run.folder}: has not finished; these are its best weights so far")
+    elif args.data_dir is None:
         same = read_json(recorded).get("dev") == result["dev"]
         note(f"{recorded}: {'the same metrics, bit for bit' if same else 'DIFFERENT metrics'}")
 
@@ -485,12 +502,19 @@ class ExportedEncoder(nn.Module):
 
 
 def export(run: SavedRun, args: Namespace) -> None:
-    """Write the run's encoder as ONNX."""
-    path = args.out or run.folder / "best" / "onnx" / "model.onnx"  # where the hub looks for it
+    """Write the run's encoder as ONNX, or as the file that the course's own `BertModel` loads."""
+    # Where the hub and the course look for it.
+    name = {"onnx": "onnx/model.onnx", "course": "pytorch_model.bin"}[args.export]
+    path = args.out or run.folder / "best" / name
     check_new_file(path)
     model = MultitaskBERT.from_pretrained(run.folder)
-    limit = model.bert.config.max_position_embeddings
-    write_onnx(path, ExportedEncoder(model).eval(), ExportedEncoder.OUTPUTS, limit)
+    if args.export == "onnx":
+        limit = model.bert.config.max_position_embeddings
+        write_onnx(path, ExportedEncoder(model).eval(), ExportedEncoder.OUTPUTS, limit)
+    else:
+        tensors = {f"bert.{hub_name(n)}": p.detach() for n, p in model.bert.named_parameters()}
+        with atomic_file(path) as draft:
+            torch.save(tensors, draft)
     print(path)
 
 
@@ -516,14 +540,17 @@ TAKEN_BY = {
 
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     """The command line, checked; `action` is a key of `ACTIONS`."""
-    parser = ArgumentParser(__doc__.splitlines()[0])
+    parser = ArgumentParser(__doc__)
     parser.add_argument("run", type=Path, help="a run folder")
     add = parser.add_mutually_exclusive_group().add_argument
     add("--data", type=Path, metavar="FILE", help="predict a csv file in the course's format")
     add("--text", action="append", help="predict a sentence, or a pair: --text A --text B")
     add("--submit", type=Path, metavar="ZIP", help="check the predictions, and pack them")
     add("--compare", type=Path, metavar="OTHER", help="compare dev metrics with another run's")
-    add("--export", choices=["onnx"], help="write the encoder as ONNX (after ./setup.sh --dev)")
+    export_help = (
+        "write the encoder as ONNX (after ./setup.sh --dev), or for the course's BertModel"
+    )
+    add("--export", choices=["onnx", "course"], help=export_help)
     add = parser.add_argument
     add("--task", help="the task whose columns the file of --data has")
     add("--out", type=Path, help="a new file, for --data (predictions) or --export (the model)")

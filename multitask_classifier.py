@@ -73,7 +73,7 @@ def add_supervised_flags(parser: ArgumentParser) -> None:
     add("--lr", type=cli.POSITIVE, help="peak learning rate (default: pretrain 1e-2, else 5e-5)")
     head_help = "peak rate of the heads if BERT is trained too (default: 1e-2)"
     add("--head_lr", type=cli.POSITIVE, help=head_help)
-    add("--no_test", action="store_true", help="neither read nor predict the test files")
+    add("--no_test", action="store_true", help="do not read or predict the test files")
 
 
 def add_file_flags(add: Callable[..., Any], prefix: str, title: str) -> None:
@@ -88,7 +88,7 @@ def add_file_flags(add: Callable[..., Any], prefix: str, title: str) -> None:
 
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     """The command line, checked and completed."""
-    parser = cli.ArgumentParser(__doc__.splitlines()[0])
+    parser = cli.ArgumentParser(__doc__)
     add_supervised_flags(parser)
     add = parser.add_argument_group("multitask training").add_argument
     add("--tasks", default="sst,para,sts", help=f"comma-separated; there are {', '.join(TASKS)}")
@@ -135,6 +135,8 @@ def check_multitask_args(args: Namespace, parser: ArgumentParser) -> None:
     """Split --tasks, and refuse flags that have no effect with them."""
     args.tasks = [name.strip() for name in args.tasks.split(",")]
     listed = ",".join(args.tasks)
+    for task in set(args.tasks) - set(TASKS):
+        parser.error(f"--tasks {task}: no such task; there are {', '.join(TASKS)}")
     if len(set(args.tasks)) < len(args.tasks):
         parser.error(f"--tasks {listed}: name each task once")
     # A file of a task that is left out would never be read.
@@ -415,7 +417,7 @@ def run_training(args: Namespace) -> dict[str, Any]:
         run = RunDir.start_or_resume(args, **run_facts(model, datasets))
         with closing(run):
             # 4. Train, then predict with the best weights.
-            print(f"run folder: {run.path}")
+            print(f"run folder: {run.path} (on {device}, {dtype})")
             dev = datasets["dev"]
             baselines = {d.name: baseline(model, d, args.batch_size) for d in dev}
             trainer = train_by_option(args, model, datasets, run)

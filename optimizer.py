@@ -184,8 +184,9 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
 def lr_factor(schedule: str, warmup: float, step: int, total: int) -> float:
     """The factor on the learning rate at `step` (0, 1, ... total - 1).
 
-    It rises linearly over the first `warmup` of the steps, a fraction of them. Then "linear" falls
-    along a line that would reach 0 at step `total`, and "constant" stays at 1.
+    It rises linearly over the first `warmup` of the steps, a fraction of them, from 1 / (their
+    number): where transformers starts, at 0, a step would change nothing. Then "linear" falls along
+    a line that would reach 0 at step `total`, and "constant" stays at 1.
     """
     # Adam's first steps rest on few gradients: they are kept small.
     warmup_steps = round(warmup * total)

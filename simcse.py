@@ -41,7 +41,7 @@ from tokenizer import BertTokenizer
 
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     """The command line, checked and completed."""
-    parser = cli.ArgumentParser(__doc__.splitlines()[0])
+    parser = cli.ArgumentParser(__doc__)
     add = parser.add_argument_group("method").add_argument
     modes = ["supervised", "unsupervised"]
     add("--mode", choices=modes, default=modes[0], help="NLI triples, or sentences with themselves")
@@ -292,7 +292,7 @@ def run_training(args: Namespace) -> dict[str, Any]:
         distributed.broadcast_parameters(model.to(device))
         run = RunDir.start_or_resume(args, **run_facts(model, {"train": [nli], "dev": [dev]}))
         with closing(run):
-            print(f"run folder: {run.path}")
+            print(f"run folder: {run.path} (on {device}, {dtype})")
             return train(args, model, nli, dev, run)
 
 

@@ -155,7 +155,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     hub = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"  # as huggingface_hub does
     course_url = os.environ.get("MINBERT_COURSE_URL") or COURSE_URL
     nli_url = os.environ.get("MINBERT_NLI_URL") or f"{hub.rstrip('/')}/{NLI_PATH}"
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").partition("\n")[0], allow_abbrev=False
+    )
     parser.error = fail  # one line, without the usage
     default = Path(__file__).resolve().parent
     parser.add_argument("--out", type=Path, default=default, help="folder (default: data/)")

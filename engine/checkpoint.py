@@ -84,12 +84,18 @@ def check_new_file(path: Path) -> None:
             raise UserError(f"{path}: {folder} is not a folder that you can write to")
 
 
+def _temporary(path: Path, suffix: str = "tmp") -> Path:
+    """A name beside `path` for this process alone, within the limit of 255 bytes."""
+    name = path.name.encode(errors="surrogateescape")[:200].decode(errors="ignore")
+    return path.with_name(f".{name}.{os.getpid()}.{suffix}")
+
+
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write to; it replaces `path` only if the block succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # In the same folder: a rename between file systems would be a copy.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     try:
         yield temporary
         with open(temporary, "rb") as file:
@@ -110,8 +116,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     `restore_folder` puts it back.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    temporary, old = _temporary(path), _temporary(path, "old")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir()
@@ -169,7 +174,7 @@ def write_state(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -
     """Write tensors and a JSON object as one file, so that neither is ever newer than the other."""
     # The facts travel in the header of the tensors' file.
     text = json.dumps(facts, allow_nan=False)
-    write_tensors(path, tensors, {"facts": text, "checksum": _checksum(tensors, text)})
+    write_tensors(path, tensors, {"facts": text, "checksum": checksum(tensors, text)})
 
 
 def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -178,12 +183,12 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     with reading(path, "a saved training state"):
         with safe_open(path, "pt") as file:
             header = file.metadata()
-        if _checksum(tensors, header["facts"]) != header["checksum"]:
+        if checksum(tensors, header["facts"]) != header["checksum"]:
             raise ValueError("wrong checksum")
         return tensors, json.loads(header["facts"])
 
 
-def _checksum(tensors: dict[str, Tensor], text: str) -> str:
+def checksum(tensors: dict[str, Tensor], text: str) -> str:
     """CRC-32 of all names, dtypes, shapes and bytes: detects damage, not tampering."""
     value = zlib.crc32(text.encode())
     for name in sorted(tensors):

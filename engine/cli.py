@@ -9,8 +9,9 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from engine import distributed
 from engine.errors import UserError
@@ -28,14 +29,11 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 class ArgumentParser(argparse.ArgumentParser):
     """An argument parser that reports an error in one line and exits with code 2."""
 
-    def __init__(self, description: str, **options: Any):
-        super().__init__(
-            # An abbreviation would become ambiguous, or another flag, when flags are added.
-            description=description,
-            formatter_class=_HelpFormatter,
-            allow_abbrev=False,
-            **options,
-        )
+    def __init__(self, doc: str | None = None, **options: Any):
+        # The first line of the script's docstring, which `python -OO` has removed.
+        options.setdefault("description", (doc or "").partition("\n")[0])
+        # An abbreviation would become ambiguous, or another flag, when flags are added.
+        super().__init__(formatter_class=_HelpFormatter, allow_abbrev=False, **options)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         """As the base class; refuses words that are not UTF-8, which no record could hold."""
@@ -47,8 +45,10 @@ class ArgumentParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print the message and exit with code 2."""
         line = f"{self.prog}: error: {message} (--help lists the flags)\n"
-        # All processes that torchrun starts have the same command line: one reports.
-        self.exit(2, line if os.environ.get("LOCAL_RANK", "0") == "0" else "")
+        # All processes that torchrun starts have the same command line: one reports. (LOCAL_RANK
+        # alone may be left over from another program.)
+        rank = os.environ.get("RANK", "0") if "WORLD_SIZE" in os.environ else "0"
+        self.exit(2, line if rank == "0" else "")
 
 
 # ---------------------------------------------------------------------------- flag types
@@ -146,10 +146,14 @@ def complete_training_args(
 
 def _latest_run(name: str) -> Path | None:
     """The latest unfinished run of that name under runs/, or else the latest."""
-    # Names end with the time, so the greatest is the latest.
-    runs = sorted(path.parent for path in Path("runs").glob(f"{name}-*-*/config.json"))
+    runs = [path.parent for path in Path("runs").glob(f"{name}-*-*/config.json")]
     unfinished = [run for run in runs if not (run / "result.json").exists()]
-    return max(unfinished or runs, default=None)
+
+    def begun(run: Path) -> float:
+        # Not the time in its name, which is local: zones differ, and clocks are put back.
+        return (run / "config.json").stat().st_mtime
+
+    return max(unfinished or runs, key=begun, default=None)
 
 
 # ---------------------------------------------------------------------------- exit codes
@@ -161,9 +165,20 @@ def print_error(message: str) -> None:
         print(message, file=sys.stderr)
 
 
+def _discard(stream: TextIO) -> None:
+    """Send what a stream still holds to nowhere: writing it at the exit would fail again."""
+    with suppress(OSError):
+        stream.flush()
+    with suppress(OSError):  # not a file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def run_script(main: Callable[[Sequence[str] | None], None]) -> NoReturn:
     """Run a script's `main` and exit: with 0, or with an error in one line and its exit code."""
     # The exit codes of the shell: 130 after Ctrl-C, 141 after a broken pipe, 2 for usage errors.
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, as by `>&-`
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # escape what the terminal's encoding lacks
             stream.reconfigure(errors="backslashreplace")
@@ -176,11 +191,15 @@ def run_script(main: Callable[[Sequence[str] | None], None]) -> NoReturn:
         print_error(str(stop) or "interrupted; --resume continues a run that had begun")
         sys.exit(130)
     except BrokenPipeError:  # whoever read our standard output is gone, as in `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard(sys.stdout)
         sys.exit(141)
     except OSError as error:  # such as a full disk
-        parts = (error.filename, error.strerror or str(error) or type(error).__name__)
-        print_error(f"{program}: error: {': '.join(str(part) for part in parts if part)}")
+        # All that we write has a name, except for the streams, as with `> /dev/full`.
+        where = error.filename or ("standard output or error" if error.errno else "")
+        reason = error.strerror or str(error) or type(error).__name__
+        with suppress(OSError):  # standard error may be full too
+            print_error(f"{program}: error: {where}{': ' * bool(where)}{reason}")
+        _discard(sys.stdout)
         sys.exit(2)
     except UserError as error:
         print_error(f"{program}: {'error: ' if error.exit_code else ''}{error}")

@@ -51,8 +51,7 @@ def read_rows(
     except csv.Error as error:
         raise UserError(f"{path}, line {line}: {error}; fix the quotes") from None
     if not rows:
-        problem = "no rows" if header else "empty"
-        raise UserError(f"{path}: {problem}; expected a header line and at least one row")
+        raise UserError(f"{path}: {'no rows' if header else 'empty'}; expected a header and rows")
     return rows, hashlib.sha256(content).hexdigest()
 
 
@@ -63,8 +62,8 @@ def _check_header(path: Path, header: list[str], columns: Sequence[str], delimit
         if count != 1:
             raise UserError(
                 f"{path}, line 1: {count or 'no'} column{'s' * (count > 1)} {column!r}; found"
-                f" {', '.join(map(repr, header))[:200]}; name it so, once, and separate columns by"
-                f" {DELIMITER_NAMES[delimiter]}s"
+                f" {', '.join(map(repr, header))[:200]}; the header must name it once, and"
+                f" {DELIMITER_NAMES[delimiter]}s separate the columns"
             )
 
 

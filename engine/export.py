@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import warnings
 from collections.abc import Sequence
 from importlib import util
@@ -20,7 +21,7 @@ from engine.checkpoint import (
     write_text,
 )
 from engine.errors import UserError
-from engine.hub import read_weights
+from engine.hub import BUNDLED, module_paths, read_weights
 
 # ---------------------------------------------------------------------------- sentence-transformers
 
@@ -59,20 +60,25 @@ def read_pooler(folder: Path, width: int) -> dict[str, Tensor]:
     """BERT's pooler as sentence-transformers trained it, under HuggingFace's names.
 
     It trains the dense module that `write_modules` writes, and leaves the pooler among the
-    encoder's weights as it was. Empty if the folder has no such module: dense + tanh of hidden
+    encoder's weights as it was. Empty if modules.json lists no such module: dense + tanh of hidden
     size `width` on the first token.
     """
-    paths = [folder / MODULES[name] / "config.json" for name in ("Pooling", "Dense")]
-    if not all(path.is_file() for path in paths):
+    path = folder / "modules.json"
+    if not path.is_file():
         return {}
+    # Other folders may be left over from a model that was saved here before.
+    modules = module_paths(path)
+    if list(modules.values())[:3] != list(MODULES):
+        return {}
+    paths = [folder / name for name in modules]
     # Another dense module, such as a projection to fewer features, is not BERT's pooler.
-    pooling, dense = map(read_json, paths)
+    pooling, dense = (read_json(path / "config.json") for path in paths[1:3])
     first_token = pooling.get("pooling_mode") == "cls" or pooling.get("pooling_mode_cls_token")
     wanted = {"in_features": width, "out_features": width, "activation_function": TANH}
     plain = dense.get("bias", True) and not dense.get("use_residual")
     if not (first_token and plain and wanted.items() <= dense.items()):
         return {}
-    tensors, source = read_weights(folder / MODULES["Dense"])
+    tensors, source = read_weights(paths[2])
     pooler = {}
     for name, shape in {"weight": (width, width), "bias": (width,)}.items():
         tensor = tensors.get(f"linear.{name}")
@@ -87,8 +93,7 @@ def read_pooler(folder: Path, width: int) -> dict[str, Tensor]:
 
 CARD_METRICS = ("accuracy", "macro_f1", "pearson", "spearman")
 CARD = """---
-base_model: {quoted_base}
-library_name: sentence-transformers
+{base_model}library_name: sentence-transformers
 pipeline_tag: sentence-similarity
 tags: [bert, feature-extraction, sentence-similarity]
 ---
@@ -130,9 +135,13 @@ def model_card(run: Path, result: dict[str, Any]) -> str:
         for name in CARD_METRICS
         if name in metrics
     ]
+    base = config["arguments"]["model"]
+    # The hub refuses a base_model that is not a hub id, such as the folder of another run.
+    hub_id = f"sentence-transformers/{base}" if base in BUNDLED else base
+    is_hub_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", hub_id) and not Path(base).exists()
     return CARD.format(
-        base=config["arguments"]["model"],
-        quoted_base=json.dumps(config["arguments"]["model"], ensure_ascii=False),  # valid YAML
+        base=base if is_hub_id else Path(base).name,
+        base_model=f"base_model: {hub_id}\n" if is_hub_id else "",
         name=run.resolve().name,
         command=config["command"],
         commit=(config["commit"] or "unknown")[:7],

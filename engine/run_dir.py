@@ -36,7 +36,7 @@ except ImportError:  # Windows
 DRAFT = ".config.json.*.tmp"
 PACKAGES = ("torch", "numpy", "tokenizers", "scipy", "scikit-learn", "safetensors")
 # Arguments that change how a run is stored, not what it computes: a resumed run may change them.
-STORAGE_ARGUMENTS = ("save_every", "keep_last")
+STORAGE_ARGUMENTS = ("save_every", "keep_last", "run_dir")
 
 
 @contextmanager
@@ -98,6 +98,9 @@ class RunDir:
             raise UserError(
                 f"--resume: {run.path} differs between processes: put it on a shared disk"
             )
+        if run.writes and args.resume:
+            with open(run.path / "resumed.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(provenance()) + "\n")
         distributed.barrier()  # others may still read the state that rank 0 replaces
         distributed.seed_by_rank(args.seed)
         return run
@@ -115,11 +118,7 @@ class RunDir:
                 config = {"arguments": plain_arguments(args), **facts, **provenance()}
                 write_json(self.path / "config.json", config)
             else:
-                for name, checksum in facts["data"].items():
-                    if recorded["data"].get(name) != checksum:
-                        raise UserError(f"--resume: {name} has changed since the run began")
-                with open(self.path / "resumed.jsonl", "a", encoding="utf-8") as file:
-                    file.write(json.dumps(provenance()) + "\n")
+                _check_inputs(args, recorded, facts)
                 # The process may have been killed while it replaced one of these.
                 for name in ("best", "probe"):
                     restore_folder(self.path / name)
@@ -215,10 +214,17 @@ def _check(args: Namespace) -> dict[str, Any] | None:
     if not path.is_dir():
         raise UserError(f"--run_dir {path}: is a file; name a new folder")
     if not args.resume:
-        raise UserError(f"--run_dir {path}: in use; name a new folder, or continue with --resume")
+        raise UserError(
+            f"--run_dir {path}: not empty; name a new folder, or --resume the run there"
+        )
     recorded, given = read_json(config), plain_arguments(args)
     with reading(config, "the record of a run"):
         before = dict(recorded["arguments"])
+    for name, value in vars(args).items():
+        if isinstance(value, Path) and before.get(name):  # older records have paths as typed
+            before[name] = os.path.abspath(before[name])
+    if "model_checksum" in recorded and "model" in before:  # its weights count, not its name
+        before["model"] = given["model"]
     # Any difference, also in which flags there are, would make it another run.
     unknown = sorted(set(before) ^ set(given))
     if unknown:
@@ -235,9 +241,24 @@ def _check(args: Namespace) -> dict[str, Any] | None:
     return recorded
 
 
+def _check_inputs(args: Namespace, recorded: dict[str, Any], facts: dict[str, Any]) -> None:
+    """UserError unless data files and model are those that the run began with."""
+    before = {os.path.abspath(name): checksum for name, checksum in recorded["data"].items()}
+    for name, checksum in facts["data"].items():
+        if before.get(os.path.abspath(name)) != checksum:
+            raise UserError(f"--resume: {name} has changed since the run began")
+    # Frozen weights are not in the saved state: they would come from another model.
+    checksum = facts.get("model_checksum")
+    if recorded.get("model_checksum", checksum) != checksum:
+        raise UserError(f"--resume: --model {args.model} has changed since the run began")
+
+
 def plain_arguments(args: Namespace) -> dict[str, Any]:
-    """The command line as JSON holds it, without --resume."""
-    plain = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    """The command line as JSON holds it, without --resume; paths are absolute.
+
+    So a record means the same files whatever the working directory is when it is read.
+    """
+    plain = {k: os.path.abspath(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
     return {name: value for name, value in plain.items() if name != "resume"}
 
 
@@ -278,8 +299,9 @@ def _git(*arguments: str) -> str | None:
     if not (root / ".git").exists():
         return None
     with suppress(OSError, subprocess.SubprocessError):
+        # GIT_DIR and its like, set by a hook for instance, would mean another repository.
+        env = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
         command = ["git", "-C", str(root), *arguments]
-        return subprocess.run(
-            command, capture_output=True, text=True, timeout=10, check=True
-        ).stdout.strip()
+        options = {"capture_output": True, "text": True, "timeout": 10, "check": True}
+        return subprocess.run(command, env=env, **options).stdout.strip()
     return None

@@ -24,7 +24,7 @@ RESERVED_FLAGS = ("model", "data_dir", "seed", "run_dir", "resume")  # set by `r
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line, checked; `action` is the function that does what it says."""
-    parser = ArgumentParser(__doc__.splitlines()[0], prog="python -m experiments")
+    parser = ArgumentParser(__doc__, prog="python -m experiments")
     names = "run|report|conflict|map"
     commands = parser.add_subparsers(required=True, metavar=names, help="what to do")
 

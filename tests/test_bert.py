@@ -442,6 +442,29 @@ def test_extra_misshapen_and_duplicate_weights_are_refused(small_folder, name, s
     assert name in message or (reason == "twice" and current in message)
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_prefixes_of_wrappers_are_taken_off(small_folder, prefix):
+    """Of DataParallel and torch.compile, whose `state_dict` has them."""
+    path = small_folder / "model.safetensors"
+    tensors, expected = load_file(path), BertModel.from_pretrained(small_folder).state_dict()
+    save_file({f"{prefix}bert.{name}": tensor for name, tensor in tensors.items()}, path)
+    loaded = BertModel.from_pretrained(small_folder).state_dict()
+    assert all(torch.equal(loaded[name], expected[name]) for name in expected)
+
+
+def test_a_head_of_somebodys_own_is_left_out_and_named(small_folder, capsys):
+    """Beside `bert.`; in a plain model the same name is a mistake. Usual heads need no mention."""
+    path = small_folder / "model.safetensors"
+    tensors, expected = load_file(path), BertModel.from_pretrained(small_folder).state_dict()
+    heads = {name: torch.zeros(2) for name in ("fc.weight", "crf.transitions", "cls.bias")}
+    save_file({**{f"bert.{name}": tensor for name, tensor in tensors.items()}, **heads}, path)
+    loaded = BertModel.from_pretrained(small_folder).state_dict()
+    assert all(torch.equal(loaded[name], expected[name]) for name in expected)
+    assert capsys.readouterr().err == f"note: {path}: not loaded, as of a head: crf, fc\n"
+    save_file({**tensors, **heads}, path)
+    refused_load(small_folder, path, "not a weight")
+
+
 def test_missing_pooler_is_drawn_at_random_with_a_note(small_folder, capsys):
     path = small_folder / "model.safetensors"
     BertModel.from_pretrained(small_folder)

@@ -219,6 +219,12 @@ def test_anything_but_a_json_object_is_refused(tmp_path):
         refused(lambda: read_json(file), file, "not a JSON object")
 
 
+def test_a_file_name_may_be_as_long_as_the_file_system_allows(tmp_path):
+    path = tmp_path / ("é" * 127)  # 254 bytes of 255
+    write_text(path, "x")
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["x"]
+
+
 def test_a_pickle_may_hold_named_tensors_only(tmp_path):
     """Two names for one tensor are usual: the decoder of a pre-trained BERT is its embedding."""
     file, weight = tmp_path / "pytorch_model.bin", torch.randn(50, 40)

@@ -77,6 +77,21 @@ def test_the_default_run_folder_has_script_and_time_in_its_name(tmp_path, monkey
     assert multitask_classifier.parse_args([*flags, "--run_dir", "x"]).run_dir == Path("x")
 
 
+def test_resume_takes_the_run_that_began_last_whatever_its_name_says(tmp_path, monkeypatch):
+    """The time in the name is local: zones differ, and clocks are put back."""
+    monkeypatch.chdir(tmp_path)
+    for age, hour in enumerate(("02", "03", "01")):
+        config = tmp_path / f"runs/multitask-finetune-20260101-{hour}0000/config.json"
+        config.parent.mkdir(parents=True)
+        config.write_text("{}")
+        os.utime(config, (1e9 - age, 1e9 - age))
+    flags = ["--option", "finetune", "--resume"]
+    latest = tmp_path / "runs/multitask-finetune-20260101-020000"
+    assert multitask_classifier.parse_args(flags).run_dir.absolute() == latest
+    (latest / "result.json").touch()  # finished
+    assert multitask_classifier.parse_args(flags).run_dir.name.endswith("030000")
+
+
 def script_that_raises(error):
     def main(argv):
         print("result")
@@ -120,6 +135,30 @@ def test_a_reader_of_the_output_that_leaves_ends_the_script_quietly(lines):
     script.stdout.close()
     assert script.communicate()[1] == b""
     assert script.returncode == 141
+
+
+@pytest.mark.parametrize(
+    ("redirection", "code", "error"),
+    [
+        (">&-", 0, ""),
+        ("2>&-", 0, ""),
+        ("2> /dev/full", 2, ""),
+        ("> /dev/full", 2, "standard output or error: No space left on device"),
+    ],
+)
+def test_a_standard_stream_may_be_closed_or_full(redirection, code, error):
+    script = "import sys; from engine.cli import run_script; sys.argv = ['a.py']\n"
+    script += "run_script(lambda _: (print('x'), print('note', file=sys.stderr)))"
+    command = ["bash", "-c", f'"$0" -c "$1" {redirection}', sys.executable, script]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (process.returncode, error in process.stderr) == (code, True)
+    assert "Traceback" not in process.stderr and "Exception" not in process.stderr
+
+
+def test_a_script_works_without_docstrings():
+    command = [sys.executable, "-OO", "data/download.py", "--help"]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
+    assert cli.ArgumentParser(None).format_help()  # what `__doc__` then is
 
 
 def test_a_terminal_without_unicode_gets_escapes(monkeypatch):

@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from conftest import BAD, GOOD
 from torch import nn
 
-from bert import BertModel
+from bert import BertConfig, BertModel
+from multitask_classifier import MultitaskBERT
 from optimizer import AdamW
+from tasks import TASKS
 from tokenizer import BertTokenizer
 
 IDS = torch.tensor([[2, 40, 41, 3], [2, 42, 3, 0]])
@@ -153,6 +155,27 @@ def test_lora_replaces_every_linear_layer_by_its_exact_type(tiny):
     trained = {name for name, p in model.named_parameters() if p.grad is not None}
     assert trained == {f"{name}.{part}" for name in wrapped for part in "ab"}
     assert model.bert_layers[1].self_attention.query.b.grad.abs().max() > 0
+
+
+def test_a_trained_lora_inside_the_multitask_model_evaluates_in_bf16(tiny):
+    model = MultitaskBERT(BertModel.from_pretrained(tiny), [TASKS["sst"]]).eval()
+    for layer in model.bert.bert_layers:
+        layer.self_attention.value = LoRALinear(layer.self_attention.value)
+        nn.init.normal_(layer.self_attention.value.b)
+    expected = model.predict_sentiment(IDS, MASK)
+    model.dtype = torch.bfloat16
+    with model.evaluating():
+        torch.testing.assert_close(model.predict_sentiment(IDS, MASK), expected, rtol=0, atol=0.2)
+
+
+def test_from_pretrained_takes_the_starters_keywords_or_refuses_them_by_name(tiny, tmp_path):
+    config = BertConfig.from_file(tiny / "config.json")
+    config.hidden_dropout_prob = 0.5
+    model = BertModel.from_pretrained(tiny, config=config, cache_dir=tmp_path, revision="main")
+    assert model.embed_dropout.p == 0.5 and not list(tmp_path.iterdir())  # a folder needs no cache
+    for keyword in ("state_dict", "proxies", "output_loading_info"):
+        with pytest.raises(TypeError, match=keyword):
+            BertModel.from_pretrained(tiny, **{keyword: None})
 
 
 def test_a_layer_may_be_called_alone_and_hooked(tiny):

@@ -87,7 +87,7 @@ def changed(old: str, new: str, delimiter: str) -> str:
 
 # Fault -> what makes it, what the message says beside the file ({}: tab or comma).
 FAULTS = {
-    "other delimiter": (lambda d: table({"\t": ",", ",": "\t"}[d]), "separate columns by {}s"),
+    "other delimiter": (lambda d: table({"\t": ",", ",": "\t"}[d]), "{}s separate the columns"),
     "column twice": (lambda d: table(d, ["text", *HEADER[1:]]), "line 1: 2 columns 'text'"),
     "no header": (lambda d: table(d).split("\n", 1)[1], "line 1: no column 'id'"),
     "zero bytes": (lambda d: "", "empty"),

@@ -296,6 +296,9 @@ def test_a_submission_holds_the_six_files(probe_copy, tmp_path, ask, refused):
         assert {name: archive.read(name) for name in archive.namelist()} == files
     assert len(files) == 6
     refused([probe_copy, "--submit", tmp_path / "a.zip"], "a.zip: exists and is not overwritten")
+    # An older record has the path as it was typed, perhaps in another directory.
+    edit_json(probe_copy / "config.json", "arguments", para_dev_out="mine.csv")
+    refused([probe_copy, "--submit", tmp_path / "c.zip"], "config.json", "mine.csv")
 
 
 def end_with(prediction: str):

@@ -24,8 +24,8 @@ import evaluation
 import multitask_classifier
 import simcse
 from bert import BertModel
-from engine.checkpoint import read_json
-from engine.export import read_pooler
+from engine.checkpoint import read_json, write_json
+from engine.export import model_card, read_pooler
 from model import POOLINGS, MultitaskBERT, SentenceEncoder
 from tasks import TASKS
 from tokenizer import BertTokenizer
@@ -168,11 +168,11 @@ def test_the_best_model_has_a_model_card(folders, tmp_path, train, script):
     train(script, run, "--model", base, *(["--nli", triples] if script is simcse else []))
     card = ModelCard.load(run / "best" / "README.md")
     config, result = read_json(run / "config.json"), read_json(run / "result.json")
-    assert (card.data.base_model, card.data.library_name) == (str(base), "sentence-transformers")
+    assert (card.data.base_model, card.data.library_name) == (None, "sentence-transformers")
     files = ["triples.csv (8 rows)"]
     if script is multitask_classifier:
         files = ["ids-sst-train.csv (40 rows)", "quora-train.csv (40", "sts-train.csv (20 rows)"]
-    for part in ("# my run", f"`{base}`", config["command"], *files):
+    for part in ("# my run", "`base: #1`", config["command"], *files):
         assert part in card.text
     table = [line.strip("| ").split(" | ") for line in card.text.splitlines() if line[:2] == "| "]
     expected = [
@@ -183,6 +183,27 @@ def test_the_best_model_has_a_model_card(folders, tmp_path, train, script):
     ]
     assert table == [["dev set", "metric", "value"], *expected]
     assert len(expected) == (1 if script is simcse else 6)
+    # The hub refuses a base_model that is not one of its ids.
+    for name, hub_id in (
+        ("org/tiny", "org/tiny"),
+        ("all-MiniLM-L6-v2", "sentence-transformers/all"),
+    ):
+        config["arguments"]["model"] = name
+        write_json(run / "config.json", config)
+        assert ModelCard(model_card(run, result)).data.base_model.startswith(hub_id)
+
+
+def test_the_courses_file_has_the_names_that_its_loader_renames(train, tmp_path, run_script):
+    """Its `BertModel.from_pretrained` wants HuggingFace's names, each with the prefix `bert.`."""
+    run = tmp_path / "run"
+    train(classifier, run, "--limit", 8)
+    path = run / "best" / "pytorch_model.bin"
+    assert run_script(evaluation, run, "--export", "course")[:2] == (0, f"{path}\n")
+    theirs = transformers.BertModel.from_pretrained(run / "best").state_dict()
+    written = torch.load(path, weights_only=True)
+    assert {name.removeprefix("bert.") for name in written} == set(theirs)
+    for name, tensor in written.items():
+        assert name.startswith("bert.") and torch.equal(tensor, theirs[name.removeprefix("bert.")])
 
 
 def test_onnx_computes_the_same_outputs_for_any_batch_and_length(

@@ -2,6 +2,7 @@
 
 import hashlib
 import http.server
+import io
 import json
 import math
 import re
@@ -69,25 +70,19 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Just enough of the hub: what a repository contains, and `/{id}/resolve/main/{file}`."""
+    """Just enough of the hub: `/{id}/resolve/main/{file}`."""
 
     def reply(self):
-        """The answer, or 404 with the hub's own word for what does not exist."""
+        """The file, or 404 with the hub's own word for what does not exist."""
         self.server.requests.append((self.command, self.path))
-        listing = re.match(r"/api/models/([^?]*?)(/tree/\w+|/revision/\w+|)(\?|$)", self.path)
-        request = listing or re.match(r"/(.*)/resolve/\w+/(.*)", self.path)
+        request = re.match(r"/(.*)/resolve/\w+/(.*)", self.path)
         repo, name = request.group(1, 2) if request else ("", "")
-        files, data, headers = self.server.repos.get(repo), b"", {"X-Repo-Commit": COMMIT}
-        if files is None or not (listing or name in files):
-            headers = {"X-Error-Code": "RepoNotFound" if files is None else "EntryNotFound"}
-        elif not listing:
+        files, data = self.server.repos.get(repo), b""
+        headers = {"X-Error-Code": "RepoNotFound"} if files is None else {"X-Repo-Commit": COMMIT}
+        if files is not None and name not in files:
+            headers["X-Error-Code"] = "EntryNotFound"
+        elif files is not None:
             data = files[name]
-        elif name.startswith("/tree"):
-            entries = [{"type": "file", "path": name, "oid": "0", "size": 1} for name in files]
-            data = json.dumps(entries).encode()
-        else:
-            siblings = [{"rfilename": name} for name in files]
-            data = json.dumps({"id": repo, "sha": COMMIT, "siblings": siblings}).encode()
         self.send_response(404 if "X-Error-Code" in headers else 200)
         headers |= {"ETag": hashlib.sha256(data).hexdigest(), "Content-Length": len(data)}
         for header, value in headers.items():
@@ -152,22 +147,39 @@ def files(tmp_path):
     return {**files, **dict.fromkeys(UNWANTED, b"unwanted")}
 
 
+def modules_json(*kinds):
+    """As sentence-transformers writes it for a model of these modules."""
+    paths = {"Transformer": "", "Pooling": "1_Pooling", "Dense": "2_Dense"}
+    modules = [
+        {"path": paths[kind], "type": f"sentence_transformers.models.{kind}"} for kind in kinds
+    ]
+    return json.dumps(modules).encode()
+
+
 def test_hub_models_are_downloaded_once_and_then_load_offline(files, use_hub, monkeypatch):
     """A pooler that sentence-transformers has trained is a module of its own."""
     pooler = {"linear.weight": torch.eye(8), "linear.bias": torch.ones(8)}
     dense = {"in_features": 8, "out_features": 8, "bias": True}
     dense["activation_function"] = "torch.nn.modules.activation.Tanh"
     trained = {
-        "modules.json": b"[]",
+        "modules.json": modules_json("Transformer", "Pooling", "Dense"),
         "1_Pooling/config.json": b'{"pooling_mode_cls_token": true}',
         "2_Dense/config.json": json.dumps(dense).encode(),
         "2_Dense/model.safetensors": save(pooler),
     }
+    pickle = io.BytesIO()  # as sentence-transformers wrote it before version 2.3
+    torch.save(pooler, pickle)
+    older = {name: trained[name] for name in trained if "safetensors" not in name}
+    older["2_Dense/pytorch_model.bin"] = pickle.getvalue()
+    left_over = {**trained, "modules.json": modules_json("Transformer", "Pooling")}
     repos = {"org/tiny": {**files, "pytorch_model.bin": b"unwanted"}}
-    repos |= {"org/trained": {**files, **trained}, "org/broken": {**files, "config.json": b"{"}}
+    repos |= {"org/trained": {**files, **trained}, "org/older": {**files, **older}}
+    repos |= {"org/left-over": {**files, **left_over}}
+    repos |= {"org/broken": {**files, "config.json": b"{"}}
     expected = {"org/tiny": load(files["model.safetensors"])}
     changed = {f"pooler.{name.replace('linear', 'dense')}": pooler[name] for name in pooler}
-    expected["org/trained"] = {**expected["org/tiny"], **changed}
+    expected["org/trained"] = expected["org/older"] = {**expected["org/tiny"], **changed}
+    expected["org/left-over"] = expected["org/tiny"]  # modules.json decides, not the folders
 
     def load_all():
         for name, weights in expected.items():
@@ -182,7 +194,7 @@ def test_hub_models_are_downloaded_once_and_then_load_offline(files, use_hub, mo
         requests = len(server.requests)
         load_all()
         assert len(server.requests) == requests
-        refused(lambda: resolve_model("org/absent"), "--model org/absent", "the hub has no such")
+        refused(lambda: resolve_model("org/absent"), "--model org/absent", "no such public model")
         refused(lambda: BertModel.from_pretrained("org/broken"), "config.json: damaged")
     assert "model.safetensors" in downloads(server)
     assert not downloads(server) & {*UNWANTED, "pytorch_model.bin"}
@@ -220,7 +232,7 @@ def test_a_tokenizer_alone_downloads_no_weights_and_loads_again_without_network(
         assert names(resolve_model("org/tiny", weights=False)) == ["config.json", "vocab.txt"]
     assert not any("safetensors" in path for path in downloads(server))
     BertTokenizer.from_pretrained("org/tiny")  # the server is gone
-    refused(lambda: BertModel.from_pretrained("org/tiny"), "--model org/tiny", "cannot be reached")
+    refused(lambda: BertModel.from_pretrained("org/tiny"), "--model org/tiny", "not from the hub")
 
 
 TRICKS = ["..", "../evil", "../../../evil", "org/..", "org/../..", "org/../../evil", "/evil/evil"]
@@ -241,10 +253,26 @@ def test_hub_ids_with_path_tricks_leave_no_trace(tmp_path, files, use_hub, monke
 
 
 def test_a_hub_cannot_make_us_write_outside_the_cache(tmp_path, files, use_hub):
-    files["1_Pooling/" + "../" * 5 + "evil.bin"] = b"evil"
-    with use_hub({"org/evil": files}):
+    folder = "../" * 5 + "evil"
+    module = {"type": "Dense", "path": folder}
+    evil = {"modules.json": json.dumps([module]).encode(), f"{folder}/config.json": b"evil"}
+    with use_hub({"org/evil": {**files, **evil}}):
         refused(lambda: BertModel.from_pretrained("org/evil"), "--model org/evil")
-    assert not list(tmp_path.rglob("evil.bin"))
+    assert not list(tmp_path.rglob("evil"))
+
+
+def test_a_cache_that_other_software_filled_is_completed(files, use_hub, capsys):
+    module = {**files, "sentence_bert_config.json": b'{"max_seq_length": 7}'}
+    with use_hub({"org/tiny": module}) as server:
+        for name in ("config.json", "vocab.txt", "model.safetensors"):
+            huggingface_hub.hf_hub_download("org/tiny", name)
+        offline = BertTokenizer.from_pretrained("org/tiny", local_files_only=True)
+        assert "cached by other software" in capsys.readouterr().err
+        assert offline.max_length > 7
+        assert BertTokenizer.from_pretrained("org/tiny").max_length == 7
+        requests = len(server.requests)
+        assert BertTokenizer.from_pretrained("org/tiny").max_length == 7
+        assert len(server.requests) == requests  # what the hub lacks is remembered too
 
 
 # ---------------------------------------------------------------------------- weights

@@ -14,20 +14,21 @@ import pytest
 import torch
 
 from engine import run_dir
-from engine.checkpoint import read_json
+from engine.checkpoint import read_json, write_json
 from engine.errors import AlreadyFinished, UserError
-from engine.run_dir import RunDir
+from engine.run_dir import RunDir, provenance
 
 DATA = {"train.csv": "abc", "dev.csv": "def"}
 
 
 def arguments(path: Path, *, resume: bool = False, **changes) -> Namespace:
-    defaults = {"lr": 1e-5, "model": Path("a model"), "save_every": "10m", "keep_last": False}
+    defaults = {"lr": 1e-5, "model": "a model", "data_dir": Path("data"), "save_every": "10m"}
+    defaults["keep_last"] = False
     return Namespace(run_dir=path, resume=resume, seed=3, **{**defaults, **changes})
 
 
 def start(path: Path, **changes) -> RunDir:
-    return RunDir.start_or_resume(arguments(path, **changes), data=DATA)
+    return RunDir.start_or_resume(arguments(path, **changes), data=DATA, model_checksum="weights")
 
 
 @pytest.fixture
@@ -47,13 +48,20 @@ def contents(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in files if path.name != "resumed.jsonl"}
 
 
-def refused(path: Path, *, resume: bool = True, data: dict = DATA, **changes) -> str:
+def refused(
+    path: Path,
+    *,
+    resume: bool = True,
+    data: dict = DATA,
+    model_checksum: str = "weights",
+    **changes,
+) -> str:
     """The line with which a run is refused, which leaves the folder as it is."""
     before = contents(path)
     args = arguments(path, resume=resume, **changes)
     with pytest.raises(UserError) as caught:  # both, as the scripts do
         RunDir.check(args)
-        RunDir.start_or_resume(args, data=data)
+        RunDir.start_or_resume(args, data=data, model_checksum=model_checksum)
     assert contents(path) == before
     assert "\n" not in str(caught.value)
     return str(caught.value)
@@ -65,7 +73,8 @@ def test_a_run_records_what_it_takes_to_repeat_it(tmp_path, monkeypatch):
     folder = tmp_path / "runs" / "one"
     run = RunDir.start_or_resume(arguments(folder, note="día"), data=DATA, device="cpu")
     config = read_json(folder / "config.json")
-    assert config["arguments"]["note"] == "día" and config["arguments"]["model"] == "a model"
+    assert config["arguments"]["note"] == "día" and config["arguments"]["lr"] == 1e-5
+    assert config["arguments"]["data_dir"] == str(Path("data").absolute())
     assert config["data"] == DATA and config["device"] == "cpu"
     assert shlex.split(config["command"])[1:] == sys.argv
     assert config["versions"]["torch"] == torch.__version__
@@ -96,11 +105,11 @@ def test_a_finished_run_keeps_its_training_state_only_on_request(interrupted, ke
 
 
 def test_a_folder_in_use_is_refused_and_not_touched(interrupted, tmp_path, capsys):
-    assert "in use" in refused(interrupted, resume=False)
+    assert "not empty" in refused(interrupted, resume=False)
     hidden = tmp_path / "hidden"
     hidden.mkdir()
     (hidden / ".notes").write_text("mine", encoding="utf-8")
-    assert "in use" in refused(hidden, resume=False)
+    assert "not empty" in refused(hidden, resume=False)
     assert "is a file" in refused(hidden / ".notes", resume=False)
     assert "--run_dir" in refused(hidden / ".notes" / "run", resume=False)
     with pytest.raises(UserError, match="File name too long"):
@@ -122,7 +131,7 @@ def test_of_two_runs_that_start_at_once_one_is_refused(tmp_path, monkeypatch):
 
     assert RunDir.check(arguments(path, lr=2.0)) is None
     monkeypatch.setattr(run_dir, "folder_lock", late)
-    with pytest.raises(UserError, match="in use"):
+    with pytest.raises(UserError, match="not empty"):
         start(path, lr=2.0)
     assert read_json(path / "config.json")["arguments"]["lr"] == 1.0
 
@@ -160,13 +169,36 @@ def test_resuming_returns_the_state_and_cuts_the_log_back_to_it(interrupted):
 
 
 def test_other_arguments_and_data_are_refused_by_name(interrupted):
-    line = refused(interrupted, lr=2.0, model=Path("b"))
-    assert "--lr was 1e-05 and is 2.0, --model was a model and is b" in line
+    line = refused(interrupted, lr=2.0, data_dir=Path("/b"))
+    assert f"--data_dir was {Path('data').absolute()} and is /b, --lr was 1e-05 and is 2.0" in line
     assert "another script" in (line := refused(interrupted, option="x")) and "--option" in line
     line = refused(interrupted, data={**DATA, "dev.csv": "other"})
     assert "dev.csv has changed since the run began" in line
+    line = refused(interrupted, model_checksum="other weights")
+    assert "--model a model has changed since the run began" in line
     # What only changes how a run is stored may change; a refused run has left no lock.
     start(interrupted, resume=True, save_every="5", keep_last=True).close()
+
+
+def test_a_run_resumes_after_it_was_moved_and_from_another_directory(
+    interrupted, tmp_path, monkeypatch
+):
+    """Also with the same model by another name; a record with paths as typed is an older one."""
+    moved, data_dir = interrupted.rename(tmp_path / "moved"), Path("data").absolute()
+    config = read_json(moved / "config.json")
+    monkeypatch.chdir(tmp_path)
+    start(Path("moved"), resume=True, data_dir=data_dir, model="a copy").close()
+    monkeypatch.chdir(data_dir.parent)
+    config["arguments"]["data_dir"] = "data"
+    write_json(moved / "config.json", config)
+    start(moved, resume=True).close()
+
+
+def test_the_commit_is_the_projects_own_whatever_the_environment(tmp_path, monkeypatch):
+    commit = provenance()["commit"]
+    monkeypatch.setenv("GIT_DIR", str(tmp_path))  # as a hook of another repository sets it
+    monkeypatch.chdir(tmp_path)
+    assert provenance()["commit"] == commit
 
 
 def test_a_damaged_record_state_or_log_is_refused(interrupted):

@@ -71,7 +71,10 @@ def test_a_wrong_flag_or_value_is_named(refused, run_script, monkeypatch, script
             refused(script, [flag, value], f"argument {flag}: ", value)
     for flags, expected in WRONG.items():
         refused(script, flags.split(), expected)
-    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")  # left over from another program
+    monkeypatch.setenv("RANK", "1")
+    refused(script, ["--epochs"], "--epochs")
+    monkeypatch.setenv("WORLD_SIZE", "2")  # torchrun's: process 0 says it
     assert run_script(script, "--epochs") == (2, "", "")
 
 
@@ -139,7 +142,7 @@ FAULTS = {
     "bias contains NaN": lambda d: edit_tensors(d / "model/model.safetensors", **NAN_BIAS),
     "they are not of one model": lambda d: append(d / "model/vocab.txt", "extra\n"),
     "no tokenizer": lambda d: (d / "model/vocab.txt").unlink(),
-    "run: in use": lambda d: (d / "run" / "mine").mkdir(parents=True),
+    "run: not empty": lambda d: (d / "run" / "mine").mkdir(parents=True),
 }
 UNFIT = {
     "'linear' of sts": "--sts_decoder linear",

@@ -4,6 +4,7 @@ import csv
 import itertools
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -117,11 +118,62 @@ def test_tensors_are_int64_and_equal(embedded, batch):
         assert torch.equal(one[key], other[key])
 
 
-def test_unknown_return_types_and_unequal_lists_are_refused(embedded):
-    with pytest.raises(ValueError, match="'tf'"):
-        embedded[0](["a"], return_tensors="tf")
+PADDING = [{}] + [{"padding": value} for value in ("longest", "do_not_pad", "max_length")]
+TRUNCATION = [{"truncation": value} for value in ("longest_first", "only_first", "only_second")]
+
+
+@pytest.mark.parametrize("padding", PADDING, ids=str)
+@pytest.mark.parametrize("truncation", [{"truncation": "do_not_truncate"}, *TRUNCATION], ids=str)
+def test_every_way_to_pad_and_truncate(embedded, padding, truncation):
+    first = ["one two three four five six", "a b c d"]
+    second = ["seven eight nine ten eleven", "e f g h i"]
+    assert_equal(*embedded, first, second, max_length=10, **padding, **truncation)
+    if truncation != {"truncation": "only_second"}:
+        assert_equal(*embedded, first, max_length=5, **padding, **truncation)
+
+
+def test_what_it_cannot_do_is_refused_by_name(embedded, tmp_path):
+    for option in ({"return_tensors": "tf"}, {"padding": "max"}, {"truncation": "longest"}):
+        with pytest.raises(ValueError, match=f"'{next(iter(option.values()))}'"):
+            embedded[0](["a"], **option)
     with pytest.raises(ValueError):
         embedded[0](["a", "b"], ["c"])
+    with pytest.raises(TypeError, match="use_fast"):
+        BertTokenizer.from_pretrained(vocabulary_folder(tmp_path), use_fast=True)
+
+
+def test_a_batch_has_attributes_and_moves_to_a_device(embedded):
+    batch = embedded[0](["a b"], return_tensors="pt")
+    assert batch.input_ids is batch["input_ids"] and not hasattr(batch, "labels")
+    assert all(tensor.is_meta for tensor in batch.to("meta").values())
+
+
+@settings(max_examples=100)
+@given(texts, texts)
+def test_the_methods_of_the_courses_tokenizer(embedded, text, pair):
+    ours, theirs = embedded
+    assert len(ours) == len(theirs)
+    for special in (True, False):
+        ids = ours.encode(text, add_special_tokens=special)
+        assert ids == theirs.encode(text, add_special_tokens=special)
+        tokens = ours.convert_ids_to_tokens(torch.tensor(ids))
+        assert tokens == theirs.convert_ids_to_tokens(ids)
+        assert ours.convert_tokens_to_ids(tokens) == ids
+        assert ours.decode(torch.tensor(ids)) == ours.decode(ids)
+    assert ours.encode(text, pair) == ours(text, pair)["input_ids"]
+    assert ours.convert_tokens_to_ids(pair) == theirs.convert_tokens_to_ids(pair)
+
+
+def test_threads_may_share_a_tokenizer(embedded):
+    """Each with a truncation of its own, which the library keeps in its object."""
+    ours, lengths = embedded[0], [*range(3, 13), None]
+
+    def tokenise(length):
+        return [len(ours.encode_batch(["a " * 50], max_length=length)[0]) for _ in range(20)]
+
+    with ThreadPoolExecutor(4) as threads:
+        for length, results in zip(lengths, threads.map(tokenise, lengths), strict=True):
+            assert set(results) == {length or 52}
 
 
 @settings(max_examples=100)
@@ -138,7 +190,7 @@ def test_tokenize_and_decode(embedded, text):
 def test_special_tokens_and_sizes(embedded):
     ours, theirs = embedded
     assert ours.vocab_size == len(theirs) == 30522
-    assert ours.max_length == theirs.model_max_length == 512
+    assert ours.max_length == 256  # of sentence_bert_config.json, as for sentence-transformers
     for name in ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"):
         for key in (name, f"{name}_id"):
             assert getattr(ours, key) == getattr(theirs, key)
@@ -208,8 +260,11 @@ def test_a_vocabulary_alone_is_enough(tmp_path, lines):
 
 
 def test_a_vocabulary_with_odd_lines_keeps_its_ids(tmp_path):
-    """A duplicate, and what Unicode calls a line break: the multilingual BERT has U+2028."""
-    tokens = [*SPECIAL, "film", "film", "\u2028", "\x85", "a", "\x1c"]
+    """A duplicate, and what Unicode calls a line break: the multilingual BERT has U+2028.
+
+    Spaces and tabs at the end of a line are no part of its token.
+    """
+    tokens = ["[PAD] ", *SPECIAL[1:], "film", "film \t", "\u2028", "\x85", "a", "\x1c", "  "]
     ours = BertTokenizer.from_pretrained(vocabulary_folder(tmp_path / "first", tokens))
     assert ours("film a")["input_ids"] == [2, 6, 9, 3]
     ours.save_pretrained(tmp_path)
@@ -242,6 +297,43 @@ def test_added_tokens_keep_their_ids_and_flags(tmp_path):
     assert_equal(BertTokenizer.from_pretrained(tmp_path / "ours"), theirs, batch)
 
 
+@pytest.mark.parametrize("generation", ["added_tokens.json", "added_tokens_decoder"])
+def test_tokens_added_to_a_vocabulary_by_slow_tokenizers(tmp_path, generation):
+    """Before tokenizer.json; older ones are in a file of their own, special ones in another."""
+    folder = vocabulary_folder(tmp_path, model_max_length=50)
+    count, special = len(VOCABULARY), "[sep]"
+    if generation == "added_tokens.json":
+        write_json(folder / generation, {"covid": count, special: count + 1})
+        tokens = {"additional_special_tokens": ["sep", special], "mask_token": "[MASK]"}
+        write_json(folder / "special_tokens_map.json", tokens)
+    else:
+        flags = {"lstrip": False, "rstrip": False, "single_word": True, "normalized": True}
+        added = {f"{count + 1}": {"content": special, **flags, "special": True}}
+        added[f"{count}"] = {"content": "covid", **flags, "special": False}
+        edit_json(folder / "tokenizer_config.json", added_tokens_decoder=added)
+    ours, theirs = (kind.from_pretrained(folder) for kind in (BertTokenizer, BertTokenizerFast))
+    batch = ["a COVID b covids", "[sep] hello[SEP]sep", "covid ##s seps"]
+    assert ours.vocab_size == count + 2
+    assert_equal(ours, theirs, batch)
+    ours.save_pretrained(tmp_path / "saved")
+    for removed in ("vocab.txt", "tokenizer.json"):
+        again = shutil.copytree(tmp_path / "saved", tmp_path / removed.replace(".", "-"))
+        (again / removed).unlink()
+        assert_equal(BertTokenizer.from_pretrained(again), theirs, batch)
+
+
+def test_other_software_tokenises_as_the_settings_in_force(tmp_path):
+    """Case as tokenizer.json alone says, or an argument: what is saved says it again."""
+    constructed(**CASED).save_pretrained(tmp_path / "cased")
+    (tmp_path / "cased" / "tokenizer_config.json").unlink()
+    cased = BertTokenizer.from_pretrained(tmp_path / "cased")
+    changed = BertTokenizer.from_pretrained(vocabulary_folder(tmp_path / "uncased"), **CASED)
+    for ours in (cased, changed):
+        ours.save_pretrained(tmp_path / "saved")
+        assert_equal(ours, constructed(**CASED), EXAMPLES)
+        assert_equal(ours, BertTokenizerFast.from_pretrained(tmp_path / "saved"), EXAMPLES)
+
+
 def test_a_saved_tokenizer_loads_equal_everywhere(tmp_path):
     """In ours and in transformers, from tokenizer.json and from vocab.txt alone."""
     flags = {"do_lower_case": False, "strip_accents": True, "tokenize_chinese_chars": False}
@@ -264,8 +356,15 @@ LIMITS = [(9, None, 9), (None, 7, 7), (9, 7, 7), (7, 9, 7), (9, 10**30, 9), (Non
 
 @pytest.mark.parametrize(("positions", "model_max_length", "limit"), LIMITS)
 def test_texts_are_truncated_to_the_models_limit(tmp_path, positions, model_max_length, limit):
-    """The smaller of config.json's positions and tokenizer_config.json's limit; else 512."""
-    folder = vocabulary_folder(tmp_path, model_max_length=model_max_length)
+    """The smaller of config.json's positions and tokenizer_config.json's limit; else 512.
+
+    sentence-transformers has a third file for it.
+    """
+    folder = vocabulary_folder(tmp_path, model_max_length=600)
+    write_json(folder / "sentence_bert_config.json", {"max_seq_length": model_max_length})
+    assert BertTokenizer.from_pretrained(folder).max_length == min(model_max_length or 600, 600)
+    (folder / "sentence_bert_config.json").unlink()
+    vocabulary_folder(tmp_path, model_max_length=model_max_length)
     write_json(folder / "config.json", {"max_position_embeddings": positions})
     ours, long = BertTokenizer.from_pretrained(folder), "a " * (limit + 20)
     assert ours.max_length == limit
@@ -315,6 +414,21 @@ def test_a_tokenizer_json_that_is_not_berts_is_refused(tmp_path, keys, values, e
     (tmp_path / "tokenizer_config.json").unlink()  # whose settings would win
     edit_json(tmp_path / "tokenizer.json", *keys, **values)
     refused_load(tmp_path, tmp_path / "tokenizer.json", expected)
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "config.json"])
+def test_a_tokenizer_of_another_class_is_refused(tmp_path, file):
+    """Its vocab.txt looks like BERT's, but its words were split by another program first."""
+    folder = vocabulary_folder(tmp_path)
+    for name in ("BertJapaneseTokenizer", "HerbertTokenizerFast", 3, []):
+        write_json(folder / file, {"tokenizer_class": name})
+        refused_load(folder, folder / file, repr(name))
+
+
+def test_truncating_or_padding_on_the_left_is_refused(tmp_path):
+    for key in ("truncation_side", "padding_side"):
+        folder = vocabulary_folder(tmp_path, **{key: "left"})
+        refused_load(folder, folder / "tokenizer_config.json", key, "'left'")
 
 
 def test_a_vocabulary_without_a_special_token_is_refused(tmp_path):
