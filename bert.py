@@ -142,7 +142,7 @@ class BertSelfAttention(nn.Module):
         return x.unflatten(-1, (self.num_attention_heads, -1)).transpose(1, 2)
 
     def attention(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-        """`eager_attention`, by PyTorch's fused kernels where they are faster."""
+        """`eager_attention`, computed by a fused kernel of PyTorch where there is one."""
         dropout = self.dropout.p if self.training else 0.0
         if dropout and query.device.type == "cpu":  # no fused kernel with dropout for CPUs
             return eager_attention(query, key, value, mask, self.dropout)
@@ -158,7 +158,7 @@ class BertSelfAttention(nn.Module):
 
 
 class BertLayer(nn.Module):
-    """One encoder layer: self-attention, then a feed-forward network; each is added and normed."""
+    """Self-attention and a feed-forward network, each with residual connection and LayerNorm."""
 
     def __init__(self, config: BertConfig):
         super().__init__()
@@ -247,7 +247,7 @@ class BertModel(nn.Module):
         the second. attention_mask: (B, T), 1 for a token, 0 for padding.
         """
         hidden_states = self.encode(self.embed(input_ids, token_type_ids), attention_mask)
-        # [CLS] is the first token; pre-training gave the pooler next-sentence prediction to do.
+        # [CLS] is the first token. The pooler was pre-trained on next-sentence prediction.
         pooled = self.pooler_af(self.pooler_dense(hidden_states[:, 0]))
         return {"last_hidden_state": hidden_states, "pooler_output": pooled}  # (B, T, D), (B, D)
 

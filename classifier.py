@@ -8,14 +8,9 @@ It is multitask_classifier.py with a single task, and leaves the same run folder
 from argparse import Namespace
 from collections.abc import Sequence
 
+import multitask_classifier as multitask
 from engine import cli
 from model import POOLINGS
-from multitask_classifier import (
-    add_file_flags,
-    add_supervised_flags,
-    complete_supervised_args,
-    run_training,
-)
 
 # The flags of multitask_classifier.py that mean nothing for a single task.
 SINGLE_TASK = {
@@ -31,20 +26,20 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     """The command line, checked and completed."""
     parser = cli.ArgumentParser(__doc__)
     parser.add_argument("--task", choices=["sst", "cfimdb"], default="sst", help="what to train on")
-    add_supervised_flags(parser)
+    multitask.add_supervised_flags(parser)
     cli.add_training_flags(parser, POOLINGS)
-    add_file_flags(parser.add_argument_group("files").add_argument, "", "the task")
+    multitask.add_file_flags(parser.add_argument_group("files").add_argument, "", "the task")
     parser.set_defaults(**SINGLE_TASK)
     args = parser.parse_args(argv)
     # From here on it is a multitask run of one task.
     args.tasks = [args.task]
-    complete_supervised_args(args, parser, "classifier")
+    multitask.complete_supervised_args(args, parser, "classifier")
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train and evaluate as the command line says."""
-    run_training(parse_args(argv))
+    multitask.run_training(parse_args(argv))
 
 
 if __name__ == "__main__":

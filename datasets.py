@@ -344,13 +344,9 @@ class TaskMixture:
             return self.pass_steps
         exponent = 1 - 0.8 * epoch / max(1, self.epochs - 1)
         weights = np.array([len(dataset) for dataset in self.datasets], dtype=float) ** exponent
-        exact = weights / weights.sum() * sum(self.pass_steps)
-        steps = np.maximum(1, np.floor(exact).astype(int))  # no task is left out, however small
-        # The steps lost to rounding down go to the largest remainders.
-        missing = max(0, sum(self.pass_steps) - steps.sum())
-        for i in np.argsort(steps - exact, kind="stable")[:missing]:
-            steps[i] += 1
-        return steps.tolist()
+        shares = weights / weights.sum() * sum(self.pass_steps)
+        steps = np.diff(np.rint(shares.cumsum()), prepend=0).astype(int)  # rounded, the same sum
+        return np.maximum(1, steps).tolist()  # no task is left out, however small
 
     def epoch_steps(self, epoch: int) -> int:
         """The number of steps in an epoch."""

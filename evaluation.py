@@ -171,7 +171,7 @@ def overall_score(metrics: dict[str, dict[str, Any]]) -> float:
 def constant_note(metrics: dict[str, Any]) -> str:
     """A note beside the score if all predictions are one class, as when nothing was learnt."""
     # Rows are gold classes, columns predicted ones; a constant prediction fills one column.
-    matrix = np.array(metrics.get("confusion", np.eye(2)))
+    matrix = np.array(metrics.get("confusion", np.eye(2)))  # scores have no such matrix
     if np.count_nonzero(matrix.sum(axis=0)) > 1:
         return ""
     majority = matrix.sum(axis=1).argmax() == matrix.sum(axis=0).argmax()
@@ -240,7 +240,7 @@ def read_predictions(
 
     UserError if the header, the number of rows, an id, the order or a prediction is wrong.
     """
-    # An order that differs from the file's would be scored against other rows without a word.
+    # Predictions in another order would silently be scored against the wrong rows.
     header, *rows = read_text(path, "a prediction file; a finished run has them").split("\n")
     if header != f"id \t {task.header} ":
         raise UserError(f"{path}, line 1: the header is {header[:60]!r}, not that of {task.name}")
@@ -275,7 +275,7 @@ def run_facts(
     return {
         "data": {str(d.path.absolute()): d.checksum for tasks in datasets.values() for d in tasks},
         "model_checksum": checksum(model.bert.state_dict(), str(model.tokenizer)),
-        "device": str(model.device),
+        "device": model.device.type,  # "cuda", not "cuda:0": --resume gives it to setup_device
         "precision": str(model.dtype).removeprefix("torch."),
         "decoders": model.decoders,
         "rows": {split: {d.name: len(d) for d in tasks} for split, tasks in datasets.items()},
@@ -287,10 +287,10 @@ def run_facts(
 
 
 class SavedRun:
-    """A finished run as its `config.json` describes it."""
+    """A run folder as its `config.json` describes it, once it has a best/."""
 
     def __init__(self, folder: Path):
-        # Both files are there from the first second of a run.
+        # Both files exist as soon as a run has started; other folders may have a config.json too.
         path = folder / "config.json"
         if not path.is_file() or not (folder / "log.jsonl").is_file():
             raise UserError(f"{folder}: not a run folder; expected one with config.json and best/")
@@ -350,7 +350,8 @@ def evaluate_run(run: SavedRun, args: Namespace) -> None:
     """Print the dev metrics of the run's best model, in the form of `result.json`."""
     model = run.load_model(args.device)
     datasets = []
-    for task in find_tasks(list(model.heads)) or [TASKS["sts"]]:  # SimCSE has no heads
+    # A SimCSE run has no heads: it is judged by the cosines of STS pairs, as during training.
+    for task in find_tasks(list(model.heads)) or [TASKS["sts"]]:
         path = run.data_file(task, "dev", args.data_dir)
         pairs = model.pair_encoding
         datasets.append(TaskDataset(path, task, model.tokenizer, pairs, limit=run.limit))
@@ -417,6 +418,7 @@ def predict_file(run: SavedRun, args: Namespace) -> None:
         trained = ", ".join(model.heads) or "none: SimCSE pre-training has no heads"
         raise UserError(f"--task {args.task}: the run has no head for it; it has {trained}")
     task = TASKS[args.task]
+    # The file may have labels or not.
     dataset = TaskDataset(args.data, task, model.tokenizer, model.pair_encoding, labelled=None)
     note(dataset)
     logits = predict(model, dataset, run.batch_size, partial(embed_batch, model))
@@ -440,7 +442,7 @@ def predict_texts(run: SavedRun, args: Namespace) -> None:
         joint = len(texts) > model.embeddings_per_row(task)
         columns = [[text] for text in texts]
         dataset = TokenizedDataset(task.name, Path("--text"), columns, model.tokenizer, joint)
-        if dataset.truncated:
+        if dataset.truncated:  # tell, as the end of the text was not read
             note(dataset)
         with model.evaluating():
             batch = dataset.batch(np.arange(1)).to(model.device)
@@ -512,6 +514,7 @@ def export(run: SavedRun, args: Namespace) -> None:
         limit = model.bert.config.max_position_embeddings
         write_onnx(path, ExportedEncoder(model).eval(), ExportedEncoder.OUTPUTS, limit)
     else:
+        # The course's loader wants HuggingFace's names, each with this prefix.
         tensors = {f"bert.{hub_name(n)}": p.detach() for n, p in model.bert.named_parameters()}
         with atomic_file(path) as draft:
             torch.save(tensors, draft)
@@ -529,8 +532,8 @@ ACTIONS = {
     "compare": compare_runs,
     "export": export,
 }
-# The other flags, and the actions that take them.
-TAKEN_BY = {
+# For each other flag, the actions in which it has an effect.
+ACTIONS_OF_FLAG = {
     "task": {"data"},
     "out": {"data", "export"},
     "data_dir": {"evaluate", "submit", "compare"},
@@ -560,7 +563,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     given = [action for action in ACTIONS if getattr(args, action, None) is not None]
     args.action = given[0] if given else "evaluate"
     # A flag that would have no effect is refused, not ignored.
-    for flag, actions in TAKEN_BY.items():
+    for flag, actions in ACTIONS_OF_FLAG.items():
         if getattr(args, flag) is not None and args.action not in actions:
             parser.error(f"--{flag} has no effect {f'with --{given[0]}' if given else 'by itself'}")
     if args.data and not (args.task and args.out):

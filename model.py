@@ -14,25 +14,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from bert import BertModel, load_weights
+from bert import BertModel
 from datasets import TokenizedDataset
-from engine.checkpoint import (
-    atomic_folder,
-    check_weight,
-    read_json,
-    read_tensors,
-    write_json,
-    write_tensors,
-)
+from engine import checkpoint
 from engine.errors import UserError, reading
 from engine.export import write_modules
-from engine.hub import read_weights, resolve_model
+from engine.hub import resolve_model
 from tasks import TASKS, Task, find_tasks
 from tokenizer import BertTokenizer
 
 POOLINGS = ("pooler", "cls", "mean")  # the first is the default, as in the paper
 PAIR_ENCODINGS = ("separate", "joint")
-LENGTH_STEP = 4  # tokens, of a batch in bf16
+LENGTH_STEP = 4  # bf16 batches on CPUs are padded to a multiple of so many tokens
 
 
 def pool(output: dict[str, Tensor], attention_mask: Tensor, pooling: str) -> Tensor:
@@ -151,8 +144,8 @@ class SentenceEncoder(nn.Module):
         self.bert = bert  # under this name, the course's: students' code reaches into it
         self.tokenizer = tokenizer
         self.pooling = pooling
-        # Of matrix products in BERT; bfloat16 by autocast: weights, embeddings, heads and losses
-        # stay float32.
+        # The precision of matrix products in BERT. bfloat16 means autocast: weights, embeddings,
+        # heads and losses stay float32.
         self.dtype = torch.float32
 
     @property
@@ -167,10 +160,10 @@ class SentenceEncoder(nn.Module):
         token_type_ids: Tensor | None = None,
         pooling: str | None = None,
     ) -> Tensor:
-        """Token ids and mask (B, T) -> embeddings (B, D), float32; `pooling`: another one."""
+        """Token ids and mask (B, T) -> float32 embeddings (B, D); default pooling: the model's."""
         bf16 = self.dtype == torch.bfloat16
         if bf16 and input_ids.device.type == "cpu":
-            # oneDNN compiles its kernels anew for every length: have few different ones.
+            # oneDNN compiles a kernel for every new length. Rounded up, lengths repeat.
             limit = self.bert.config.max_position_embeddings
             padding = min(-input_ids.size(1) % LENGTH_STEP, limit - input_ids.size(1))
             input_ids = F.pad(input_ids, (0, padding), value=self.bert.config.pad_token_id)
@@ -227,7 +220,7 @@ class SentenceEncoder(nn.Module):
         ours = (folder / "heads.json").exists()
         if folder.exists() and not ours and any(folder.iterdir()):
             raise UserError(f"{folder}: contains something other than a model; left alone")
-        with atomic_folder(folder) as draft:
+        with checkpoint.atomic_folder(folder) as draft:
             self._write(draft)
 
     def _write(self, folder: Path) -> None:
@@ -236,11 +229,7 @@ class SentenceEncoder(nn.Module):
             self.tokenizer.save_pretrained(folder)
             write_modules(folder, self.pooling, self.tokenizer.max_length, self.bert.pooler_dense)
         settings = {"pooling": self.pooling, "pair_encoding": self.pair_encoding}
-        write_json(folder / "heads.json", {"decoders": self.decoders, **settings})
-
-    def load(self, folder: Path) -> None:
-        """Take over the weights that `save_pretrained` wrote for a model of the same shape."""
-        load_weights(self.bert, *read_weights(folder), pooler={})
+        checkpoint.write_json(folder / "heads.json", {"decoders": self.decoders, **settings})
 
 
 # ---------------------------------------------------------------------------- multitask model
@@ -295,7 +284,7 @@ class MultitaskBERT(SentenceEncoder):
         """Switch dropout on or off; a frozen BERT has none."""
         super().train(mode)
         # With dropout, a frozen BERT would give a sentence another embedding in every epoch.
-        self.bert.train(mode and self.bert.word_embedding.weight.requires_grad)
+        self.bert.train(mode and any(p.requires_grad for p in self.bert.parameters()))
         return self
 
     def embeddings_per_row(self, task: Task) -> int:
@@ -371,12 +360,7 @@ class MultitaskBERT(SentenceEncoder):
 
     def _write(self, folder: Path) -> None:
         super()._write(folder)
-        write_tensors(folder / "heads.safetensors", self.heads.state_dict())
-
-    def load(self, folder: Path) -> None:
-        """Take over the weights that `save_pretrained` wrote for a model of the same shape."""
-        super().load(folder)
-        self._load_heads(folder / "heads.safetensors")
+        checkpoint.write_tensors(folder / "heads.safetensors", self.heads.state_dict())
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "MultitaskBERT":
@@ -385,7 +369,7 @@ class MultitaskBERT(SentenceEncoder):
             raise UserError(f"{folder}: no such run folder or model folder")
         folder = resolve_model(folder)
         path = folder / "heads.json"
-        settings = read_json(path)
+        settings = checkpoint.read_json(path)
         bert = BertModel.from_pretrained(folder)
         tokenizer = BertTokenizer.from_pretrained(folder)
         try:
@@ -402,13 +386,10 @@ class MultitaskBERT(SentenceEncoder):
         except UserError as error:  # of the constructor, which does not know the file
             raise UserError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
         if decoders:
-            model._load_heads(folder / "heads.safetensors")
+            path = folder / "heads.safetensors"
+            tensors = checkpoint.read_tensors(path)
+            for name, tensor in tensors.items():
+                checkpoint.check_weight(name, tensor, path)
+            with reading(path, "the weights of the heads in heads.json"):
+                model.heads.load_state_dict(tensors)
         return model.eval()
-
-    def _load_heads(self, path: Path) -> None:
-        """Read the heads' weights; UserError for other names or shapes, or non-finite numbers."""
-        tensors = read_tensors(path)
-        for name, tensor in tensors.items():
-            check_weight(name, tensor, path)
-        with reading(path, "the weights of the heads in heads.json"):
-            self.heads.load_state_dict(tensors)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import evaluation
 from bert import BertModel
 from datasets import SAMPLINGS, Batch, TaskDataset, TaskMixture
 from engine import cli, distributed
@@ -29,20 +30,7 @@ from engine.errors import UserError
 from engine.gradients import backward_by_task, pcgrad, sum_gradients, sum_losses
 from engine.run_dir import RunDir
 from engine.trainer import Trainer
-from evaluation import (
-    Embed,
-    EmbeddingCache,
-    baseline,
-    constant_note,
-    embed_batch,
-    evaluate,
-    overall_score,
-    predict,
-    primary_metric,
-    run_facts,
-    task_metrics,
-    write_predictions,
-)
+from evaluation import Embed, EmbeddingCache, embed_batch, overall_score, primary_metric
 from model import HEADS, PAIR_ENCODINGS, POOLINGS, MultitaskBERT
 from optimizer import AdamW, lr_factor, parameter_groups
 from tasks import TASKS, Task, find_tasks
@@ -51,8 +39,8 @@ from tokenizer import BertTokenizer
 Datasets = dict[str, list[TaskDataset]]  # split -> a dataset per task
 Backward = Callable[[Sequence[Batch], int], float]  # (batches, step) -> loss, leaving gradients
 
-# The methods of --surgery. A new one is a function of the tasks' gradients and a row here.
-COMBINE = {"sum": sum_gradients, "pcgrad": pcgrad}  # of the gradients of several tasks
+# The methods of --surgery: functions that combine the gradients of several tasks into one.
+GRADIENT_COMBINERS = {"sum": sum_gradients, "pcgrad": pcgrad}
 DEFAULT_LR = 5e-5  # of BERT
 DEFAULT_HEAD_LR = 1e-2  # of the heads; LOG.md has the measurement
 DEFAULT_EPOCHS = {"pretrain": 10, "finetune": 3, "lpft": 3}
@@ -95,9 +83,9 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     add("--sampling", choices=SAMPLINGS, default="roundrobin", help="how an epoch mixes the tasks")
     pair_help = "an embedding per sentence, or one for '[CLS] a [SEP] b [SEP]'"
     add("--pair_encoding", choices=PAIR_ENCODINGS, default="separate", help=pair_help)
-    add("--leave_out", metavar="TASK", help="train its head, but keep its loss from BERT")
+    add("--leave_out", metavar="TASK", help="train this task's head only, not BERT")
     surgery_help = "sum, pcgrad: a batch of each task per step; pcgrad projects out conflicts"
-    add("--surgery", choices=["none", *COMBINE], default="none", help=surgery_help)
+    add("--surgery", choices=["none", *GRADIENT_COMBINERS], default="none", help=surgery_help)
     conflict_help = "log gradient conflict every N steps; says beforehand what that costs"
     add("--measure_conflict", type=cli.COUNT, default=0, metavar="N", help=conflict_help)
     rows_help = "rows per batch of --measure_conflict (default: --batch_size)"
@@ -234,7 +222,7 @@ def make_backward(args: Namespace, model: MultitaskBERT, embed: Embed) -> Backwa
         return lambda batches, step: backward_task(batches)
     # Each task's gradient is computed separately; those of the shared weights are then combined.
     shared = list(model.bert.parameters())
-    combine = COMBINE[args.surgery]
+    combine = GRADIENT_COMBINERS[args.surgery]
     return lambda batches, step: backward_by_task(backward_task, batches, shared, combine)
 
 
@@ -254,7 +242,7 @@ class DevEvaluator:
         logits = {dataset: self.predict(dataset) for dataset in self.datasets}
         # One process computes the metrics, so that all of them agree on which weights are the best.
         result = distributed.broadcast_from_rank_zero(
-            lambda: evaluate(self.datasets, list(logits.values()))
+            lambda: evaluation.evaluate(self.datasets, list(logits.values()))
         )
         if result["score"] > self.best["score"]:
             self.best, self.best_logits = result, logits
@@ -262,7 +250,7 @@ class DevEvaluator:
 
     def predict(self, dataset: TaskDataset) -> Tensor:
         """The logits (N, C) of the current weights."""
-        return predict(self.model, dataset, self.batch_size, self.embed)
+        return evaluation.predict(self.model, dataset, self.batch_size, self.embed)
 
 
 def make_optimizers(args: Namespace, model: MultitaskBERT, frozen: bool) -> dict[str, AdamW]:
@@ -322,7 +310,11 @@ def train(
 
 def load_best(model: MultitaskBERT, folder: Path) -> None:
     """Load the weights in a folder, which only rank 0 may see, into all processes."""
-    distributed.broadcast_from_rank_zero(lambda: model.load(folder))
+
+    def load() -> None:
+        model.load_state_dict(MultitaskBERT.from_pretrained(folder).state_dict())
+
+    distributed.broadcast_from_rank_zero(load)
     distributed.broadcast_parameters(model)
 
 
@@ -340,7 +332,7 @@ def train_by_option(
         load_best(model, run.path / "probe")
         run.stage = "finetune"
         args.head_lr = args.lr  # one rate for the whole model, as Kumar et al. fine-tune
-        print("the probe has converged: fine-tuning from its heads")
+        print("linear probing is done: fine-tuning from its best heads")
     trainer = train(args, model, datasets, run, frozen=args.option == "pretrain")
     load_best(model, run.path / "best")
     return trainer
@@ -357,23 +349,20 @@ def write_results(
 ) -> dict[str, Any]:
     """Write the best weights' predictions and result.json, and print a table; that result."""
     evaluator, best = trainer.evaluate_model, trainer.state.best
-    outputs = output_paths(args, resumed=True)
-    metrics = {}
+    outputs, metrics = output_paths(args, resumed=True), best["tasks"]
     # Dev logits of the best weights, if this process has computed them: after an interruption the
     # best weights may be older than what its evaluator has seen.
-    cached = evaluator.best_logits if evaluator.best["tasks"] == best["tasks"] else {}
-    for task, split in outputs:
+    cached = evaluator.best_logits if evaluator.best["tasks"] == metrics else {}
+    for (task, split), path in outputs.items():
         dataset = next(d for d in datasets[split] if d.name == task)
         logits = cached[dataset] if dataset in cached else evaluator.predict(dataset)
         if trainer.run.writes:
-            write_predictions(outputs[task, split], dataset, logits)
-        if split == "dev":
-            metrics[task] = task_metrics(dataset, logits)
+            evaluation.write_predictions(path, dataset, logits)
     print(f"best weights: epoch {best['epoch']}, step {best['step']}; dev scores:")
     print(results_table(metrics, baselines))
     return trainer.finish(
         dev=metrics,
-        overall=overall_score(metrics),
+        overall=best["score"],
         baselines={task: {name: value} for task, (name, value) in baselines.items()},
         predictions={f"{task}_{split}": str(path) for (task, split), path in outputs.items()},
     )
@@ -386,10 +375,11 @@ def results_table(
     lines = [("task", "metric", "score", "baseline", "rows")]
     for task, scores in metrics.items():
         name, value = baselines[task]
-        score = f"{primary_metric(scores):.3f}{constant_note(scores)}"
+        score = f"{primary_metric(scores):.3f}{evaluation.constant_note(scores)}"
         rows = f"{scores['rows']:,}"
         lines.append((task, next(iter(scores)), score, f"{value:.3f} ({name})", rows))
     lines.append(("overall", "", f"{overall_score(metrics):.3f}", "", ""))
+    # Pad each column to its longest entry.
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  " + "  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
@@ -414,12 +404,12 @@ def run_training(args: Namespace) -> dict[str, Any]:
         model.dtype = dtype
         distributed.broadcast_parameters(model.to(device))
         # 3. The run folder records all that is needed to repeat the run.
-        run = RunDir.start_or_resume(args, **run_facts(model, datasets))
+        run = RunDir.start_or_resume(args, **evaluation.run_facts(model, datasets))
         with closing(run):
             # 4. Train, then predict with the best weights.
             print(f"run folder: {run.path} (on {device}, {dtype})")
             dev = datasets["dev"]
-            baselines = {d.name: baseline(model, d, args.batch_size) for d in dev}
+            baselines = {d.name: evaluation.baseline(model, d, args.batch_size) for d in dev}
             trainer = train_by_option(args, model, datasets, run)
             return write_results(args, datasets, baselines, trainer)
 

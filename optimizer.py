@@ -46,6 +46,9 @@ class AdamW(torch.optim.Optimizer):
     state_dict = _without_compiler(torch.optim.Optimizer.state_dict)
     zero_grad = _without_compiler(torch.optim.Optimizer.zero_grad)
 
+    def __getstate__(self) -> dict[str, Any]:  # for copy.deepcopy and pickle
+        return {**super().__getstate__(), "fused": self.fused}
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, whose own hyperparameters win over the defaults."""
         check_hyperparameters({**self.defaults, **param_group})
@@ -73,7 +76,10 @@ class AdamW(torch.optim.Optimizer):
                 if p.grad.is_sparse:
                     name = group.get("param_names", {index: tuple(p.shape)})[index]
                     raise ValueError(f"AdamW: {name} has a sparse gradient: use sparse=False")
-                state = self._next_state(p)
+                state = self.state[p]
+                if not state:  # a head has no gradient until the first step of its task
+                    state |= {"step": 0, **{name: torch.zeros_like(p) for name in MOMENTS}}
+                state["step"] += 1
                 tensors = (p, p.grad, state["exp_avg"], state["exp_avg_sq"])
                 if self.fused and _can_be_fused(tensors):
                     key = (p.device, p.dtype, state["step"])
@@ -83,17 +89,6 @@ class AdamW(torch.optim.Optimizer):
             for (device, _, t), tensors in fused.items():
                 fused_adamw_update(tensors, device, t, scale, group)
         return loss
-
-    def _next_state(self, p: Tensor) -> dict[str, Any]:
-        """The state of a parameter for the coming update, zero moments at first."""
-        # Parameters may join late: a head has no gradient until its task's first step.
-        state = self.state[p]
-        if not state:
-            state["step"] = 0
-            for name in MOMENTS:
-                state[name] = torch.zeros_like(p)
-        state["step"] += 1
-        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` returned; ValueError if it is of parameters of other shapes."""
@@ -188,7 +183,7 @@ def lr_factor(schedule: str, warmup: float, step: int, total: int) -> float:
     number): where transformers starts, at 0, a step would change nothing. Then "linear" falls along
     a line that would reach 0 at step `total`, and "constant" stays at 1.
     """
-    # Adam's first steps rest on few gradients: they are kept small.
+    # Adam estimates its moments from few gradients at first: keep these steps small.
     warmup_steps = round(warmup * total)
     if step < warmup_steps:
         return (step + 1) / warmup_steps

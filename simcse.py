@@ -64,9 +64,6 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     return args
 
 
-# ---------------------------------------------------------------------------- the loss
-
-
 def contrastive_loss(
     anchors: Tensor,
     positives: Tensor,
@@ -89,9 +86,7 @@ def contrastive_loss(
     # Cosine of each row's anchor with every candidate: a row of scores (B, C), classified.
     candidates = positives if negatives is None else torch.cat([positives, negatives])  # (C, D)
     scores = F.normalize(anchors, dim=-1) @ F.normalize(candidates, dim=-1).T / temperature
-    diagonal = torch.arange(
-        len(anchors), device=scores.device
-    )  # candidate i is the positive of row i
+    diagonal = torch.arange(len(anchors), device=scores.device)  # row i's positive is candidate i
     if negatives is not None:
         # A weight of the exponential is a summand of the score: w exp(s) = exp(s + log w).
         weights = torch.zeros_like(scores)
@@ -106,7 +101,7 @@ def contrastive_loss(
 
 
 def false_negatives(keys: Tensor) -> Tensor:
-    """Which candidates are no true negatives of a row: sentence keys (V, B) -> (B, C) bool.
+    """Which candidates are false negatives of each row: sentence keys (V, B) -> (B, C) bool.
 
     Equal sentences have equal keys. A candidate is a false negative if it equals the row's first or
     second sentence, or is the second sentence of a row whose first is equal.
@@ -125,6 +120,7 @@ def sentence_keys(batches: Sequence[Batch]) -> Tensor:
     Every process computes them for the rows of all processes.
     """
     views = max(2, batches[0].dataset.embeddings_per_row)  # a single sentence is its own positive
+    # The token ids, not the text: sentences that differ only in case are equal to the model.
     keys: dict[bytes, int] = {}
     columns = []
     for batch in batches:
@@ -209,9 +205,6 @@ class ContrastiveBackward:
             hard_negative_weight=self.args.hard_negative_weight,
         )
         return losses.mean()
-
-
-# ---------------------------------------------------------------------------- training
 
 
 def load_datasets(

@@ -16,8 +16,6 @@ from torch.nn import functional as F
 from engine.errors import UserError
 from engine.metrics import classification_metrics, correlation_metrics
 
-# ---------------------------------------------------------------------------- kinds of labels
-
 
 class Classification:
     """One of several classes, 0, 1, ...; the primary metric is accuracy."""
@@ -100,9 +98,6 @@ class Regression:
         return (pearson + 1) / 2
 
 
-# ---------------------------------------------------------------------------- the table
-
-
 @dataclass(frozen=True)
 class Task:
     """One row of the table."""
@@ -115,8 +110,8 @@ class Task:
     labels: Classification | Regression  # what they are, and with it loss, predictions and metrics
     header: str  # the prediction column of a leaderboard file, as the leaderboard spells it
     head: str  # the default decoder head, a row of `model.HEADS`
-    # Typical logits of the least and the most similar pair. Heads start from it: at a learning
-    # rate of 1e-3 an STS bias would take 2,500 steps to the mean score.
+    # Typical logits of the least and the most similar pair. Heads start in this range: AdamW moves
+    # a bias by about the learning rate per step, so at 1e-2 a score's bias needs 250 steps to 2.5.
     logit_range: tuple[float, float] = (0.0, 0.0)
     class_names: tuple[str, ...] = ()
 

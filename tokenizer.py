@@ -11,16 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import (
-    AddedToken,
-    Encoding,
-    Tokenizer,
-    decoders,
-    normalizers,
-    pre_tokenizers,
-    processors,
-)
-from tokenizers.models import WordPiece
+from tokenizers import AddedToken, Encoding, Tokenizer, decoders, models, normalizers
+from tokenizers.pre_tokenizers import BertPreTokenizer
+from tokenizers.processors import BertProcessing
 from torch import Tensor
 
 from engine.checkpoint import write_json, write_text
@@ -79,6 +72,7 @@ class BertTokenizer:
 
         settings: entries of `tokenizer_config.json` to change, such as `do_lower_case=False`.
         """
+        # An argument that did nothing would mislead: refuse it.
         for key in settings:
             if key not in {*NORMALIZATION, *SPECIAL_TOKENS, "model_max_length"}:
                 raise TypeError(f"BertTokenizer.from_pretrained: {key} is not supported")
@@ -105,8 +99,7 @@ class BertTokenizer:
 
         Returns `input_ids`, `token_type_ids` (1 for the second sentence) and `attention_mask`.
         """
-        if return_tensors not in (None, "pt"):
-            raise ValueError(f"return_tensors={return_tensors!r}: expected 'pt' or None")
+        tensors = _option("return_tensors", return_tensors or False, "None", "pt") == "pt"
         single = isinstance(texts, str)  # gives lists instead of lists of lists
         texts, pairs = ([x] if isinstance(x, str) else x for x in (texts, pairs))
         limit = max_length or self.max_length
@@ -118,7 +111,7 @@ class BertTokenizer:
 
         def column(rows: list[list[int]], fill: int) -> Any:
             rows = [row + [fill] * (width - len(row)) for row in rows]
-            if return_tensors == "pt":
+            if tensors:
                 return torch.tensor(rows, dtype=torch.long)
             return rows[0] if single else rows
 
@@ -158,6 +151,7 @@ class BertTokenizer:
         if pairs is None:
             return backend.encode_batch(list(texts))
         rows = list(zip(texts, pairs, strict=True))
+        # The other strategies cut one sentence only, so there are no combinations of pieces.
         if strategy == "longest_first":
             rows = [self._cut(row, max_length, backend) for row in rows]
         return backend.encode_batch(rows)
@@ -202,7 +196,7 @@ class BertTokenizer:
         """The id of a token, or of each of several; unknown ones have that of [UNK]."""
         if not isinstance(tokens, str):
             return [self.convert_tokens_to_ids(token) for token in tokens]
-        index = self.backend.token_to_id(tokens)
+        index = self.backend.token_to_id(tokens)  # None for what is not in the vocabulary
         return self.unk_token_id if index is None else index
 
     def convert_ids_to_tokens(self, ids: int | Sequence[int] | Tensor) -> str | list[str]:
@@ -234,6 +228,7 @@ class BertTokenizer:
         vocab = {index: token for token, index in self.backend.get_vocab(False).items()}
         lines = [vocab.get(index, f"[unused line {index}]") for index in range(max(vocab) + 1)]
         write_text(folder / "vocab.txt", "".join(f"{token}\n" for token in lines))
+        # For software that reads vocab.txt, which cannot say which tokens were added, and how.
         flags = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
         added = {
             str(index): {flag: getattr(token, flag) for flag in flags}
@@ -250,7 +245,7 @@ class BertTokenizer:
 
 def _option(name: str, value: bool | str, off: str, *choices: str) -> str:
     """A bool or a string as a string: False means `off`, True the first choice."""
-    if isinstance(value, bool):
+    if isinstance(value, bool):  # as in transformers
         return choices[0] if value else off
     if value not in (off, *choices):
         raise ValueError(f"{name}={value!r}: expected a bool, {off} or {', '.join(choices)}")
@@ -259,16 +254,17 @@ def _option(name: str, value: bool | str, off: str, *choices: str) -> str:
 
 def build_backend(files: TokenizerFiles) -> Tokenizer:
     """The tokenizer of the original BERT for a vocabulary, with the tokens added to it."""
+    # Only these parts, whatever pipeline tokenizer.json describes: nothing of a file is executed.
     vocabulary, special = files.vocabulary, files.special
     missing = [token for token in special.values() if token not in vocabulary]
     if missing:
         raise ValueError(f"the vocabulary has no {missing[0]}")
     # Text -> cleaned and lower-cased -> words and punctuation marks -> pieces in the vocabulary,
     # the longest first: "unaffable" -> "una", "##ffa", "##ble".
-    backend = Tokenizer(WordPiece(vocabulary, unk_token=special["unk_token"]))
+    backend = Tokenizer(models.WordPiece(vocabulary, unk_token=special["unk_token"]))
     flags = {name: files.normalization[key] for key, (name, _) in NORMALIZATION.items()}
     backend.normalizer = normalizers.BertNormalizer(clean_text=True, **flags)
-    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.pre_tokenizer = BertPreTokenizer()
     backend.decoder = decoders.WordPiece(prefix="##")
     tokens = [AddedToken(**{k: v for k, v in token.items() if k != "id"}) for token in files.added]
     for token in tokens:
@@ -284,5 +280,5 @@ def build_backend(files: TokenizerFiles) -> Tokenizer:
     backend.add_tokens([AddedToken(token, special=True) for token in special.values()])
     # "[CLS] a [SEP]" and "[CLS] a [SEP] b [SEP]", with segment ids 1 from b on.
     sep, cls = ((special[key], vocabulary[special[key]]) for key in ("sep_token", "cls_token"))
-    backend.post_processor = processors.BertProcessing(sep, cls)
+    backend.post_processor = BertProcessing(sep, cls)
     return backend

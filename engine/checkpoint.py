@@ -18,8 +18,6 @@ from torch import Tensor
 
 from engine.errors import UserError, reading
 
-# ---------------------------------------------------------------------------- reading
-
 
 def read_text(path: Path, kind: str = "a text file in UTF-8") -> str:
     """The contents of a UTF-8 text file, line endings as they are."""
@@ -39,7 +37,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The named tensors of a `.safetensors` file, or of a `.bin` file that torch.save wrote.
 
-    `weights_only` makes torch.load refuse every pickle instruction that could call a function.
+    `weights_only` makes torch.load refuse all functions but the few that rebuild tensors.
     """
     with reading(path, "a file of named tensors"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -63,13 +61,11 @@ def _is_named_tensor(item: tuple[Any, Any]) -> bool:
 
 def check_weight(name: str, tensor: Tensor, source: Path) -> None:
     """UserError unless a weight consists of finite floating-point numbers."""
+    # Loaded with NaN, a model would train for hours to a score of nothing.
     if not tensor.is_floating_point():
         raise UserError(f"{source}: {name} has dtype {tensor.dtype}, expected floating point")
     if not tensor.float().isfinite().all():
         raise UserError(f"{source}: {name} contains NaN or infinity: use an earlier checkpoint")
-
-
-# ---------------------------------------------------------------------------- writing
 
 
 def check_new_file(path: Path) -> None:
@@ -133,6 +129,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 def restore_folder(path: Path) -> None:
     """Finish or undo the replacement that a process killed inside `atomic_folder` had begun."""
+    # If the new folder is in place, only the deletion of the old one was missing.
     for old in path.parent.glob(f".{path.name}.*.old"):
         if path.exists():
             shutil.rmtree(old, ignore_errors=True)
@@ -155,6 +152,7 @@ def write_tensors(
     path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
     """Write named tensors as safetensors, sorted by name: equal tensors give equal bytes."""
+    # Contiguous copies on the CPU: safetensors writes nothing else.
     ordered = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
     with atomic_file(path) as temporary:
         try:
@@ -165,9 +163,6 @@ def write_tensors(
         os.umask(umask)
         with suppress(OSError):  # file systems without permissions, such as SMB
             os.chmod(temporary, 0o666 & ~umask)  # safetensors makes files for their owner only
-
-
-# ---------------------------------------------------------------------------- training state
 
 
 def write_state(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
@@ -190,6 +185,7 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def checksum(tensors: dict[str, Tensor], text: str) -> str:
     """CRC-32 of all names, dtypes, shapes and bytes: detects damage, not tampering."""
+    # Names and shapes too: the same bytes under other names would be another state.
     value = zlib.crc32(text.encode())
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()

@@ -51,27 +51,22 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(2, line if rank == "0" else "")
 
 
-# ---------------------------------------------------------------------------- flag types
-
-
 def number(
     kind: type, low: float, high: float = math.inf, *, above: bool = False, below: bool = False
 ) -> Callable[[str], float]:
     """A flag type: a number from `low` to `high`, which `above` and `below` exclude themselves."""
+    expected = "a whole number" if kind is int else "a number"
+    expected += f" {'above' if above else 'at least'} {low:g}"
+    if high < math.inf:
+        expected += f" and {'below' if below else 'at most'} {high:g}"
 
     def parse(text: str) -> float:
-        bounds = f"{'above' if above else 'at least'} {low:g}"
-        if high < math.inf:
-            bounds += f" and {'below' if below else 'at most'} {high:g}"
-        word = "a whole number" if kind is int else "a number"
-        try:
+        with suppress(ValueError):  # neither NaN nor what is not a number passes the comparisons
             value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {word}") from None
-        inside = low <= value <= high and value != math.inf  # NaN is not inside either
-        if not inside or (above and value == low) or (below and value == high):
-            raise argparse.ArgumentTypeError(f"{text} is out of range; expected {word} {bounds}")
-        return value
+            inside = low <= value <= high and value != math.inf
+            if inside and not (above and value == low) and not (below and value == high):
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
 
     return parse
 
@@ -90,9 +85,6 @@ NON_NEGATIVE = number(float, 0, 1e6)
 FRACTION = number(float, 0, 1, below=True)
 
 
-# ---------------------------------------------------------------------------- shared flags
-
-
 def add_training_flags(parser: argparse.ArgumentParser, poolings: Sequence[str]) -> None:
     """The flags of every script that trains, under the course's names, in groups."""
     add = parser.add_argument_group("model and data").add_argument
@@ -109,9 +101,9 @@ def add_training_flags(parser: argparse.ArgumentParser, poolings: Sequence[str])
     schedule_help = "learning-rate schedule after the warm-up"
     add("--schedule", choices=["linear", "constant"], default="linear", help=schedule_help)
     add("--warmup", type=FRACTION, default=0.1, help="fraction of steps in which lr rises")
-    add("--weight_decay", type=NON_NEGATIVE, default=0.01, help="except biases, LayerNorm")
-    add("--clip", type=NON_NEGATIVE, default=1.0, help="global gradient norm; 0: no clipping")
-    add("--seed", type=number(int, 0, 2**63 - 1), default=11711, help="of random generators")
+    add("--weight_decay", type=NON_NEGATIVE, default=0.01, help="not for biases and LayerNorm")
+    add("--clip", type=NON_NEGATIVE, default=1.0, help="largest gradient norm; 0: no clipping")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=11711, help="seed of all random numbers")
     add = parser.add_argument_group("hardware").add_argument
     add("--use_gpu", action="store_true", help="the same as --device cuda")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="device to run on")
@@ -146,7 +138,9 @@ def complete_training_args(
 
 def _latest_run(name: str) -> Path | None:
     """The latest unfinished run of that name under runs/, or else the latest."""
-    runs = [path.parent for path in Path("runs").glob(f"{name}-*-*/config.json")]
+    # Only default names, which end with a time: a user's own may begin alike.
+    names = Path("runs").glob(f"{name}-[0-9]*-[0-9]*/config.json")
+    runs = [path.parent for path in names]
     unfinished = [run for run in runs if not (run / "result.json").exists()]
 
     def begun(run: Path) -> float:
@@ -154,9 +148,6 @@ def _latest_run(name: str) -> Path | None:
         return (run / "config.json").stat().st_mtime
 
     return max(unfinished or runs, key=begun, default=None)
-
-
-# ---------------------------------------------------------------------------- exit codes
 
 
 def print_error(message: str) -> None:

@@ -98,7 +98,8 @@ class GradientConflictLogger:
         size = 4 * sum(p.numel() for p in self.model.bert.parameters()) / 2**20
         return (
             f"--measure_conflict: {count} measurements, each as long as about {each} training steps"
-            f" in fp32, in a run of {steps} steps; {size * (len(self.datasets) + 1):,.0f} MiB"
+            f" in fp32, in a run of {steps} steps; gradients take up to"
+            f" {size * (len(self.datasets) + 2):,.0f} MiB"
         )
 
     def _draw(self, dataset: Any, step: int) -> list[np.ndarray]:

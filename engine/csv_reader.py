@@ -1,4 +1,4 @@
-"""Reading csv files strictly: what cannot be read is named by file, line and column."""
+"""A strict csv reader, whose error messages name the file and the line."""
 
 import csv
 import hashlib

@@ -39,8 +39,8 @@ def setup_device(
     _use_deterministic_kernels(device)
     bf16 = precision in ("bf16", "bfloat16") or (precision == "auto" and prefers_bf16(device))
     if device == "cpu":
-        # In fp32 MKL multiplies; oneDNN would only compute GELU, and keep a compiled kernel for
-        # every batch shape scattered over memory.
+        # oneDNN is needed for bf16 only: in fp32 MKL does the matrix products. There oneDNN would
+        # just compute GELU, and keep a compiled kernel in memory for every batch shape.
         torch.backends.mkldnn.enabled = bf16 or not torch.backends.mkl.is_available()
     return torch.device(device), torch.bfloat16 if bf16 else torch.float32
 

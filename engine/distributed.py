@@ -7,7 +7,7 @@ Gradients are all-reduced after the backward pass instead of by DistributedDataP
 heads of other tasks have no gradient in a step, a process may have no row of a short batch, PCGrad
 needs each task's gradient separately, and gradient caching takes two passes.
 
-Without torchrun there is one process of rank 0, and everything here does nothing.
+Without torchrun there is one process, rank 0, and every collective returns its input.
 """
 
 import os
@@ -88,12 +88,10 @@ def process_group(args: Namespace) -> Iterator[None]:
 
 def already_reported(message: str) -> bool:
     """Whether another process has printed this message; if not, this one is expected to."""
+    # `add` returns the count: the first process to report gets 1.
     with suppress(Exception):  # the store may be gone: better twice than never
         return _store is not None and _store.add(f"reported/{message}", 1) > 1
     return False
-
-
-# ---------------------------------------------------------------------------- collectives
 
 
 @contextmanager
@@ -127,6 +125,7 @@ def broadcast_from_rank_zero(function: Callable[[], Any]) -> Any:
 
 def broadcast_parameters(module: nn.Module) -> None:
     """Give all processes the weights of rank 0."""
+    # Buffers too: position_ids are equal anyway, and a student's module may have others.
     if _world_size > 1:
         with _collective():
             for tensor in module.state_dict().values():
@@ -155,6 +154,7 @@ def any_rank(*flags: bool) -> list[bool]:
 
 def rank_slice(count: int) -> slice:
     """Which of `count` rows belong to this process; low ranks get the remainder."""
+    # Contiguous slices of nearly equal size, as np.array_split makes them.
     each, remainder = divmod(count, _world_size)
     start = _rank * each + min(_rank, remainder)
     return slice(start, start + each + (_rank < remainder))
@@ -189,9 +189,6 @@ def all_reduce_gradients(parameters: Sequence[nn.Parameter]) -> None:
     used = any_rank(*(p.grad is not None for p in parameters))
     for p in compress(parameters, used):
         p.grad = all_reduce_sum(torch.zeros_like(p) if p.grad is None else p.grad)
-
-
-# ---------------------------------------------------------------------------- random numbers
 
 
 def seed_by_rank(*numbers: int) -> None:

@@ -24,7 +24,7 @@ class UserError(ValueError):
 class AlreadyFinished(UserError):
     """The run is complete; there is nothing left to do."""
 
-    exit_code = 0
+    exit_code = 0  # so that a script that resumes until all is done can go on
 
 
 class TrainingDiverged(UserError):
@@ -45,7 +45,7 @@ def reading(path: Path, kind: str) -> Iterator[None]:
 
     kind: what the file should be, with its article, such as "a JSON object".
     """
-    # A parser has too many ways to fail to list them; which one it was matters little to the user.
+    # Parsers fail in too many ways to list, and the user needs to know only which file it is.
     try:
         yield
     except UserError:  # says more already

@@ -12,18 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.checkpoint import (
-    atomic_file,
-    check_weight,
-    read_json,
-    write_json,
-    write_tensors,
-    write_text,
-)
+from engine import checkpoint
 from engine.errors import UserError
 from engine.hub import BUNDLED, module_paths, read_weights
-
-# ---------------------------------------------------------------------------- sentence-transformers
 
 # Its modules in order -> their folders, written as its older versions did: newer ones read both.
 MODULES = {"Transformer": "", "Pooling": "1_Pooling", "Dense": "2_Dense"}
@@ -43,25 +34,29 @@ def write_modules(folder: Path, pooling: str, max_length: int, pooler: nn.Linear
         {"idx": i, "name": str(i), "path": MODULES[name], "type": prefix + name}
         for i, name in enumerate(names)
     ]
-    write_text(folder / "modules.json", json.dumps(modules, indent=2) + "\n")
-    write_json(folder / "sentence_bert_config.json", {"max_seq_length": max_length})
+    checkpoint.write_text(folder / "modules.json", json.dumps(modules, indent=2) + "\n")
+    checkpoint.write_json(folder / "sentence_bert_config.json", {"max_seq_length": max_length})
     modes = {"cls_token": pooling != "mean", "mean_tokens": pooling == "mean"}
     config = {f"pooling_mode_{mode}": on for mode, on in modes.items()}
-    write_json(folder / "1_Pooling/config.json", {"word_embedding_dimension": width, **config})
+    checkpoint.write_json(
+        folder / "1_Pooling/config.json", {"word_embedding_dimension": width, **config}
+    )
     # Pooler, as a dense layer with tanh on the embedding of [CLS].
     if pooling == "pooler":
         shape = {"in_features": width, "out_features": width, "bias": True}
-        write_json(folder / "2_Dense/config.json", {**shape, "activation_function": TANH})
+        checkpoint.write_json(
+            folder / "2_Dense/config.json", {**shape, "activation_function": TANH}
+        )
         tensors = {f"linear.{name}": tensor for name, tensor in pooler.state_dict().items()}
-        write_tensors(folder / "2_Dense/model.safetensors", tensors)
+        checkpoint.write_tensors(folder / "2_Dense/model.safetensors", tensors)
 
 
 def read_pooler(folder: Path, width: int) -> dict[str, Tensor]:
     """BERT's pooler as sentence-transformers trained it, under HuggingFace's names.
 
-    It trains the dense module that `write_modules` writes, and leaves the pooler among the
-    encoder's weights as it was. Empty if modules.json lists no such module: dense + tanh of hidden
-    size `width` on the first token.
+    sentence-transformers trains the dense module that `write_modules` writes, and leaves the pooler
+    in the encoder's weights alone. Empty if modules.json lists no such module: dense + tanh of
+    hidden size `width` on the first token.
     """
     path = folder / "modules.json"
     if not path.is_file():
@@ -72,7 +67,7 @@ def read_pooler(folder: Path, width: int) -> dict[str, Tensor]:
         return {}
     paths = [folder / name for name in modules]
     # Another dense module, such as a projection to fewer features, is not BERT's pooler.
-    pooling, dense = (read_json(path / "config.json") for path in paths[1:3])
+    pooling, dense = (checkpoint.read_json(path / "config.json") for path in paths[1:3])
     first_token = pooling.get("pooling_mode") == "cls" or pooling.get("pooling_mode_cls_token")
     wanted = {"in_features": width, "out_features": width, "activation_function": TANH}
     plain = dense.get("bias", True) and not dense.get("use_residual")
@@ -84,13 +79,12 @@ def read_pooler(folder: Path, width: int) -> dict[str, Tensor]:
         tensor = tensors.get(f"linear.{name}")
         if tensor is None or tensor.shape != shape:
             raise UserError(f"{source}: linear.{name} of shape {shape} is missing: fetch it again")
-        check_weight(f"linear.{name}", tensor, source)
+        checkpoint.check_weight(f"linear.{name}", tensor, source)
         pooler[f"pooler.dense.{name}"] = tensor
     return pooler
 
 
-# ---------------------------------------------------------------------------- model cards
-
+# The metrics of result.json that are single numbers.
 CARD_METRICS = ("accuracy", "macro_f1", "pearson", "spearman")
 CARD = """---
 {base_model}library_name: sentence-transformers
@@ -125,7 +119,7 @@ SentenceTransformer("THIS_FOLDER").encode(["A fine film.", "Dull."])
 
 def model_card(run: Path, result: dict[str, Any]) -> str:
     """The README.md of a run's best/: base model, command, data and dev metrics."""
-    config = read_json(run / "config.json")
+    config = checkpoint.read_json(run / "config.json")
     rows, files = config["rows"]["train"], config["files"]
     data = [f"{Path(path).name} ({rows[task]:,} rows)" for task, path in files["train"].items()]
     # A row of the table for each metric that is a single number.
@@ -148,11 +142,8 @@ def model_card(run: Path, result: dict[str, Any]) -> str:
         precision=config["precision"],
         data=", ".join(data),
         lines="\n".join(lines),
-        pooling=read_json(run / "best" / "heads.json")["pooling"],
+        pooling=checkpoint.read_json(run / "best" / "heads.json")["pooling"],
     )
-
-
-# ---------------------------------------------------------------------------- ONNX
 
 
 def write_onnx(path: Path, encoder: nn.Module, outputs: Sequence[str], max_length: int) -> None:
@@ -164,6 +155,7 @@ def write_onnx(path: Path, encoder: nn.Module, outputs: Sequence[str], max_lengt
     missing = [name for name in ("onnx", "onnxscript") if util.find_spec(name) is None]
     if missing:
         raise UserError(f"--export onnx: the package {missing[0]} is missing: run ./setup.sh --dev")
+    # The names under which transformers' exports and their users pass the tensors.
     inputs = ("input_ids", "attention_mask", "token_type_ids")
     sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", max=max_length)}
     # Sizes other than 0 and 1, which the exporter would treat as constants; three tensors, because
@@ -171,7 +163,7 @@ def write_onnx(path: Path, encoder: nn.Module, outputs: Sequence[str], max_lengt
     example = tuple(torch.zeros(2, 3, dtype=torch.int64) for _ in inputs)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     # The exporter prints a page of notes; what goes wrong it raises.
-    with atomic_file(path) as temporary, warnings.catch_warnings():
+    with checkpoint.atomic_file(path) as temporary, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(
             encoder,

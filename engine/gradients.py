@@ -38,13 +38,14 @@ def sum_losses(
     return distributed.all_reduce_sum(total).item()
 
 
-# ---------------------------------------------------------------------------- PCGrad
-
-
 def inner_product(a: Gradient, b: Gradient) -> float:
     """<a, b> over all parameters, in float64, as squares could leave float32's range."""
-    pairs = zip(a, b, strict=True)
-    return sum(torch.dot(x.flatten().double(), y.flatten().double()).item() for x, y in pairs)
+    total = 0.0
+    for x, y in zip(a, b, strict=True):
+        if x.device.type == "mps":  # has no float64
+            x, y = x.cpu(), y.cpu()
+        total += torch.dot(x.flatten().double(), y.flatten().double()).item()
+    return total
 
 
 def project(gradient: Gradient, others: Sequence[Gradient]) -> list[Tensor]:

@@ -36,6 +36,7 @@ class StopSignals:
             signal.signal(number, handler or signal.SIG_DFL)
 
     def _handle(self, *_: object) -> None:
+        # A second Ctrl-C means it: the state of the last save is on disk.
         if self.requested or self.immediate:
             for number in self.SIGNALS:  # a third signal must not disturb the exit
                 signal.signal(number, signal.SIG_IGN)
@@ -60,6 +61,7 @@ class SaveTimer:
 
     def is_due(self, step: int) -> bool:
         """Whether the interval is over."""
+        # Minutes by a clock that no change of the system's time moves.
         if self.steps:
             return step - self.step >= self.steps
         return bool(self.seconds) and time.perf_counter() - self.time >= self.seconds

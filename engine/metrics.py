@@ -61,13 +61,13 @@ def uniformity(x: Tensor) -> float:
 
 
 def similarity_metrics(embeddings: Tensor, gold: Tensor) -> dict[str, float | None]:
-    """How well the cosine of two embeddings orders pairs by similarity, without any training.
+    """Spearman's rho of the pairs' cosines, alignment and uniformity; nothing is trained.
 
-    Args:
-        embeddings: (N, 2, D).
-        gold: (N,) scores from 0 to 5; pairs of 4 or more count as positives, as in SimCSE.
+    embeddings: (N, 2, D). gold: (N,) scores from 0 to 5; pairs of 4 or more are the positive pairs
+    of alignment, as in SimCSE.
     """
     u, v = embeddings[:, 0], embeddings[:, 1]
+    # In float64, as ranks must not depend on rounding.
     cosines = torch.cosine_similarity(u.double(), v.double(), dim=-1)
     positive = gold >= 4
     return {

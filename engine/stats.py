@@ -38,9 +38,6 @@ def compare(
     gold: (N,); first, second: predictions (seeds, N). correlation: compare Pearson's r, else
     accuracy, averaged over seeds. A correlation gets at most 1,999 resamples.
     """
-    # (Two runs of the same predictions: no resample differs.)
-    if np.array_equal(first, second):
-        return Comparison(0.0, 0.0, 0.0, 1.0)
     rng = np.random.default_rng(0)
     if correlation:
         return _compare_correlations(gold, first, second, min(resamples, 1999), rng)
@@ -86,6 +83,7 @@ def _compare_correlations(
 def pearson(x: np.ndarray, y: np.ndarray, axis: int = -1) -> np.ndarray:
     """Pearson's r along an axis, for many resamples at once; 0 where one side is constant."""
     x, y = (v - v.mean(axis=axis, keepdims=True) for v in (x, y))
+    # By hand, as scipy's takes one pair of samples at a time.
     scale = np.sqrt((x * x).sum(axis=axis) * (y * y).sum(axis=axis))
     return np.divide((x * y).sum(axis=axis), scale, out=np.zeros_like(scale), where=scale > 0)
 

@@ -1,7 +1,8 @@
-"""The training loop that every script shares. It knows nothing of tasks.
+"""The training loop that every script shares.
 
-Scripts and training methods differ in one thing, `backward`: a function from a step's batches to
-gradients in the parameters and the loss for the log.
+Scripts and training methods differ in one function, `backward`: it takes the batches of a step,
+leaves gradients in the parameters, and returns the loss for the log. Of tasks the loop knows only
+their names, to log them.
 """
 
 import math
@@ -9,6 +10,7 @@ import sys
 from argparse import Namespace
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from typing import Any
@@ -17,15 +19,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from engine import distributed
+from engine import device, distributed
 from engine.checkpoint import write_text
-from engine.device import (
-    catch_out_of_memory,
-    get_rng_states,
-    keep_freed_memory,
-    peak_memory_bytes,
-    set_rng_states,
-)
 from engine.errors import TrainingDiverged, reading
 from engine.export import model_card
 from engine.interrupts import SaveTimer, StopSignals, TrainingInterrupted
@@ -40,9 +35,6 @@ def progress_bar(total: int, description: str, initial: int = 0, leave: bool = T
     if not sys.stderr.isatty():
         options |= {"mininterval": 30.0, "maxinterval": 30.0, "position": 0}
     return tqdm(**options, disable=distributed.rank() > 0)
-
-
-# ---------------------------------------------------------------------------- the loop
 
 
 @dataclass
@@ -62,7 +54,8 @@ class Trainer:
     """Trains a model, evaluates it, keeps the best weights, and can stop and resume anywhere."""
 
     model: Any  # has `save_pretrained(folder)` and `device`
-    # By name. A step updates the parameters that have gradients; it takes a `scale` of gradients.
+    # "bert", and one per head. `step(scale=...)` multiplies all gradients by a factor, and does not
+    # update parameters without a gradient.
     optimizers: dict[str, torch.optim.Optimizer]
     lr_factor: Callable[[int, int], float]  # (step, total steps) -> the factor on learning rates
     mixture: Any  # the steps of each epoch, such as `datasets.TaskMixture`
@@ -92,29 +85,23 @@ class Trainer:
         """
         if self.run.state is not None:
             self.resume()
-        if not self.state.finished:
-            self._fit()
-        self.seconds = self.run.seconds()
-        return self.state.best
-
-    def _fit(self) -> None:
         self.model.train()
         if self.model.device.type == "cpu":
-            keep_freed_memory()
-        total = self.epoch_ends[-1]
+            device.keep_freed_memory()
         self.timer = SaveTimer(self.args.save_every, self.state.step)
+        bar = progress_bar(self.epoch_ends[-1], "train", self.state.step)
         # Ctrl-C and SIGTERM are handled from here to the end, so that no step is lost half-way.
-        with StopSignals() as self.stop, progress_bar(total, "train", self.state.step) as self.bar:
+        with StopSignals() as self.stop, bar as self.bar:
             try:
-                self._train()
-                self.state.finished = True
-                self.save()
-                self._stop_if_requested()
+                if not self.state.finished:
+                    self._train()
             except KeyboardInterrupt:
                 raise TrainingInterrupted(
                     f"stopped at step {self.state.step}; the same command with --run_dir"
                     f" {self.run.path} --resume continues"
                 ) from None
+        self.seconds = self.run.seconds()
+        return self.state.best
 
     def finish(self, **metrics: Any) -> dict[str, Any]:
         """Write the model card and result.json: these metrics, and what training took."""
@@ -124,7 +111,7 @@ class Trainer:
             "best_epoch": best["epoch"],
             "best_step": best["step"],
             "training_seconds": round(self.seconds, 1),
-            "peak_memory_bytes": peak_memory_bytes(self.model.device),  # of rank 0
+            "peak_memory_bytes": device.peak_memory_bytes(self.model.device),  # of rank 0
             "processes": distributed.world_size(),
         }
         if run.writes:
@@ -134,21 +121,23 @@ class Trainer:
         return result
 
     def _train(self) -> None:
-        """Take all remaining steps, with their evaluations."""
-        if self.state.eval_due and not self.evaluate():
-            return
+        """Take all remaining steps, with their evaluations, and save the final state."""
+        if self.state.eval_due:
+            self.evaluate()
         for epoch, batches in self._remaining_steps():
             self.train_step(epoch, batches)
             # All processes have to agree on what to do next, or they would wait for each other.
             step, every = self.state.step, self.args.eval_every
             save_due, stop = distributed.any_rank(self.timer.is_due(step), self.stop.requested)
             if step in self.epoch_ends or (every and step % every == 0):
-                if not self.evaluate():
-                    return
+                self.evaluate()
             elif save_due or stop:
                 self.save()
             if stop:
                 raise KeyboardInterrupt
+        self.state.finished = True
+        self.save()
+        self._stop_if_requested()
 
     def _remaining_steps(self) -> Iterator[tuple[int, Sequence[Any]]]:
         """(epoch from 1, batches) of each remaining step."""
@@ -157,6 +146,8 @@ class Trainer:
                 # The order of batches is a function of the seed: a resumed run skips to its step.
                 first = self.state.step - (end - self.mixture.epoch_steps(epoch))
                 for batches in self.mixture.steps(epoch, first):
+                    if self.state.finished:  # early stopping
+                        return
                     yield epoch + 1, batches
 
     def _stop_if_requested(self) -> None:
@@ -170,10 +161,10 @@ class Trainer:
         factor = self.lr_factor(step, self.epoch_ends[-1])
         for group, peak_lr in zip(self._param_groups(), self.peak_lrs, strict=True):
             group["lr"] = peak_lr * factor
-        rng_states = get_rng_states(self.model.device)
+        rng_states = device.get_rng_states(self.model.device)
         # 2. Gradients.
         batches = [batch.to(self.model.device) for batch in batches]
-        with catch_out_of_memory(max(batches, key=lambda batch: batch.input_ids.numel())):
+        with device.catch_out_of_memory(max(batches, key=lambda batch: batch.input_ids.numel())):
             loss = self.backward(batches, step)
         grads = [p.grad for p in self.parameters if p.grad is not None]
         norm = nn.utils.get_total_norm(grads).item()
@@ -209,21 +200,18 @@ class Trainer:
         problem = f"gradient norm is {norm}" if math.isfinite(loss) else f"loss is {loss}"
         self.run.log("diverged", step, loss=str(loss), grad_norm=str(norm), rows=names)
         kept = f"the best weights so far, if any, are in {self.run.path / self.best_folder}"
-        if self._weights_are_finite():
+        with suppress(TrainingDiverged):  # the update before may have made the weights infinite
             self.save(rng_states)
             kept += f", the state before this step in {self.run.path / 'last'}"
         raise TrainingDiverged(f"step {step}: {problem} at {names}: {kept}; {ADVICE}")
-
-    def _weights_are_finite(self) -> bool:
-        return all(bool(p.isfinite().all()) for p in self.parameters)
 
     @property
     def epoch(self) -> int:
         """The current epoch, from 1."""
         return bisect_left(self.epoch_ends, self.state.step) + 1
 
-    def evaluate(self) -> bool:
-        """Evaluate, log, and keep the weights if they are the best; whether to train on."""
+    def evaluate(self) -> None:
+        """Evaluate, log, and keep the weights if they are the best."""
         state = self.state
         # Saved before the evaluation: a run that is killed during it repeats only that, and from
         # here on stopping at once loses nothing.
@@ -231,8 +219,6 @@ class Trainer:
         self.save()
         self.stop.immediate = True
         self._stop_if_requested()
-        if not self._weights_are_finite():
-            raise TrainingDiverged(f"step {state.step}: weights are not finite; {ADVICE}")
         result = {**self.evaluate_model(), "epoch": self.epoch}
         if not math.isfinite(result["score"]):
             raise TrainingDiverged(f"step {state.step}: dev score is {result['score']}; {ADVICE}")
@@ -248,18 +234,22 @@ class Trainer:
         message = f"epoch {self.epoch}, step {state.step}: {result['summary']} ({mark})"
         self.bar.write(message, file=sys.stdout)
         state.eval_due = self.stop.immediate = False
-        return not self.args.patience or state.evals_since_best < self.args.patience
+        state.finished = 0 < self.args.patience <= state.evals_since_best
 
     def save(self, rng_states: Sequence[Tensor] | None = None) -> None:
-        """Save everything that training has changed, with these generator states or the current."""
-        states = rng_states or get_rng_states(self.model.device)
+        """Save everything that training has changed, with these generator states or the current.
+
+        TrainingDiverged if a weight is not finite: the last finite state stays.
+        """
+        if not all(bool(p.isfinite().all()) for p in self.parameters):
+            raise TrainingDiverged(f"step {self.state.step}: weights are not finite; {ADVICE}")
+        states = rng_states or device.get_rng_states(self.model.device)
         gathered = [distributed.all_gather_rng_states(state) for state in states]
         tensors = {f"random.{i}": state for i, state in enumerate(gathered)}
         # Frozen weights are not saved: they come from --model again.
         if self.run.writes:
-            for name, p in self.model.named_parameters():
-                if p.requires_grad:
-                    tensors[f"model.{name}"] = p
+            trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+            tensors |= {f"model.{name}": p for name, p in trained}
             for name, optimizer in self.optimizers.items():
                 for index, moments in optimizer.state_dict()["state"].items():
                     for key, value in moments.items():
@@ -276,7 +266,7 @@ class Trainer:
             self._restore_rng(tensors)
         self.run.state = None
         if self.state.finished:
-            print("training had finished; evaluating the best weights")
+            print("training had finished; continuing with its best weights")
         else:
             step, total = self.state.step, self.epoch_ends[-1]
             print(f"resuming in epoch {self.epoch} after step {step} of {total}")
@@ -289,9 +279,8 @@ class Trainer:
         for name, optimizer in self.optimizers.items():
             moments: dict[int, dict[str, Any]] = {}
             for key, value in tensors.items():
-                kind, owner, *rest = key.split(".")
-                if kind == "optimizer" and owner == name:
-                    index, moment = rest
+                if key.startswith(f"optimizer.{name}."):
+                    *_, index, moment = key.split(".")
                     value = value.item() if moment == "step" else value
                     moments.setdefault(int(index), {})[moment] = value
             groups = optimizer.state_dict()["param_groups"]
@@ -301,9 +290,8 @@ class Trainer:
         """Restore this process's generators; with another number of processes, seed them anew."""
         names = sorted(name for name in tensors if name.startswith("random."))
         states = [torch.atleast_2d(tensors[name]) for name in names]  # (processes, L) each
-        if len(states[0]) == distributed.world_size():
-            rank = distributed.rank()
-            set_rng_states(self.model.device, [state[rank].clone() for state in states])
-        else:
-            set_rng_states(self.model.device, [state[0].clone() for state in states])
+        same = len(states[0]) == distributed.world_size()
+        rank = distributed.rank() if same else 0
+        device.set_rng_states(self.model.device, [state[rank].clone() for state in states])
+        if not same:
             distributed.seed_by_rank(self.args.seed, self.state.step)

@@ -40,12 +40,8 @@ def disattenuated_cosine(
     their cosine: Spearman's correction for attenuation (The proof and measurement of association
     between two things, 1904).
 
-    Args:
-        products, first, second: per measurement <a, b>, <a, a'> and <b, b'>.
-
-    Returns:
-        The estimate and its 95% bootstrap interval; None if a noise floor is not significantly
-        positive.
+    products, first, second: <a, b>, <a, a'> and <b, b'> of each measurement. Returns the estimate
+    and its 95% bootstrap interval; None if a noise floor is not significantly positive.
     """
     values = np.array([products, first, second])
     values = values[:, ~np.isnan(values).any(axis=0)]  # (3, N)

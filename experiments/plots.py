@@ -27,6 +27,7 @@ def new_figure(columns: int = 1, width: float = 6, height: float = 4) -> tuple[F
 
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure as PNG, atomically."""
+    # No figure is left half-written in a folder whose tables are new.
     with atomic_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
 
@@ -80,7 +81,7 @@ def plot_map(args: Namespace) -> None:
     run = args.run
     saved, model = SavedRun(run), MultitaskBERT.from_pretrained(run)
     vectors: dict[str, np.ndarray] = {}
-    for task in model.heads:
+    for task in saved.files.get("dev", {}):  # not of its heads: a SimCSE run has none
         path = saved.data_file(TASKS[task], "dev", args.data_dir)
         examples, _, _ = read_examples(path, TASKS[task], limit=args.limit)
         vectors[task] = model.encode([text for example in examples for text in example.texts])

@@ -14,8 +14,8 @@ vectors without any training. Differences: 95% bootstrap interval over dev rows,
 (permutation test for accuracy, bootstrap for Pearson's r), Holm-corrected within a table; neither
 covers the variation between seeds. So a difference is marked where p < {SIGNIFICANCE} but the seeds
 of the two columns overlap, and where neither column is more than {FLOOR_MARGIN} above the majority
-class. A + behind a commit: with uncommitted changes. Runs whose --model is a SimCSE run start from
-its encoder; with more seeds than encoders they share them, so their ± covers fewer encoders."""
+class. "+" after a commit: there were uncommitted changes. Runs whose --model is a SimCSE run start
+from its encoder; with more seeds than encoders several runs share one, and ± is too small."""
 BUNDLED_NOTE = """**The model is the bundled all-MiniLM-L6-v2, which had been tuned on sentence
 pairs before (NLI's and Quora's among them) with mean pooling and the cosine, not through its
 pooler. Figures of the paper are for plain BERT-base.**"""
@@ -89,6 +89,7 @@ def markdown(results: Mapping[str, Any], has_curves: bool) -> str:
     lines += ["", f"Rows, {'; '.join(counts)}."]
     tables = results["tables"].values()
     commands = [column["command"] or "" for t in tables for column in t["columns"].values()]
+    # Said once, above all tables, as it changes what every figure means.
     if any("--model all-MiniLM-L6-v2 " in command for command in commands):
         lines += ["", BUNDLED_NOTE]
     for name, table in results["tables"].items():

@@ -52,9 +52,6 @@ def report(args: argparse.Namespace) -> None:
     print(f"{args.out}: tables.json, tables.md, {', '.join(f'{n}.tex' for n in tables)}, and plots")
 
 
-# ---------------------------------------------------------------------------- records
-
-
 def load_records(out: Path) -> Records:
     """The records in `out` by cell, in the order of their seeds."""
     records: Records = {}
@@ -62,6 +59,7 @@ def load_records(out: Path) -> Records:
         record = read_json(path)
         with reading(path, "a record of a run"):
             cell, command, _ = record["cell"], record["command"], record["predictions"]
+            # A cell of the same name may have been changed since.
             if CELLS[cell].flags not in command:
                 raise UserError(
                     f"{path}: made by `{command}`, but its cell is now `{CELLS[cell].flags}`; run"
@@ -106,9 +104,6 @@ def load_gold(records: Records, data_dir: Path) -> dict[str, np.ndarray]:
     return gold
 
 
-# ---------------------------------------------------------------------------- statistics
-
-
 def summarize(tables: Sequence[str], records: Records, data_dir: Path) -> dict[str, Any]:
     """Everything that tables.json holds."""
     gold = load_gold(records, data_dir)
@@ -150,6 +145,7 @@ def summarize_table(
 def summarize_column(column: Column, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """A column's scores over seeds, and where they come from."""
     scores = {}
+    # Means over seeds; with one seed there is no deviation to show.
     for task, paper in zip(TASK_TITLES, column.paper, strict=True):
         values = [primary_metric(run["dev"][task]) for run in runs if task in run["dev"]]
         scores[task] = {
@@ -179,6 +175,7 @@ def compare_cells(
     """The difference between two cells on a task, the first minus the second."""
     predicted = [np.array([r["predictions"][task] for r in records[c]]) for c in (first, second)]
     ours, theirs = ([primary_metric(r["dev"][task]) for r in records[c]] for c in (first, second))
+    # The test of an accuracy counts rows; that of a correlation resamples them.
     is_accuracy = TASKS[task].labels.integer
     floor = majority_share(gold) + FLOOR_MARGIN
     accuracies = [(rows == gold).mean() for rows in predicted]
@@ -201,6 +198,8 @@ def baselines(
     found: dict[str, Any] = {}
     for task in [task for task in gold if TASKS[task].labels.integer]:
         found[task] = {"kind": "majority class", "score": majority_share(gold[task])}
+    if "sts" not in gold:
+        return found
     # Runs that start from another cell's encoder have that as their --model.
     words = [shlex.split(run["command"]) for run in runs if not CELLS[run["cell"]].start_from]
     for name in sorted({command[command.index("--model") + 1] for command in words}):

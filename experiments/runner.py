@@ -59,11 +59,9 @@ def list_jobs(tables: Sequence[str], seeds: int, probe_seeds: int) -> list[Job]:
     return list(jobs)
 
 
-# ---------------------------------------------------------------------------- command lines
-
-
 def build_command(job: Job, args: argparse.Namespace, runs: Path, data_dir: Path) -> list[str]:
     """The script and its flags. The cell's own flags come last, so they override --flags."""
+    # Of two flags of the same name argparse takes the last.
     cell = CELLS[job.cell]
     model = runs / str(job.encoder) / "best" if job.encoder else args.model
     command = [cell.script, *args.flags, *shlex.split(cell.flags), "--model", str(model)]
@@ -81,9 +79,6 @@ def check_record(job: Job, args: argparse.Namespace) -> None:
     path, command = args.out / "records" / f"{job}.json", recorded_command(job, args)
     if path.exists() and (recorded := read_json(path).get("command")) != command:
         raise UserError(f"{path}: made by `{recorded}`, not `{command}`; use another --out")
-
-
-# ---------------------------------------------------------------------------- running
 
 
 def run(args: argparse.Namespace) -> None:
@@ -125,6 +120,7 @@ def run_jobs(jobs: Sequence[Job], args: argparse.Namespace) -> list[Job]:
             log = args.runs / f"{job}.log"
             # --resume: a finished run is left as it is; one with other arguments is refused.
             command = [*build_command(job, args, args.runs, args.data_dir), "--resume"]
+            # What would start from an encoder that failed cannot run; the rest can.
             if job.encoder in failed:
                 failed.append(job)
                 bar.write(f"{job}: skipped, because {job.encoder} failed")
@@ -156,9 +152,6 @@ def last_line(log: Path) -> str:
     """The last line of a log file."""
     lines = log.read_text(encoding="utf-8", errors="replace").split("\n") if log.exists() else []
     return next((line.strip() for line in reversed(lines) if line.strip()), "no output")
-
-
-# ---------------------------------------------------------------------------- recording
 
 
 def record_run(job: Job, args: argparse.Namespace) -> None:

@@ -83,6 +83,7 @@ CELLS: dict[str, Cell] = {
     "pcgrad": Cell(f"{FINE_TUNE} --surgery pcgrad"),
 }
 
+# The scores of the paper are those that it prints; a column without them is ours.
 TABLES: dict[str, Table] = {
     "table1": Table(
         "Contrastive pre-training on NLI (the paper's Table 1)",

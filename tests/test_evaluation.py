@@ -7,6 +7,7 @@ import shutil
 import zipfile
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -282,6 +283,12 @@ def test_texts_that_do_not_fit(runs, ask, refused):
 
 
 # ---------------------------------------------------------------------------- leaderboard
+
+
+def test_a_record_names_the_kind_of_device_that_a_resumed_run_asks_for():
+    """Weights are on "cuda:0", which is no value of --device."""
+    model = Mock(device=torch.device("cuda", 0), dtype=torch.float32, bert=torch.nn.Linear(1, 1))
+    assert evaluation.run_facts(model, {})["device"] == "cuda"
 
 
 def test_a_submission_holds_the_six_files(probe_copy, tmp_path, ask, refused):

@@ -13,6 +13,7 @@ import pytest
 from scipy import stats
 
 import multitask_classifier
+import simcse
 from datasets import read_examples
 from engine.checkpoint import read_json, read_text, write_text
 from engine.errors import UserError
@@ -119,7 +120,9 @@ def test_flags_of_a_cell_override_those_for_all():
 
 def test_a_script_is_a_process_with_its_own_log(tmp_path):
     assert runner.start_process(["simcse.py", "--temperature", "0"], tmp_path / "log") == 2
-    assert "argument --temperature: 0 is out of range" in runner.last_line(tmp_path / "log")
+    assert "argument --temperature: '0' is not a number above 0" in runner.last_line(
+        tmp_path / "log"
+    )
     assert runner.last_line(tmp_path / "none.log") == "no output"
 
 
@@ -292,6 +295,10 @@ def test_plots_of_one_run(train, command, tmp_path):
     assert f"{run}/map.png" in command("map", run)  # of the run's own files
     command("map", run, "--data_dir", SAMPLE, "--limit", 9)
     command("map", run, "--data_dir", tmp_path, error=f"{tmp_path}/ids-sst-dev.csv: no such file")
+    triples = tmp_path / "triples.csv"
+    triples.write_text("sent0,sent1,hard_neg\n" + "a film,a plot,a cat\n" * 8)
+    train(simcse, tmp_path / "simcse", "--nli", triples)
+    assert "map.png" in command("map", tmp_path / "simcse")  # of STS: it has no heads
     for name in ("conflict-layers.png", "conflict-steps.png", "map.png"):
         assert (run / name).read_bytes().startswith(b"\x89PNG")
 

@@ -154,7 +154,7 @@ def test_lpft_probes_until_dev_is_best_and_goes_on_from_those_heads(train, tmp_p
 
     monkeypatch.setattr(multitask_classifier, "train", watched)
     out = train(multitask_classifier, tmp_path / "run", "--option", "lpft", "--epochs", 1)
-    assert "the probe has converged" in out
+    assert "linear probing is done" in out
     first, probed, second = heads
     assert all(torch.equal(second[name], probed[name]) for name in probed)
     assert any(not torch.equal(first[name], probed[name]) for name in probed)

@@ -261,6 +261,18 @@ def test_sparse_gradient_is_refused_with_the_name_of_its_parameter(fused):
 # ---------------------------------------------------------------------------- parameter groups
 
 
+def test_a_copy_of_an_optimizer_steps_as_the_original():
+    """As learning-rate finders and averaging of weights make it."""
+    for fused in (False, True):
+        optimizer = AdamW([nn.Parameter(torch.ones(3))], fused=fused)
+        pair = [optimizer, copy.deepcopy(optimizer)]
+        p, q = (o.param_groups[0]["params"][0] for o in pair)
+        p.grad, q.grad = torch.arange(3.0), torch.arange(3.0)
+        for o in pair:
+            o.step()
+        assert torch.equal(p, q) and pair[1].fused == fused and not torch.equal(p, torch.ones(3))
+
+
 def test_biases_and_layer_norms_are_not_decayed(tiny):
     """A step with gradients of 0 shrinks exactly the other parameters, once."""
     model = BertModel.from_pretrained(tiny)

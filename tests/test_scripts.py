@@ -50,8 +50,8 @@ OUT_OF_RANGE |= {"--clip": ["-1", "much"], "--warmup": ["-1"], "--accumulate": [
 OUT_OF_RANGE |= {"--seed": ["-1", "9" * 20], "--patience": ["-1"], "--eval_every": ["-1"]}
 OUT_OF_RANGE |= {"--schedule": ["cosine"], "--precision": ["fp16"], "--device": ["tpu"]}
 WRONG = {
-    "--lr 0": "argument --lr: 0 is out of range; expected a number above 0 and at most 1e+06",
-    "--warmup 1": "argument --warmup: 1 is out of range; expected a number at least 0 and below 1",
+    "--lr 0": "argument --lr: '0' is not a number above 0 and at most 1e+06",
+    "--warmup 1": "argument --warmup: '1' is not a number at least 0 and below 1",
     f"--epochs {'1' * 5000}": "is not a whole number",
     "--save_every 10h": "'10h' is neither steps (500) nor minutes (10m)",
     "--no_such_flag": "--no_such_flag",
@@ -85,7 +85,7 @@ SUPERVISED = {
 }
 CONTRADICTIONS = {
     simcse: {
-        "--temperature 0": "--temperature: 0 is out of range",
+        "--temperature 0": "--temperature: '0' is not a number above 0",
         "--mode unsupervised --hard_negative_weight 2": "no hard negatives",
         "--batch_size 1": "two rows per batch",
         "--limit 1": "two rows per batch",

@@ -167,6 +167,27 @@ def test_a_step_that_spoils_the_weights_leaves_no_last_state(tmp_path):
     assert "last" not in str(caught.value) and not (tmp_path / "run/last").exists()
 
 
+@pytest.mark.parametrize("save_every", ["0", "1"])
+def test_infinite_weights_do_not_replace_the_last_finite_state(tmp_path, save_every):
+    """Found at the next save, be it before an evaluation or by --save_every."""
+    trainer = make_trainer(tmp_path / "run", save_every=save_every)
+    head = trainer.optimizers["head"]
+    step, head.calls = head.step, 0
+
+    def spoil(**options):
+        step(**options)
+        head.calls += 1
+        if head.calls == 10:  # the last step of the second epoch
+            trainer.model.w.data[0] = math.inf
+
+    head.step = spoil
+    with pytest.raises(TrainingDiverged, match="step 10: weights are not finite"):
+        trainer.fit()
+    tensors, facts = read_state(tmp_path / "run/last/state.safetensors")
+    assert facts["step"] == (9 if save_every == "1" else 5)
+    assert all(tensor.isfinite().all() for tensor in tensors.values() if tensor.is_floating_point())
+
+
 def test_no_model_is_kept_of_a_score_that_is_not_finite(tmp_path):
     with pytest.raises(TrainingDiverged, match="step 5: dev score is nan"):
         make_trainer(tmp_path / "run", scores=[math.nan]).fit()
