@@ -38,7 +38,7 @@ QUICK = {"rows": 32, "turns": 1, "passes": 1}
 
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     """The command line, checked; settings that it does not name are absent."""
-    parser = ArgumentParser(__doc__.splitlines()[0])
+    parser = ArgumentParser(__doc__)
     add = parser.add_argument
     add("names", nargs="*", metavar="NAME", help=f"{', '.join(NAMES)} (default: all)")
     add("--only", nargs="+", metavar="TEXT", help="only contestants whose names contain a TEXT")
