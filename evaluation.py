@@ -353,7 +353,7 @@ def evaluate_run(run: SavedRun, args: Namespace) -> None:
     # A SimCSE run has no heads: it is judged by the cosines of STS pairs, as during training.
     for task in find_tasks(list(model.heads)) or [TASKS["sts"]]:
         path = run.data_file(task, "dev", args.data_dir)
-        pairs = model.pair_encoding
+        pairs = model.encoding(task)
         datasets.append(TaskDataset(path, task, model.tokenizer, pairs, limit=run.limit))
     note(*datasets)
     if model.heads:
@@ -419,7 +419,7 @@ def predict_file(run: SavedRun, args: Namespace) -> None:
         raise UserError(f"--task {args.task}: the run has no head for it; it has {trained}")
     task = TASKS[args.task]
     # The file may have labels or not.
-    dataset = TaskDataset(args.data, task, model.tokenizer, model.pair_encoding, labelled=None)
+    dataset = TaskDataset(args.data, task, model.tokenizer, model.encoding(task), labelled=None)
     note(dataset)
     logits = predict(model, dataset, run.batch_size, partial(embed_batch, model))
     write_predictions(args.out, dataset, logits)

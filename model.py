@@ -112,12 +112,32 @@ class CosineHead(nn.Module):
         return self.dense(F.cosine_similarity(u, v, dim=-1)[:, None])
 
 
+class MLPHead(nn.Module):
+    """logits = W2 dropout(gelu(W1 [u; v; |u - v|; u * v])): the features of InferSent and SBERT.
+
+    (Conneau et al. 2017, https://arxiv.org/abs/1705.02364.) The bias starts as in `LinearHead`.
+    """
+
+    num_embeddings = 2
+
+    def __init__(self, width: int, task: Task, dropout: float):
+        super().__init__()
+        self.hidden = nn.Linear(4 * width, width)
+        self.output = LinearHead(width, task, dropout)
+
+    def forward(self, u: Tensor, v: Tensor) -> Tensor:
+        """u, v (B, D) -> logits (B, C)."""
+        features = torch.cat([u, v, (u - v).abs(), u * v], dim=-1)  # (B, 4 D)
+        return self.output(F.gelu(self.hidden(features)))
+
+
 # Each --{task}_decoder has these as its choices.
 HEADS: dict[str, type[nn.Module]] = {
     "linear": LinearHead,
     "concat": ConcatHead,
     "dot": DotHead,
     "cosine": CosineHead,
+    "mlp": MLPHead,
 }
 
 
@@ -128,7 +148,7 @@ class SentenceEncoder(nn.Module):
     """BERT with pooling: token ids or texts in, one embedding per sequence out."""
 
     decoders: dict[str, str] = {}  # noqa: RUF012  # heads by task; none here
-    pair_encoding = "separate"
+    pair_encoding: dict[str, str] = {}  # noqa: RUF012  # of a task's pairs, if not separate
 
     def __init__(
         self, bert: BertModel, tokenizer: BertTokenizer | None = None, pooling: str = "pooler"
@@ -173,6 +193,10 @@ class SentenceEncoder(nn.Module):
         with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=bf16):
             output = self.bert(input_ids, attention_mask, token_type_ids)
             return pool(output, attention_mask, pooling or self.pooling).float()
+
+    def encoding(self, task: Task) -> str:
+        """How the sentences of a task's pairs are encoded: `separate` or `joint`."""
+        return self.pair_encoding.get(task.name, "separate")
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -248,20 +272,23 @@ class MultitaskBERT(SentenceEncoder):
         tasks: Sequence[Task],  # the rows of the table that get a head
         decoders: dict[str, str] | None = None,  # task -> row of `HEADS`, if not its default
         pooling: str = "pooler",
-        pair_encoding: str = "separate",
+        pair_encoding: str | dict[str, str] = "separate",  # for all tasks, or by task
         tokenizer: BertTokenizer | None = None,
     ):
         super().__init__(bert, tokenizer, pooling)
-        if pair_encoding not in PAIR_ENCODINGS:
-            raise UserError(f"pair encoding {pair_encoding!r}: expected separate or joint")
-        if pair_encoding == "joint" and bert.config.type_vocab_size < 2:
-            raise UserError("--pair_encoding joint: this model has one segment (type_vocab_size)")
-        self.pair_encoding = pair_encoding
+        if isinstance(pair_encoding, str):
+            pair_encoding = dict.fromkeys((task.name for task in tasks), pair_encoding)
+        for encoding in pair_encoding.values():
+            if encoding not in PAIR_ENCODINGS:
+                raise UserError(f"pair encoding {encoding!r}: expected separate or joint")
+            if encoding == "joint" and bert.config.type_vocab_size < 2:
+                raise UserError("pair encoding joint: this model has one segment (type_vocab_size)")
+        self.pair_encoding = dict(pair_encoding)
         self.decoders = {}  # recorded beside the weights, to build the same heads again
         self.heads = nn.ModuleDict()
         for task in tasks:
             # One embedding of a jointly encoded pair leaves nothing to compare.
-            default = "linear" if pair_encoding == "joint" else task.head
+            default = "linear" if self.encoding(task) == "joint" else task.head
             name = (decoders or {}).get(task.name) or default
             if name not in HEADS:
                 raise UserError(f"decoder {name!r} of {task.name}: expected {', '.join(HEADS)}")
@@ -289,7 +316,7 @@ class MultitaskBERT(SentenceEncoder):
 
     def embeddings_per_row(self, task: Task) -> int:
         """2 for a pair whose sentences are encoded separately, else 1."""
-        return 2 if len(task.text_columns) == 2 and self.pair_encoding == "separate" else 1
+        return 2 if len(task.text_columns) == 2 and self.encoding(task) == "separate" else 1
 
     def decode(self, task: str, embeddings: Tensor) -> Tensor:
         """Embeddings of a task's rows -> logits (B, C).
@@ -333,7 +360,7 @@ class MultitaskBERT(SentenceEncoder):
         """Logits (B, C) of pairs tokenised separately, (B, T1) and (B, T2)."""
         pad = self.bert.config.pad_token_id
         # The course tokenises the sentences of a pair separately, whatever the model wants.
-        if self.pair_encoding == "joint":
+        if self.encoding(TASKS[task]) == "joint":
             pairs = zip(ids_1, mask_1.bool(), ids_2, mask_2.bool(), strict=True)
             joined = [self._join(a[keep_a], b[keep_b]) for a, keep_a, b, keep_b in pairs]
             rows, types = zip(*joined, strict=True)

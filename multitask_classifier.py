@@ -61,6 +61,8 @@ def add_supervised_flags(parser: ArgumentParser) -> None:
     add("--lr", type=cli.POSITIVE, help="peak learning rate (default: pretrain 1e-2, else 5e-5)")
     head_help = "peak rate of the heads if BERT is trained too (default: 1e-2)"
     add("--head_lr", type=cli.POSITIVE, help=head_help)
+    rdrop_help = "weight of R-Drop: two dropout passes should agree (default: 0, one pass)"
+    add("--rdrop", type=cli.NON_NEGATIVE, default=0.0, metavar="ALPHA", help=rdrop_help)
     add("--no_test", action="store_true", help="do not read or predict the test files")
 
 
@@ -76,7 +78,7 @@ def add_file_flags(add: Callable[..., Any], prefix: str, title: str) -> None:
 
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     """The command line, checked and completed."""
-    parser = cli.ArgumentParser(__doc__)
+    parser = cli.ArgumentParser(__doc__, fromfile_prefix_chars="@")
     add_supervised_flags(parser)
     add = parser.add_argument_group("multitask training").add_argument
     add("--tasks", default="sst,para,sts", help=f"comma-separated; there are {', '.join(TASKS)}")
@@ -94,6 +96,10 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     for task in TASKS.values():
         add = parser.add_argument_group(f"{task.title} ({task.name})").add_argument
         add(f"--{task.name}_decoder", choices=HEADS, help=f"decoder head (default: {task.head})")
+        if len(task.text_columns) == 2:  # a pair
+            add(
+                f"--{task.name}_encoding", choices=PAIR_ENCODINGS, help="(default: --pair_encoding)"
+            )
         add_file_flags(add, f"{task.name}_", task.title)
     args = parser.parse_args(argv)
     complete_supervised_args(args, parser, "multitask")
@@ -117,6 +123,8 @@ def complete_supervised_args(args: Namespace, parser: ArgumentParser, name: str)
         args.lr = args.lr or DEFAULT_LR
         args.head_lr = args.head_lr or DEFAULT_HEAD_LR
     args.epochs = args.epochs or DEFAULT_EPOCHS[args.option]
+    if args.rdrop and args.hidden_dropout_prob == 0:
+        parser.error("--rdrop needs dropout: --hidden_dropout_prob above 0")
 
 
 def check_multitask_args(args: Namespace, parser: ArgumentParser) -> None:
@@ -156,15 +164,22 @@ def given_path(args: Namespace, task: str, name: str) -> Path | None:
     return getattr(args, f"{task}_{name}", None) or getattr(args, name, None)
 
 
+def pair_encodings(args: Namespace) -> dict[str, str]:
+    """Task -> how its pairs are encoded: by the task's own flag, or else by --pair_encoding."""
+    flags = {task: getattr(args, f"{task}_encoding", None) for task in args.tasks}
+    return {task: flag or args.pair_encoding for task, flag in flags.items()}
+
+
 def load_datasets(args: Namespace, tasks: list[Task], tokenizer: BertTokenizer) -> Datasets:
     """Read and tokenise the train, dev and test file of each task."""
     splits = ("train", "dev") if args.no_test else ("train", "dev", "test")
     datasets: Datasets = {split: [] for split in splits}
+    encodings = pair_encodings(args)
     for task in tasks:
         for split in splits:
             path = given_path(args, task.name, split) or args.data_dir / task.file(split)
-            pairs, labelled = args.pair_encoding, split != "test"  # test labels are not public
-            dataset = TaskDataset(path, task, tokenizer, pairs, labelled, limit=args.limit)
+            labelled = split != "test"  # test labels are not public
+            dataset = TaskDataset(path, task, tokenizer, encodings[task.name], labelled, args.limit)
             datasets[split].append(dataset)
             print(dataset)
     for dataset in datasets["train"] if args.measure_conflict else ():
@@ -201,11 +216,27 @@ def output_paths(args: Namespace, resumed: bool) -> dict[tuple[str, str], Path]:
 # ---------------------------------------------------------------------------- training methods
 
 
-def row_losses(model: MultitaskBERT, embed: Embed, batch: Batch, detach: bool = False) -> Tensor:
-    """The loss of each row, (B,); with `detach` it reaches the head but not BERT."""
-    with torch.set_grad_enabled(not detach):  # no graph, no gradient for BERT
-        embeddings = embed(batch)
-    return TASKS[batch.task].labels.loss(model.decode(batch.task, embeddings), batch.labels)
+def row_losses(
+    model: MultitaskBERT, embed: Embed, batch: Batch, detach: bool = False, rdrop: float = 0.0
+) -> Tensor:
+    """The loss of each row, (B,); with `detach` it reaches the head but not BERT.
+
+    With `rdrop` (alpha) that of R-Drop (Liang et al. 2021, https://arxiv.org/abs/2106.14448): the
+    mean loss of two passes under different dropout masks, plus alpha times their disagreement.
+    """
+    labels = TASKS[batch.task].labels
+
+    def logits() -> Tensor:
+        with torch.set_grad_enabled(not detach):  # no graph, no gradient for BERT
+            embeddings = embed(batch)
+        return model.decode(batch.task, embeddings)
+
+    first = logits()
+    if not rdrop:
+        return labels.loss(first, batch.labels)
+    second = logits()
+    loss = (labels.loss(first, batch.labels) + labels.loss(second, batch.labels)) / 2
+    return loss + rdrop * labels.disagreement(first, second)
 
 
 def make_backward(args: Namespace, model: MultitaskBERT, embed: Embed) -> Backward:
@@ -215,7 +246,8 @@ def make_backward(args: Namespace, model: MultitaskBERT, embed: Embed) -> Backwa
         # A step trains BERT and the head of its own task; the other heads have no gradients.
         task = batches[0].task
         trained = [*model.bert.parameters(), *model.heads[task].parameters()]
-        loss_fn = partial(row_losses, model, embed, detach=task == args.leave_out)
+        options = {"detach": task == args.leave_out, "rdrop": args.rdrop}
+        loss_fn = partial(row_losses, model, embed, **options)
         return sum_losses(loss_fn, batches, [p for p in trained if p.requires_grad])
 
     if args.surgery == "none":
@@ -399,8 +431,11 @@ def run_training(args: Namespace) -> dict[str, Any]:
         tokenizer = BertTokenizer.from_pretrained(args.model)
         datasets = load_datasets(args, tasks, tokenizer)
         bert = BertModel.from_pretrained(args.model, hidden_dropout_prob=args.hidden_dropout_prob)
+        if args.rdrop and not bert.config.hidden_dropout_prob:
+            raise UserError(f"--rdrop: {args.model} has no dropout; give --hidden_dropout_prob 0.1")
         decoders = {task.name: getattr(args, f"{task.name}_decoder", None) for task in tasks}
-        model = MultitaskBERT(bert, tasks, decoders, args.pooling, args.pair_encoding, tokenizer)
+        encodings = pair_encodings(args)
+        model = MultitaskBERT(bert, tasks, decoders, args.pooling, encodings, tokenizer)
         model.dtype = dtype
         distributed.broadcast_parameters(model.to(device))
         # 3. The run folder records all that is needed to repeat the run.

@@ -35,9 +35,19 @@ class Classification:
         """logits (B, C) -> the most probable class, (B,) int64."""
         return logits.argmax(dim=-1)
 
+    def log_probabilities(self, logits: Tensor) -> Tensor:
+        """logits (B, C) -> logarithms of the class probabilities (B, C)."""
+        return logits.log_softmax(dim=-1)
+
     def probabilities(self, logits: Tensor) -> Tensor:
-        """logits (B, C) -> class probabilities (B, C)."""
-        return logits.softmax(dim=-1)
+        """logits -> class probabilities (B, C)."""
+        return self.log_probabilities(logits).exp()
+
+    def disagreement(self, first: Tensor, second: Tensor) -> Tensor:
+        """Two times logits -> the symmetric KL divergence of each row's two predictions, (B,)."""
+        # (KL(p|q) + KL(q|p)) / 2 = sum (p - q) (log p - log q) / 2
+        log_p, log_q = self.log_probabilities(first), self.log_probabilities(second)
+        return ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(dim=-1) / 2
 
     def metrics(self, predicted: np.ndarray, gold: np.ndarray) -> dict[str, object]:
         """Metrics of (N,) predictions, the primary one first."""
@@ -65,10 +75,10 @@ class BinaryClassification(Classification):
         """logits (B, 1) -> the rounded probability, (B,) float32."""
         return logits.squeeze(-1).sigmoid().round()  # 1.0 where the probability is above 1/2
 
-    def probabilities(self, logits: Tensor) -> Tensor:
-        """logits (B, 1) -> probabilities of no and yes, (B, 2)."""
-        # Not 1 - sigmoid(x), which is 0 in float32 from x = 17 on.
-        return torch.cat([(-logits).sigmoid(), logits.sigmoid()], dim=-1)
+    def log_probabilities(self, logits: Tensor) -> Tensor:
+        """logits (B, 1) -> logarithms of the probabilities of no and yes, (B, 2)."""
+        # Not of 1 - sigmoid(x), which is 0 in float32 from x = 17 on.
+        return torch.cat([F.logsigmoid(-logits), F.logsigmoid(logits)], dim=-1)
 
 
 class Regression:
@@ -88,6 +98,10 @@ class Regression:
     def predict(self, logits: Tensor) -> Tensor:
         """logits (B, 1) -> scores (B,)."""
         return logits.squeeze(-1)
+
+    def disagreement(self, first: Tensor, second: Tensor) -> Tensor:
+        """Two times logits (B, 1) -> their squared difference, (B,)."""
+        return (first - second).square().squeeze(-1)
 
     def metrics(self, predicted: np.ndarray, gold: np.ndarray) -> dict[str, object]:
         """Metrics of (N,) scores, the primary one first."""

@@ -118,7 +118,7 @@ def ours(
     model = MultitaskBERT(bert, [TASKS[name] for name in names], decoders, pooling).to(device)
     model.dtype = dtype
     # One task per step, and its plain gradient: the default method.
-    method = Namespace(surgery="none", leave_out=None)
+    method = Namespace(surgery="none", leave_out=None, rdrop=0.0)
     backward = make_backward(method, model, partial(embed_batch, model))
     # Cached, rows are read and tokenised before the clock starts.
     return train_epochs(args, model, backward, read if from_text else cache(read))

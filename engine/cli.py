@@ -5,6 +5,7 @@ import io
 import math
 import os
 import re
+import shlex
 import signal
 import sys
 import time
@@ -34,6 +35,10 @@ class ArgumentParser(argparse.ArgumentParser):
         options.setdefault("description", (doc or "").partition("\n")[0])
         # An abbreviation would become ambiguous, or another flag, when flags are added.
         super().__init__(formatter_class=_HelpFormatter, allow_abbrev=False, **options)
+
+    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
+        """The words of a line of an `@file`, as a shell splits them; `#` begins a comment."""
+        return shlex.split(arg_line, comments=True)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         """As the base class; refuses words that are not UTF-8, which no record could hold."""

@@ -10,6 +10,7 @@ from conftest import BAD, GOOD, NOUNS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_files import edit_json, refused
+from scipy import special
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -60,7 +61,7 @@ def test_pooling_against_a_plain_loop(dtype):
 
 
 @pytest.mark.parametrize("task", PAPER)
-@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("name", ["linear", "concat", "dot", "cosine"])
 def test_heads_against_their_formulas(name, task):
     u, v = np.random.default_rng(0).normal(size=(2, 6, 8)).astype(np.float32)
     head = HEADS[name](8, TASKS[task], 0.5).eval()
@@ -72,6 +73,34 @@ def test_heads_against_their_formulas(name, task):
     logits = head(*inputs).detach().numpy()
     assert logits.shape == (6, TASKS[task].labels.num_logits)
     np.testing.assert_allclose(logits, features @ weight.T + bias, atol=1e-5)
+
+
+def test_the_mlp_head_has_one_hidden_layer_over_four_features():
+    u, v = np.random.default_rng(0).normal(size=(2, 6, 8)).astype(np.float32)
+    head = HEADS["mlp"](8, TASKS["para"], 0.5).eval()
+    w1, b1, w2, b2 = (p.detach().double().numpy() for p in head.parameters())
+    x = np.concatenate([u, v, abs(u - v), u * v], axis=1) @ w1.T + b1
+    expected = x * (1 + special.erf(x / np.sqrt(2))) / 2 @ w2.T + b2
+    logits = head(torch.from_numpy(u), torch.from_numpy(v)).detach()
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
+
+
+def test_each_task_may_encode_its_pairs_in_its_own_way(tiny, tmp_path):
+    """The logits are those of models that encode all pairs in that way, with the same weights."""
+    encodings = {"para": "joint", "sts": "separate"}
+    model = build(tiny, pair_encoding=encodings)
+    model.save_pretrained(tmp_path / "model")
+    again = MultitaskBERT.from_pretrained(tmp_path / "model")
+    assert again.pair_encoding == encodings and again.decoders == model.decoders
+    assert again.decoders["para"] == "linear" != again.decoders["sts"]
+    for task, encoding in encodings.items():
+        alone = build(tiny, [task], pair_encoding=encoding)
+        alone.bert.load_state_dict(model.bert.state_dict())
+        alone.heads[task].load_state_dict(model.heads[task].state_dict())
+        side = model.tokenizer(TEXTS, padding=True, truncation=True, return_tensors="pt")
+        inputs = (side.input_ids, side.attention_mask) * 2
+        predict = "predict_paraphrase" if task == "para" else "predict_similarity"
+        assert torch.equal(*(getattr(m.eval(), predict)(*inputs) for m in (again, alone)))
 
 
 @pytest.mark.parametrize(("task", "low", "high"), [("sts", 0, 5), ("para", -5, 5)])

@@ -14,7 +14,7 @@ import multitask_classifier
 from engine.checkpoint import read_json
 from evaluation import embed_batch
 from model import MultitaskBERT
-from multitask_classifier import make_backward
+from multitask_classifier import make_backward, row_losses
 from optimizer import AdamW
 from tasks import TASKS
 
@@ -105,7 +105,7 @@ def test_a_step_moves_its_own_head_and_bert_and_nothing_else(tiny, data, frozen,
     model.freeze(frozen)
     modules = [*model.heads.values(), *([] if frozen else [model.bert])]
     optimizers = [AdamW(module.parameters(), lr=1e-2) for module in modules]
-    args = Namespace(surgery="none", leave_out=left_out)
+    args = Namespace(surgery="none", leave_out=left_out, rdrop=0.0)
     backward = make_backward(args, model, partial(embed_batch, model))
 
     def take_step(batch) -> set[str]:
@@ -128,6 +128,27 @@ def test_a_step_moves_its_own_head_and_bert_and_nothing_else(tiny, data, frozen,
         else:  # softmax does not depend on the keys' bias
             assert {name for name in moved if name.startswith("heads.")} == head
             assert all("key.bias" in name for name in layers - moved)
+
+
+@pytest.mark.parametrize("task", ["sst", "para", "sts"])
+def test_rdrop_is_the_loss_of_two_passes_and_their_disagreement(tiny, data, task):
+    """Under different dropout masks."""
+    model, datasets = load_multitask(tiny, data)
+    dataset = next(d for d in datasets if d.name == task)
+    batch, labels = dataset.batch(np.arange(6)), TASKS[task].labels
+    torch.manual_seed(1)
+    losses = row_losses(model.train(), partial(embed_batch, model), batch, rdrop=3.0)
+    torch.manual_seed(1)
+    a, b = (model.decode(task, embed_batch(model, batch)) for _ in range(2))
+    assert not torch.equal(a, b)
+    expected = (labels.loss(a, batch.labels) + labels.loss(b, batch.labels)) / 2
+    torch.testing.assert_close(losses, expected + 3 * labels.disagreement(a, b))
+    with torch.no_grad():
+        model.eval()  # without dropout two passes agree
+        plain, rdrop = (
+            row_losses(model, partial(embed_batch, model), batch, rdrop=r) for r in (0, 3)
+        )
+    torch.testing.assert_close(plain, rdrop)
 
 
 def test_pcgrad_and_sum_train_on_all_tasks_in_a_step_and_differ(train, tmp_path):

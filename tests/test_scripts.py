@@ -78,6 +78,17 @@ def test_a_wrong_flag_or_value_is_named(refused, run_script, monkeypatch, script
     assert run_script(script, "--epochs") == (2, "", "")
 
 
+def test_flags_may_stand_in_a_file(tmp_path, refused):
+    """With comments; what follows it wins."""
+    recipe = tmp_path / "recipe.txt"
+    recipe.write_text("# measured on ...\n--epochs 5  # not 3\n\n--run_dir 'my run' --lr 1e-4\n")
+    args = multitask_classifier.parse_args([f"@{recipe}", "--lr", "2e-4"])
+    assert (args.epochs, args.run_dir, args.lr) == (5, Path("my run"), 2e-4)
+    recipe.write_text("epochs 5\n")
+    refused(multitask_classifier, [f"@{recipe}"], "unrecognized arguments: epochs 5")
+    refused(multitask_classifier, [f"@{tmp_path / 'none.txt'}"], "none.txt")
+
+
 SUPERVISED = {
     "--option both": "--option",
     "--head_lr 0": "--head_lr",

@@ -51,6 +51,24 @@ def test_losses_of_each_row_against_scikit_learn(name):
         assert loss[row].item() == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize("name", ["sst", "para"])
+def test_disagreement_is_the_symmetric_divergence_of_torch(name):
+    torch.manual_seed(0)
+    labels, logits = TASKS[name].labels, 3 * torch.randn(2, 9, TASKS[name].labels.num_logits)
+    p, q = (labels.probabilities(x.double()) for x in logits)
+    both = [torch.nn.functional.kl_div(b.log(), a, reduction="none") for a, b in ((p, q), (q, p))]
+    expected = sum(both).sum(dim=-1) / 2
+    found = labels.disagreement(*logits)
+    assert found.shape == (9,) and (found > 0).all()
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-6)
+    assert labels.disagreement(100 * logits[0], -100 * logits[0]).isfinite().all()
+
+
+def test_scores_disagree_by_their_squared_difference():
+    first, second = torch.tensor([[1.0], [2.0]]), torch.tensor([[4.0], [2.0]])
+    assert Regression(0, 5).disagreement(first, second).tolist() == [9.0, 0.0]
+
+
 def test_predictions_are_in_the_units_of_the_labels():
     logits = torch.tensor([[0.0, 3, 1, 1, 2], [5.0, 0, 0, 0, 0]])
     assert Classification(5).predict(logits).tolist() == [1, 0]
