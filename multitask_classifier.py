@@ -442,7 +442,7 @@ def run_training(args: Namespace) -> dict[str, Any]:
         run = RunDir.start_or_resume(args, **evaluation.run_facts(model, datasets))
         with closing(run):
             # 4. Train, then predict with the best weights.
-            print(f"run folder: {run.path} (on {device}, {dtype})")
+            print(f"run folder: {run.path} ({device}, {str(dtype).removeprefix('torch.')})")
             dev = datasets["dev"]
             baselines = {d.name: evaluation.baseline(model, d, args.batch_size) for d in dev}
             trainer = train_by_option(args, model, datasets, run)

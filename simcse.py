@@ -285,7 +285,7 @@ def run_training(args: Namespace) -> dict[str, Any]:
         distributed.broadcast_parameters(model.to(device))
         run = RunDir.start_or_resume(args, **run_facts(model, {"train": [nli], "dev": [dev]}))
         with closing(run):
-            print(f"run folder: {run.path} (on {device}, {dtype})")
+            print(f"run folder: {run.path} ({device}, {str(dtype).removeprefix('torch.')})")
             return train(args, model, nli, dev, run)
 
 

@@ -1,5 +1,6 @@
 """Files: written whole or not at all, refused if damaged, never executed."""
 
+import errno
 import json
 import math
 import os
@@ -217,6 +218,15 @@ def test_anything_but_a_json_object_is_refused(tmp_path):
     for content in (b"", b'{"a": 1,\n "b":\n}', b'{"a": "\xff"}', deep, b"[1]", b"null"):
         file.write_bytes(content)
         refused(lambda: read_json(file), file, "not a JSON object")
+
+
+def test_a_file_system_without_permissions_will_do(tmp_path, monkeypatch):
+    """SMB, exFAT, S3: chmod fails there, for reasons that are no error of ours."""
+    for code in (errno.EPERM, errno.ENOTSUP):
+        monkeypatch.setattr(os, "chmod", Mock(side_effect=OSError(code, "no chmod")))
+        write_tensors(tmp_path / "a.safetensors", {"a": torch.ones(2)})
+        assert torch.equal(read_tensors(tmp_path / "a.safetensors")["a"], torch.ones(2))
+        assert os.chmod.called
 
 
 def test_a_file_name_may_be_as_long_as_the_file_system_allows(tmp_path):

@@ -1,5 +1,6 @@
 """Pooling, decoder heads, and the model that shares one BERT among several tasks."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -207,6 +208,17 @@ def test_encode_gives_each_text_its_embedding_in_order(tiny, pooling):
     assert model.encode([]).shape == (0, 32)
     with pytest.raises(TypeError, match="list of str"):
         model.encode("one sentence")
+
+
+def test_threads_may_share_a_model(tiny):
+    """As a server has them; also in bf16, whose autocast is a thread's own."""
+    model = build(tiny).eval()
+    for model.dtype in (torch.float32, torch.bfloat16):
+        batches = [TEXTS[i:] for i in range(8)]
+        expected = [model.encode(batch) for batch in batches]
+        with ThreadPoolExecutor(4) as threads:
+            for _ in range(3):
+                assert all(map(np.array_equal, threads.map(model.encode, batches), expected))
 
 
 @pytest.mark.parametrize("frozen", [False, True])
