@@ -256,7 +256,7 @@ class BertModel(nn.Module):
         cls,
         name: str | Path,
         *,
-        config: BertConfig | None = None,
+        config: BertConfig | str | Path | None = None,
         local_files_only: bool = False,
         cache_dir: str | Path | None = None,
         revision: str | None = None,
@@ -265,14 +265,16 @@ class BertModel(nn.Module):
         """Load a HuggingFace BERT checkpoint, in float32 and evaluation mode.
 
         name: a folder, a hub id (`cache_dir`, `revision` and `local_files_only` are for these), or
-        a bundled model. config: instead of the checkpoint's config.json. overrides: fields of
-        `BertConfig` to change, such as `hidden_dropout_prob=0.3`; None keeps the checkpoint's own.
+        a bundled model. config: instead of the checkpoint's, a configuration or the path of one.
+        overrides: fields of `BertConfig` to change, such as `hidden_dropout_prob=0.3`; None keeps
+        the checkpoint's own.
         """
         for key in set(overrides) - {field.name for field in fields(BertConfig)}:
             raise TypeError(f"BertModel.from_pretrained: {key} is not supported")
         options = {"local_files_only": local_files_only, "cache_dir": cache_dir}
         folder = resolve_model(name, revision=revision, **options)
-        config = config or BertConfig.from_file(folder / "config.json")
+        if not isinstance(config, BertConfig):
+            config = BertConfig.from_file(Path(config or folder / "config.json"))
         overrides = {name: value for name, value in overrides.items() if value is not None}
         config = BertConfig(**{**asdict(config), **overrides})
         tensors, source = read_weights(folder)

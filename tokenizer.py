@@ -214,6 +214,7 @@ class BertTokenizer:
     @property
     def vocab_size(self) -> int:
         """One more than the largest id (a duplicate line in vocab.txt leaves an id unused)."""
+        # Not their number: the weights have a row for every id up to the largest.
         return max(self.backend.get_vocab().values()) + 1
 
     def save_pretrained(self, folder: str | Path) -> None:

@@ -72,7 +72,7 @@ def process_group(args: Namespace) -> Iterator[None]:
             f"the processes of this run cannot connect ({reason}): start them with torchrun"
         ) from None
     # Results are printed once. Errors of any process still appear, on standard error.
-    if _rank:
+    if _rank:  # rank 0 prints for all
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     # The default --run_dir contains the time, which differs between processes by seconds.
     first = broadcast_from_rank_zero(lambda: vars(args))
@@ -197,6 +197,7 @@ def seed_by_rank(*numbers: int) -> None:
     Each process then draws dropout masks of its own; a single process draws the same numbers as
     without torchrun.
     """
+    # A SeedSequence mixes its numbers well: neighbouring ranks share no stream.
     if _rank:
         sequence = np.random.SeedSequence([*numbers, _rank])
         torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))

@@ -120,6 +120,7 @@ SentenceTransformer("THIS_FOLDER").encode(["A fine film.", "Dull."])
 def model_card(run: Path, result: dict[str, Any]) -> str:
     """The README.md of a run's best/: base model, command, data and dev metrics."""
     config = checkpoint.read_json(run / "config.json")
+    # Names of files without their folders: a published card should not show a user's paths.
     rows, files = config["rows"]["train"], config["files"]
     data = [f"{Path(path).name} ({rows[task]:,} rows)" for task, path in files["train"].items()]
     # A row of the table for each metric that is a single number.
@@ -152,6 +153,7 @@ def write_onnx(path: Path, encoder: nn.Module, outputs: Sequence[str], max_lengt
     encoder: its `forward` takes input_ids, attention_mask and token_type_ids, (B, T) int64.
     outputs: a name for each tensor that it returns. max_length: the model's limit in tokens.
     """
+    # Development packages: most users never export.
     missing = [name for name in ("onnx", "onnxscript") if util.find_spec(name) is None]
     if missing:
         raise UserError(f"--export onnx: the package {missing[0]} is missing: run ./setup.sh --dev")

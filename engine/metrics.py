@@ -56,7 +56,7 @@ def uniformity(x: Tensor) -> float:
     x = F.normalize(x.double(), dim=-1)
     # d^2 = 2 - 2 cos for unit vectors; in blocks, to bound the memory.
     total = sum((4 * (block @ x.T) - 4).exp().sum().item() for block in x.split(1024))
-    pairs = len(x) * (len(x) - 1)
+    pairs = len(x) * (len(x) - 1)  # ordered pairs of different vectors
     return math.log((total - len(x)) / pairs)  # without each vector's distance to itself
 
 

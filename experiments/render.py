@@ -64,6 +64,7 @@ def comparison_rows(table: Mapping[str, Any]) -> list[list[str]]:
 
 def run_rows(table: Mapping[str, Any]) -> list[list[str]]:
     """Where the columns of a table come from, with a header."""
+    # From this table anybody can run a column again.
     rows = [["column", "seeds", "precision", "commit", "command of the first seed"]]
     for column in table["columns"].values():
         lists = [" ".join(map(str, column[key])) for key in ("seeds", "precision", "commits")]

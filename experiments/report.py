@@ -183,6 +183,7 @@ def compare_cells(
         **{"first": first, "second": second, "task": task},
         **vars(compare(gold, *predicted, correlation=not is_accuracy)),
         "seeds": min(len(ours), len(theirs)),
+        # The cruder question, whether the seeds of one are all above those of the other.
         "seeds_separate": min(ours) > max(theirs) or max(ours) < min(theirs),
         "both_at_majority": is_accuracy and bool(max(accuracies) < floor),
     }

@@ -173,6 +173,7 @@ def test_from_pretrained_takes_the_starters_keywords_or_refuses_them_by_name(tin
     config.hidden_dropout_prob = 0.5
     model = BertModel.from_pretrained(tiny, config=config, cache_dir=tmp_path, revision="main")
     assert model.embed_dropout.p == 0.5 and not list(tmp_path.iterdir())  # a folder needs no cache
+    assert BertModel.from_pretrained(tiny, config=tiny / "config.json").embed_dropout.p != 0.5
     for keyword in ("state_dict", "proxies", "output_loading_info"):
         with pytest.raises(TypeError, match=keyword):
             BertModel.from_pretrained(tiny, **{keyword: None})
