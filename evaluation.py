@@ -405,6 +405,7 @@ def compare_runs(first: SavedRun, args: Namespace) -> None:
             f" {'significant' if p < SIGNIFICANCE else 'not significant'}"
         )
     note(
+        f"differences: {first.folder} minus {args.compare}",
         "intervals: bootstrap over rows; p: paired test with Holm's correction, significant below"
         f" {SIGNIFICANCE}; the variance between seeds is in neither"
     )

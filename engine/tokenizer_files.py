@@ -39,9 +39,8 @@ CONFIG_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
-Files = dict[
-    str, dict[str, Any]
-]  # the content of each of `CONFIG_FILES`, {} for one that is missing
+# The content of each of `CONFIG_FILES`, {} for one that is missing.
+Files = dict[str, dict[str, Any]]
 # A vocabulary, its stored normalization by the names of tokenizer.json, and added tokens.
 Source = tuple[dict[str, int], dict[str, Any], list[dict[str, Any]]]
 
