@@ -407,7 +407,7 @@ def compare_runs(first: SavedRun, args: Namespace) -> None:
     note(
         f"differences: {first.folder} minus {args.compare}",
         "intervals: bootstrap over rows; p: paired test with Holm's correction, significant below"
-        f" {SIGNIFICANCE}; the variance between seeds is in neither"
+        f" {SIGNIFICANCE}; the variance between seeds is in neither",
     )
 
 
