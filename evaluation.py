@@ -46,6 +46,7 @@ from engine.export import write_onnx
 from engine.metrics import similarity_metrics
 from engine.stats import SIGNIFICANCE, compare, format_p, holm
 from engine.trainer import progress_bar
+from masked_lm import MaskedLM
 from model import MultitaskBERT, SentenceEncoder, pool
 from tasks import TASKS, Task, find_tasks
 
@@ -433,6 +434,11 @@ def predict_texts(run: SavedRun, args: Namespace) -> None:
     """Print each matching task's prediction for a sentence or a pair, with probabilities."""
     model, texts = run.load_model(args.device), args.text
     tasks = [task for task in find_tasks(list(model.heads)) if len(task.text_columns) == len(texts)]
+    if "mlm_probability" in run.arguments and len(texts) == 1:
+        for number, choices in enumerate(MaskedLM.from_pretrained(run.folder).fill(texts[0]), 1):
+            listed = ", ".join(f"{token} {p:.4f}" for token, p in choices)
+            print(f"{model.tokenizer.mask_token} {number}: {listed}")
+        return
     if not tasks:
         raise UserError(
             f"{run.folder}: no task takes {len(texts)} --text; it has"

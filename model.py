@@ -181,18 +181,30 @@ class SentenceEncoder(nn.Module):
         pooling: str | None = None,
     ) -> Tensor:
         """Token ids and mask (B, T) -> float32 embeddings (B, D); default pooling: the model's."""
+        output = self.run_bert(input_ids, attention_mask, token_type_ids)
+        return pool(output, attention_mask, pooling or self.pooling).float()
+
+    def autocast(self) -> torch.autocast:
+        """The context in which matrix products have the precision `dtype`."""
         bf16 = self.dtype == torch.bfloat16
-        if bf16 and input_ids.device.type == "cpu":
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
+
+    def run_bert(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """BERT's outputs for a batch (B, T), in the precision `dtype`."""
+        length = input_ids.size(1)
+        if self.dtype == torch.bfloat16 and input_ids.device.type == "cpu":
             # oneDNN compiles a kernel for every new length. Rounded up, lengths repeat.
             limit = self.bert.config.max_position_embeddings
-            padding = min(-input_ids.size(1) % LENGTH_STEP, limit - input_ids.size(1))
+            padding = min(-length % LENGTH_STEP, limit - length)
             input_ids = F.pad(input_ids, (0, padding), value=self.bert.config.pad_token_id)
             attention_mask = F.pad(attention_mask, (0, padding))
             if token_type_ids is not None:
                 token_type_ids = F.pad(token_type_ids, (0, padding))
-        with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=bf16):
+        with self.autocast():
             output = self.bert(input_ids, attention_mask, token_type_ids)
-            return pool(output, attention_mask, pooling or self.pooling).float()
+        return {**output, "last_hidden_state": output["last_hidden_state"][:, :length]}
 
     def encoding(self, task: Task) -> str:
         """How the sentences of a task's pairs are encoded: `separate` or `joint`."""

@@ -23,7 +23,7 @@ sys.path.insert(0, sys.argv[1])
 import torch
 torch.set_num_threads(1)
 import huggingface_hub.repocard_data, scipy.stats, sklearn.metrics, torch.utils.tensorboard
-import classifier, evaluation, multitask_classifier, simcse
+import classifier, evaluation, mlm, multitask_classifier, simcse
 from engine.cli import run_script
 gc.freeze()
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 import classifier
 import evaluation
 import experiments.__main__
+import mlm
 import multitask_classifier
 import simcse
 from engine import cli
@@ -54,7 +55,7 @@ def make_parser(script) -> cli.ArgumentParser:
     return parsers[0]
 
 
-SCRIPTS = [classifier, multitask_classifier, simcse, evaluation, experiments.__main__]
+SCRIPTS = [classifier, multitask_classifier, simcse, mlm, evaluation, experiments.__main__]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -84,6 +84,7 @@ JOBS = {
     "classifier": "classifier --option finetune --eval_every 2 --patience 3",
     # The last batch has 2 rows. The loss divides cosines, and their rounding, by the temperature.
     "supervised": "simcse --limit 18 --lr 5e-5 --temperature 1",
+    "mlm": "mlm --tasks sst,sts --accumulate 2",
     "unsupervised": "simcse --limit 6 --lr 5e-5 --temperature 1 --mode unsupervised --accumulate 2",
 }
 

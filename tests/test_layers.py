@@ -13,8 +13,9 @@ LAYERS = [  # from the bottom up; files of one layer do not import each other
     {"tasks", "bert", "tokenizer", "optimizer"},
     {"datasets"},
     {"model"},
+    {"masked_lm"},
     {"evaluation"},
-    {"classifier", "multitask_classifier", "simcse"},
+    {"classifier", "multitask_classifier", "simcse", "mlm"},
     {"experiments"},
 ]
 LAYER = {name: i for i, names in enumerate(LAYERS) for name in names}

@@ -14,12 +14,13 @@ import pytest
 from conftest import quick_run, run_contents
 
 import classifier
+import mlm
 import multitask_classifier
 import simcse
 from engine.run_dir import RunDir
 
 SAMPLE = Path(__file__).resolve().parent.parent / "data" / "sample"
-SCRIPTS = {"classifier": classifier, "simcse": simcse}  # or else multitask_classifier
+SCRIPTS = {"classifier": classifier, "simcse": simcse, "mlm": mlm}  # or else multitask_classifier
 SAVING = ("--save_every", 2, "--keep_last")
 
 
@@ -59,6 +60,7 @@ JOBS = {
     "pcgrad": "--option finetune --surgery pcgrad --measure_conflict 3",
     "classifier": "--option finetune --eval_every 2 --patience 1",
     "simcse": "--limit 24 --accumulate 2",
+    "mlm": "--tasks sst --accumulate 2 --whole_word",
 }
 
 
