@@ -52,6 +52,7 @@ def hide_tokens(
         np.ones(len(candidates), dtype=bool) if continues is None else ~continues[ids[candidates]]
     )
     words = starts.cumsum()
+    # As many as asked for; the last word may go beyond it by a piece or two.
     wanted = max(1, round(probability * len(candidates)))
     for word in rng.permutation(np.unique(words)):
         if hidden.sum() >= wanted:
@@ -105,6 +106,7 @@ class MaskedLM(SentenceEncoder):
         folder = resolve_model(name)
         bert = BertModel.from_pretrained(folder, **options)
         model = cls(bert, BertTokenizer.from_pretrained(folder))
+        # BERT has left the head's tensors out: find them under HuggingFace's names.
         tensors, source = read_weights(folder)
         found = {WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
         state = {}
@@ -130,7 +132,7 @@ class MaskedLM(SentenceEncoder):
 
     def _write(self, folder: Path) -> None:
         """A `BertForMaskedLM` of transformers; its `bert.` part loads as any BERT."""
-        super()._write(folder)
+        super()._write(folder)  # of which the weights get another layout: with head, and `bert.`
         config = checkpoint.read_json(folder / "config.json")
         config["architectures"] = ["BertForMaskedLM"]
         checkpoint.write_json(folder / "config.json", config)

@@ -61,6 +61,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     cli.add_training_flags(parser, POOLINGS)
     args = parser.parse_args(argv)
     cli.complete_training_args(args, parser, "mlm")
+    # As in multitask_classifier.py, the record has a list.
     if args.tasks:
         args.tasks = [name.strip() for name in args.tasks.split(",")]
     return args
@@ -108,6 +109,7 @@ def load_datasets(
 
 def task_sentences(args: Namespace, split: str) -> tuple[list[str], str]:
     """Every distinct sentence of the tasks' files of a split, and a checksum of the files."""
+    # Labels play no role, and a sentence that occurs in many pairs counts once.
     sentences: dict[str, None] = {}
     checksums = []
     for task in find_tasks(args.tasks):
@@ -129,6 +131,7 @@ class Masking:
     args: Namespace  # `mlm_probability`, `whole_word` and `seed`
 
     def __post_init__(self) -> None:
+        # By id: [CLS] and its like are never hidden, nor drawn as random tokens.
         tokens = self.tokenizer.convert_ids_to_tokens(range(len(self.tokenizer)))
         names = set(self.tokenizer.files.special.values())
         self.special = np.array([token is None or token in names for token in tokens])
@@ -179,6 +182,7 @@ def evaluate_model(
     model: MaskedLM, dev: TokenizedDataset, masking: Masking, batch_size: int
 ) -> dict[str, Any]:
     """Loss, perplexity and accuracy on hidden tokens of dev, the same ones each time."""
+    # Each process sums over its own batches.
     sums = torch.zeros(3, dtype=torch.float64)  # loss, right predictions, tokens
     with model.evaluating():
         for batch in dev.eval_batches(batch_size):
@@ -206,6 +210,7 @@ def load_model(args: Namespace) -> MaskedLM:
         model = MaskedLM.from_pretrained(args.model, hidden_dropout_prob=rate)
         model.pooling = args.pooling
         return model
+    # The proportions of BERT: a feed-forward layer of 4 D, attention heads of 64 features.
     tokenizer = BertTokenizer.from_pretrained(args.model)
     layers, width = args.from_scratch
     config = BertConfig(
@@ -237,6 +242,7 @@ def run_training(args: Namespace) -> dict[str, Any]:
             evaluate = partial(evaluate_model, model, dev, masking, args.batch_size)
             before = evaluate()
             print(f"before training: {before['summary']}")
+            # One optimizer for BERT and head: the output matrix belongs to both.
             groups = parameter_groups(model, args.weight_decay)
             mixture = TaskMixture(
                 [train], args.batch_size, args.seed, args.epochs, accumulate=args.accumulate
