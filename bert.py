@@ -285,13 +285,17 @@ class BertModel(nn.Module):
         load_weights(model, tensors, source, read_pooler(folder, config.hidden_size))
         return model.eval()
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write `config.json` and `model.safetensors`, which `transformers.BertModel` loads."""
-        folder = Path(folder)
-        header = {"architectures": ["BertModel"], "model_type": "bert", "dtype": "float32"}
+    def save_pretrained(self, folder: str | Path, head: dict[str, Tensor] | None = None) -> None:
+        """Write `config.json` and `model.safetensors`, which `transformers.BertModel` loads.
+
+        With the tensors of a pre-training head, they are those of a `BertForMaskedLM`.
+        """
+        folder, prefix = Path(folder), "bert." if head else ""
+        architecture = "BertForMaskedLM" if head else "BertModel"
+        header = {"architectures": [architecture], "model_type": "bert", "dtype": "float32"}
         write_json(folder / "config.json", {**header, **asdict(self.config)})
-        tensors = {hub_name(name): p for name, p in self.named_parameters()}
-        write_tensors(folder / "model.safetensors", tensors)
+        tensors = {prefix + hub_name(name): p for name, p in self.named_parameters()}
+        write_tensors(folder / "model.safetensors", {**tensors, **(head or {})})
 
 
 # ---------------------------------------------------------------------------- checkpoint names

@@ -432,13 +432,15 @@ def predict_file(run: SavedRun, args: Namespace) -> None:
 
 def predict_texts(run: SavedRun, args: Namespace) -> None:
     """Print each matching task's prediction for a sentence or a pair, with probabilities."""
-    model, texts = run.load_model(args.device), args.text
-    tasks = [task for task in find_tasks(list(model.heads)) if len(task.text_columns) == len(texts)]
+    texts = args.text
     if "mlm_probability" in run.arguments and len(texts) == 1:
-        for number, choices in enumerate(MaskedLM.from_pretrained(run.folder).fill(texts[0]), 1):
+        masked = MaskedLM.from_pretrained(run.folder)
+        for number, choices in enumerate(masked.fill(texts[0]), start=1):
             listed = ", ".join(f"{token} {p:.4f}" for token, p in choices)
-            print(f"{model.tokenizer.mask_token} {number}: {listed}")
+            print(f"{masked.tokenizer.mask_token} {number}: {listed}")
         return
+    model = run.load_model(args.device)
+    tasks = [task for task in find_tasks(list(model.heads)) if len(task.text_columns) == len(texts)]
     if not tasks:
         raise UserError(
             f"{run.folder}: no task takes {len(texts)} --text; it has"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bert import ACTIVATIONS, WRAPPERS, BertConfig, BertModel, hub_name
+from bert import ACTIVATIONS, WRAPPERS, BertConfig, BertModel
 from engine import checkpoint
 from engine.errors import UserError, reading
 from engine.hub import read_weights, resolve_model
@@ -106,7 +106,7 @@ class MaskedLM(SentenceEncoder):
         folder = resolve_model(name)
         bert = BertModel.from_pretrained(folder, **options)
         model = cls(bert, BertTokenizer.from_pretrained(folder))
-        # BERT has left the head's tensors out: find them under HuggingFace's names.
+        # Loading BERT has skipped the head's tensors.
         tensors, source = read_weights(folder)
         found = {WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
         state = {}
@@ -130,15 +130,9 @@ class MaskedLM(SentenceEncoder):
             )
         return model.eval()
 
-    def _write(self, folder: Path) -> None:
-        """A `BertForMaskedLM` of transformers; its `bert.` part loads as any BERT."""
-        super()._write(folder)  # of which the weights get another layout: with head, and `bert.`
-        config = checkpoint.read_json(folder / "config.json")
-        config["architectures"] = ["BertForMaskedLM"]
-        checkpoint.write_json(folder / "config.json", config)
-        tensors = {f"bert.{hub_name(name)}": p for name, p in self.bert.named_parameters()}
-        tensors |= {head_name(name): p for name, p in self.head.named_parameters()}
-        checkpoint.write_tensors(folder / "model.safetensors", tensors)
+    def head_tensors(self) -> dict[str, Tensor]:
+        """The head under HuggingFace's names; its matrix is the word embedding, which BERT has."""
+        return {head_name(name): p for name, p in self.head.named_parameters()}
 
     @torch.no_grad()
     def fill(self, text: str, count: int = 5) -> list[list[tuple[str, float]]]:

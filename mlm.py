@@ -92,16 +92,14 @@ def load_datasets(
         count = min(MAX_DEV, max(1, round(DEV_SHARE * len(lines))))
         dev = set(sample_rows(range(len(lines)), count))
         parts = [[x for i, x in enumerate(lines) if (i in dev) == held] for held in (False, True)]
-        path, checksums = args.text, [hashlib.sha256(text.encode()).hexdigest()] * 2
+        path, checksum = args.text, hashlib.sha256(text.encode()).hexdigest()
     else:
-        path, parts, checksums = args.data_dir, [], []
-        for split in ("train", "dev"):
-            sentences, checksum = task_sentences(args, split)
-            parts.append(sentences if split == "train" else sample_rows(sentences, MAX_DEV))
-            checksums.append(checksum)
+        path, (train, dev) = args.data_dir, (task_sentences(args, s) for s in ("train", "dev"))
+        parts = [train[0], sample_rows(dev[0], MAX_DEV)]
+        checksum = f"{train[1]}+{dev[1]}"  # one for both, as they have one path in the record
     train, dev = (
         TokenizedDataset("mlm", path, [part], tokenizer, unit="sentences", checksum=checksum)
-        for part, checksum in zip(parts, checksums, strict=True)
+        for part in parts
     )
     print(f"{train}, and {len(dev):,} others to evaluate on")
     return train, dev
@@ -125,7 +123,7 @@ def task_sentences(args: Namespace, split: str) -> tuple[list[str], str]:
 
 @dataclass
 class Masking:
-    """Hides tokens of batches, the same ones for the same numbers whoever asks."""
+    """Chooses the hidden tokens of a batch, by the seed, the step and the numbers of its rows."""
 
     tokenizer: BertTokenizer
     args: Namespace  # `mlm_probability`, `whole_word` and `seed`

@@ -259,8 +259,12 @@ class SentenceEncoder(nn.Module):
         with checkpoint.atomic_folder(folder) as draft:
             self._write(draft)
 
+    def head_tensors(self) -> dict[str, Tensor]:
+        """Tensors of a pre-training head, to be saved with BERT's; none here."""
+        return {}
+
     def _write(self, folder: Path) -> None:
-        self.bert.save_pretrained(folder)
+        self.bert.save_pretrained(folder, self.head_tensors())
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
             write_modules(folder, self.pooling, self.tokenizer.max_length, self.bert.pooler_dense)

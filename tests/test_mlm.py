@@ -2,12 +2,13 @@
 
 from argparse import Namespace
 from itertools import pairwise
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import BAD, GOOD, quick_run, read_log
+from conftest import BAD, GOOD, quick_run, read_log, write_data
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_files import edit_tensors, refused
@@ -159,7 +160,8 @@ def test_a_run_learns_and_fills_in_what_it_has_learnt(
     train(run_script, tiny, data, tmp_path / "run", *flags)
     result = read_json(tmp_path / "run/result.json")
     assert result["dev"]["mlm"]["loss"] < 0.7 * result["before"]["mlm"]["loss"]
-    assert {entry["kind"] for entry in read_log(tmp_path / "run", "dev")} == {"dev"}
+    scores = [entry["score"] for entry in read_log(tmp_path / "run", "dev")]
+    assert len(scores) == 40 and max(scores) == -result["dev"]["mlm"]["loss"]
     code, out, _ = run_script(evaluation, tmp_path / "run", "--text", "the film is [MASK]")
     assert code == 0 and out.startswith("[MASK] 1: ")
     assert {part.split()[0] for part in out.split(": ")[1].split(", ")[:2]} == set(GOOD[:2])
@@ -178,6 +180,19 @@ def test_sentences_of_tasks_are_distinct_and_dev_is_their_dev_files(
     rows = read_json(tmp_path / "run/config.json")["rows"]
     assert f"{rows['train']['mlm']} sentences, and {rows['dev']['mlm']} others" in out
     assert 20 < rows["train"]["mlm"] <= 80
+
+
+@pytest.mark.parametrize("split", ["train", "dev"])
+def test_a_file_that_has_changed_is_not_resumed_with(tiny, tmp_path, run_script, split):
+    data = write_data(tmp_path / "data", {"train": 20, "dev": 8})
+    flags = quick_run(tiny, data, tmp_path / "run", "--tasks", "sst")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mlm.Trainer, "fit", Mock(side_effect=KeyboardInterrupt))
+        assert run_script(mlm, *flags)[0] == 130
+    with open(data / f"ids-sst-{split}.csv", "a", encoding="utf-8") as file:
+        file.write("99\tnew\ta new film\t1\n")
+    code, _, err = run_script(mlm, *flags, "--resume")
+    assert code == 2 and "has changed since the run began" in err
 
 
 def test_bad_input_is_refused(tiny, data, tmp_path, run_script):
