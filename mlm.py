@@ -32,10 +32,10 @@ from engine.device import setup_device
 from engine.errors import UserError
 from engine.run_dir import RunDir
 from engine.trainer import Trainer
-from evaluation import run_facts
 from masked_lm import MaskedLM, hide_tokens
 from model import POOLINGS
 from optimizer import AdamW, lr_factor, parameter_groups
+from saved_runs import run_facts
 from tasks import find_tasks
 from tokenizer import BertTokenizer
 

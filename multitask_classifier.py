@@ -19,20 +19,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import evaluation
+import prediction
 from bert import BertModel
 from datasets import SAMPLINGS, Batch, TaskDataset, TaskMixture
 from engine import cli, distributed
-from engine.checkpoint import check_new_file
+from engine.checkpoint import check_new_file, write_text
 from engine.conflict import GradientConflictLogger
 from engine.device import setup_device
 from engine.errors import UserError
 from engine.gradients import backward_by_task, pcgrad, sum_gradients, sum_losses
 from engine.run_dir import RunDir
 from engine.trainer import Trainer
-from evaluation import Embed, EmbeddingCache, embed_batch, overall_score, primary_metric
 from model import HEADS, PAIR_ENCODINGS, POOLINGS, MultitaskBERT
 from optimizer import AdamW, lr_factor, parameter_groups
+from prediction import Embed, EmbeddingCache, embed_batch, overall_score, primary_metric
+from saved_runs import run_facts
 from tasks import TASKS, Task, find_tasks
 from tokenizer import BertTokenizer
 
@@ -270,11 +271,11 @@ class DevEvaluator:
     best_logits: dict[TaskDataset, Tensor] = field(default_factory=dict)
 
     def __call__(self) -> dict[str, Any]:
-        """`evaluation.evaluate` of the current weights."""
+        """`prediction.evaluate` of the current weights."""
         logits = {dataset: self.predict(dataset) for dataset in self.datasets}
         # One process computes the metrics, so that all of them agree on which weights are the best.
         result = distributed.broadcast_from_rank_zero(
-            lambda: evaluation.evaluate(self.datasets, list(logits.values()))
+            lambda: prediction.evaluate(self.datasets, list(logits.values()))
         )
         if result["score"] > self.best["score"]:
             self.best, self.best_logits = result, logits
@@ -282,7 +283,7 @@ class DevEvaluator:
 
     def predict(self, dataset: TaskDataset) -> Tensor:
         """The logits (N, C) of the current weights."""
-        return evaluation.predict(self.model, dataset, self.batch_size, self.embed)
+        return prediction.predict(self.model, dataset, self.batch_size, self.embed)
 
 
 def make_optimizers(args: Namespace, model: MultitaskBERT, frozen: bool) -> dict[str, AdamW]:
@@ -389,7 +390,7 @@ def write_results(
         dataset = next(d for d in datasets[split] if d.name == task)
         logits = cached[dataset] if dataset in cached else evaluator.predict(dataset)
         if trainer.run.writes:
-            evaluation.write_predictions(path, dataset, logits)
+            write_text(path, prediction.format_predictions(dataset, logits))
     print(f"best weights: epoch {best['epoch']}, step {best['step']}; dev scores:")
     print(results_table(metrics, baselines))
     return trainer.finish(
@@ -407,7 +408,7 @@ def results_table(
     lines = [("task", "metric", "score", "baseline", "rows")]
     for task, scores in metrics.items():
         name, value = baselines[task]
-        score = f"{primary_metric(scores):.3f}{evaluation.constant_note(scores)}"
+        score = f"{primary_metric(scores):.3f}{prediction.constant_note(scores)}"
         rows = f"{scores['rows']:,}"
         lines.append((task, next(iter(scores)), score, f"{value:.3f} ({name})", rows))
     lines.append(("overall", "", f"{overall_score(metrics):.3f}", "", ""))
@@ -439,12 +440,12 @@ def run_training(args: Namespace) -> dict[str, Any]:
         model.dtype = dtype
         distributed.broadcast_parameters(model.to(device))
         # 3. The run folder records all that is needed to repeat the run.
-        run = RunDir.start_or_resume(args, **evaluation.run_facts(model, datasets))
+        run = RunDir.start_or_resume(args, **run_facts(model, datasets))
         with closing(run):
             # 4. Train, then predict with the best weights.
             print(f"run folder: {run.path} ({device}, {str(dtype).removeprefix('torch.')})")
             dev = datasets["dev"]
-            baselines = {d.name: evaluation.baseline(model, d, args.batch_size) for d in dev}
+            baselines = {d.name: prediction.baseline(model, d, args.batch_size) for d in dev}
             trainer = train_by_option(args, model, datasets, run)
             return write_results(args, datasets, baselines, trainer)
 

@@ -32,9 +32,10 @@ from engine.errors import UserError
 from engine.metrics import similarity_metrics
 from engine.run_dir import RunDir
 from engine.trainer import Trainer
-from evaluation import embed_dataset, run_facts
 from model import POOLINGS, SentenceEncoder
 from optimizer import AdamW, lr_factor, parameter_groups
+from prediction import embed_dataset
+from saved_runs import run_facts
 from tasks import TASKS
 from tokenizer import BertTokenizer
 

@@ -25,10 +25,10 @@ from engine.device import setup_device
 from engine.errors import UserError
 from engine.run_dir import RunDir
 from engine.trainer import Trainer
-from evaluation import embed_batch
 from model import MultitaskBERT, SentenceEncoder
 from multitask_classifier import Backward, make_backward
 from optimizer import AdamW, lr_factor, parameter_groups
+from prediction import embed_batch
 from tasks import TASKS
 from tokenizer import BertTokenizer
 

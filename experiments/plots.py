@@ -13,9 +13,9 @@ from sklearn.decomposition import PCA
 from datasets import read_examples
 from engine.checkpoint import atomic_file
 from engine.errors import UserError
-from evaluation import SavedRun
 from experiments.tables import TASK_TITLES
 from model import MultitaskBERT
+from saved_runs import SavedRun
 from tasks import TASKS
 
 

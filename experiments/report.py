@@ -18,12 +18,12 @@ from datasets import TaskDataset, read_examples
 from engine.checkpoint import read_json, write_json, write_text
 from engine.errors import UserError, reading
 from engine.stats import compare, holm
-from evaluation import baseline, majority_share, primary_metric
 from experiments.conflict import plot_conflict, summarize_conflict
 from experiments.plots import plot_bars, plot_curves
 from experiments.render import FLOOR_MARGIN, latex, markdown
 from experiments.tables import CELLS, TABLES, TASK_TITLES, Column, Table
 from model import SentenceEncoder
+from prediction import baseline, majority_share, primary_metric
 from tasks import TASKS
 from tokenizer import BertTokenizer
 

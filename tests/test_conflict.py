@@ -12,8 +12,8 @@ import multitask_classifier
 from bert import BertModel
 from engine.conflict import GradientConflictLogger, gradient_conflict, layer_group, similarity
 from engine.run_dir import RunDir
-from evaluation import embed_batch
 from multitask_classifier import row_losses
+from prediction import embed_batch
 
 
 def test_every_parameter_of_bert_belongs_to_a_part(tiny):

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.gradients import backward_by_task, pcgrad, project, sum_gradients, sum_losses
-from evaluation import embed_batch
 from multitask_classifier import row_losses
+from prediction import embed_batch
 
 
 def make_gradients(*rows) -> list[list[torch.Tensor]]:

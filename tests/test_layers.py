@@ -14,8 +14,9 @@ LAYERS = [  # from the bottom up; files of one layer do not import each other
     {"datasets"},
     {"model"},
     {"masked_lm"},
-    {"evaluation"},
-    {"classifier", "multitask_classifier", "simcse", "mlm"},
+    {"prediction"},
+    {"saved_runs"},
+    {"classifier", "multitask_classifier", "simcse", "mlm", "evaluation"},
     {"experiments"},
 ]
 LAYER = {name: i for i, names in enumerate(LAYERS) for name in names}

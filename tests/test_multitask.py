@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 import classifier
 import multitask_classifier
 from engine.checkpoint import read_json
-from evaluation import embed_batch
 from model import MultitaskBERT
 from multitask_classifier import make_backward, row_losses
 from optimizer import AdamW
+from prediction import embed_batch
 from tasks import TASKS
 
 FINETUNE = ("--option", "finetune")

@@ -1,0 +1,220 @@
+"""Runs read back from their folders: one, several as an ensemble, or the mean of their weights."""
+
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from datasets import TaskDataset, TokenizedDataset
+from engine.checkpoint import checksum, read_json, write_text
+from engine.device import setup_device
+from engine.errors import UserError, reading
+from engine.run_dir import RunDir
+from model import MultitaskBERT, SentenceEncoder
+from prediction import embed_batch, evaluate, format_predictions, predict
+from tasks import Task, find_tasks
+
+# (task, split) -> a data set and its logits (N, C).
+Outputs = dict[tuple[str, str], tuple[TaskDataset, Tensor]]
+
+
+def note(*lines: object) -> None:
+    """Print what is not the answer itself to standard error."""
+    print(*lines, sep="\n", file=sys.stderr)
+
+
+def run_facts(
+    model: SentenceEncoder, datasets: dict[str, Sequence[TokenizedDataset]]
+) -> dict[str, Any]:
+    """What `config.json` records of a run's data (split -> a dataset per task) and model."""
+    return {
+        "data": {str(d.path.absolute()): d.checksum for tasks in datasets.values() for d in tasks},
+        "model_checksum": checksum(model.bert.state_dict(), str(model.tokenizer)),
+        "device": model.device.type,  # "cuda", not "cuda:0": --resume gives it to setup_device
+        "precision": str(model.dtype).removeprefix("torch."),
+        "decoders": model.decoders,
+        "rows": {split: {d.name: len(d) for d in tasks} for split, tasks in datasets.items()},
+        "files": {
+            split: {d.name: str(d.path.absolute()) for d in tasks}
+            for split, tasks in datasets.items()
+        },
+    }
+
+
+class SavedRun:
+    """A run folder as its `config.json` describes it, once it has a best/."""
+
+    def __init__(self, folder: Path):
+        # Both files exist as soon as a run has started; other folders may have a config.json too.
+        path = folder / "config.json"
+        if not path.is_file() or not (folder / "log.jsonl").is_file():
+            raise UserError(f"{folder}: not a run folder; expected one with config.json and best/")
+        self.folder = folder
+        self.config = read_json(path)
+        with reading(path, "the record of a run"):
+            self.arguments: dict[str, Any] = self.config["arguments"]
+            self.batch_size = int(self.arguments["batch_size"])
+            self.limit: int | None = self.arguments["limit"]
+            self.files: dict[str, dict[str, str]] = self.config.get("files", {})
+            _ = self.config["precision"], self.config["device"], self.config["hardware"]["threads"]
+
+    def load_model(self, device: str | None = None) -> MultitaskBERT:
+        """The best model, with the run's precision and threads, on the run's device or another."""
+        model = MultitaskBERT.from_pretrained(self.folder)
+        # With as many threads as the run had, sums are in the same order, and the metrics are the
+        # run's bit for bit; also if it had several processes.
+        recorded = {**self.config, "device": device or self.config["device"], "processes": 1}
+        chosen, model.dtype = setup_device(0, "auto", "auto", recorded)
+        return model.to(chosen)
+
+    def checksums(self) -> dict[tuple[str, str], str]:
+        """(task, split) -> the checksum of the file that the run read."""
+        return {
+            (task, split): self.config["data"][path]
+            for split, files in self.files.items()
+            for task, path in files.items()
+        }
+
+    def data_file(self, task: Task, split: str, data_dir: Path | None) -> Path:
+        """The file that the run read, or the one in another data folder."""
+        if data_dir is not None:
+            return data_dir / task.file(split)
+        if task.name not in self.files.get(split, {}):
+            path = self.folder / "config.json"
+            raise UserError(f"{path}: names no {split} file of {task.name}; give --data_dir")
+        return Path(self.files[split][task.name])
+
+    def prediction_file(self, task: Task, split: str) -> Path:
+        """Where the run wrote its predictions."""
+        # --sst_dev_out of multitask_classifier.py, --dev_out of classifier.py.
+        flags = (f"{task.name}_{split}_out", f"{split}_out")
+        default = self.folder / "predictions" / f"{task.name}-{split}-output.csv"
+        given = next((self.arguments[f] for f in flags if self.arguments.get(f)), default)
+        if not Path(given).is_absolute() and given != default:  # an older record
+            raise UserError(
+                f"{self.folder / 'config.json'}: does not say in which folder {given} is: make that"
+                " path absolute there"
+            )
+        return Path(given)
+
+    def dataset(
+        self, model: MultitaskBERT, task: Task, split: str, data_dir: Path | None
+    ) -> TaskDataset:
+        """The run's rows of a file, or those of its namesake in another data folder."""
+        path, labelled = self.data_file(task, split, data_dir), split != "test"
+        pairs = model.encoding(task)
+        return TaskDataset(path, task, model.tokenizer, pairs, labelled, self.limit)
+
+    def predict(
+        self, model: MultitaskBERT, splits: Sequence[str], data_dir: Path | None
+    ) -> Outputs:
+        """The model's logits on some splits of all of the run's tasks."""
+        # All files are read before the first is predicted, which takes long.
+        tasks = find_tasks(list(model.heads))
+        datasets = {
+            (task.name, split): self.dataset(model, task, split, data_dir)
+            for split in splits
+            for task in tasks
+        }
+        note(*datasets.values())
+        embed = partial(embed_batch, model)
+        return {
+            key: (dataset, predict(model, dataset, self.batch_size, embed))
+            for key, dataset in datasets.items()
+        }
+
+
+def evaluate_dev(outputs: Outputs) -> dict[str, Any]:
+    """`prediction.evaluate` of the dev sets in `outputs`."""
+    dev = [output for (_, split), output in outputs.items() if split == "dev"]
+    return evaluate([dataset for dataset, _ in dev], [logits for _, logits in dev])
+
+
+# ---------------------------------------------------------------------------- several runs
+
+
+def check_ensemble(runs: Sequence[SavedRun]) -> None:
+    """UserError unless these are different runs of the same tasks, files and rows."""
+    first = runs[0]
+    if len({run.folder.resolve() for run in runs}) < max(len(runs), 2):
+        raise UserError(f"{first.folder}: an ensemble needs two different runs or more")
+    for run in runs:
+        if not run.config.get("decoders"):
+            raise UserError(f"{run.folder}: has no heads, whose outputs an ensemble averages")
+        pair = f"{run.folder} and {first.folder}"
+        mine, theirs = (", ".join(sorted(r.config["decoders"])) for r in (run, first))
+        if mine != theirs:
+            raise UserError(f"{pair}: an ensemble needs the same tasks, not {mine} and {theirs}")
+        # Not on other rows either: --limit draws the same ones in every run.
+        if run.limit != first.limit:
+            raise UserError(f"{pair}: had --limit {run.limit} and {first.limit}")
+        before = first.checksums()
+        for (task, split), value in run.checksums().items():
+            if before.get((task, split), value) != value:
+                raise UserError(f"{pair}: read different {split} files of {task}")
+
+
+def predict_ensemble(
+    runs: Sequence[SavedRun], splits: Sequence[str], data_dir: Path | None, device: str | None
+) -> Outputs:
+    """The logits of runs, averaged (scores are logits); the dev scores of each are printed."""
+    members = []
+    for run in runs:
+        outputs = run.predict(run.load_model(device), splits, data_dir)
+        note(f"{run.folder}: {evaluate_dev(outputs)['summary']}")
+        members.append(outputs)
+    return {
+        key: (dataset, torch.stack([outputs[key][1] for outputs in members]).mean(dim=0))
+        for key, (dataset, _) in members[0].items()
+    }
+
+
+def check_average(runs: Sequence[SavedRun]) -> None:
+    """UserError unless all began with the same weights of BERT and have the same heads.
+
+    Only then is what lies between them a good model.
+    """
+    first, *others = runs
+    for run in others:
+        if any(run.config.get(k) != first.config.get(k) for k in ("model_checksum", "decoders")):
+            raise UserError(
+                f"{run.folder} and {first.folder}: --average needs runs that began with one --model"
+                " and have the same heads"
+            )
+
+
+def average_weights(runs: Sequence[SavedRun]) -> MultitaskBERT:
+    """A model whose weights are the means of the runs' best ones, a "model soup".
+
+    (Wortsman et al. 2022, https://arxiv.org/abs/2203.05482.)
+    """
+    model, members = runs[0].load_model(), [MultitaskBERT.from_pretrained(r.folder) for r in runs]
+    for mean, *weights in zip(model.parameters(), *(m.parameters() for m in members), strict=True):
+        mean.data.copy_(torch.stack([weight.data for weight in weights]).mean(dim=0))
+    return model
+
+
+def save_average(runs: Sequence[SavedRun], folder: Path) -> dict[str, Any]:
+    """Write the mean of the runs' weights as a run of its own; the dev evaluation of it."""
+    first, model = runs[0], average_weights(runs)
+    arguments = {k: None if k.endswith("_out") else v for k, v in first.arguments.items()}
+    args = Namespace(**{**arguments, "run_dir": folder, "resume": False})
+    kept = ("data", "model_checksum", "device", "precision", "decoders", "rows", "files")
+    facts = {key: first.config[key] for key in kept}
+    run = RunDir.start_or_resume(args, **facts, average_of=[str(r.folder) for r in runs])
+    with closing(run):
+        outputs = first.predict(model, [split for split in first.files if split != "train"], None)
+        evaluation = evaluate_dev(outputs)
+        model.save_pretrained(folder / "best")
+        for (_, split), (dataset, logits) in outputs.items():
+            path = SavedRun(folder).prediction_file(dataset.task, split)
+            write_text(path, format_predictions(dataset, logits))
+        result = {"dev": evaluation["tasks"], "overall": evaluation["score"]}
+        run.finish(result, keep_last=False)
+    return evaluation
