@@ -38,14 +38,25 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
         """The words of a line of an `@file`, as a shell splits them; `#` begins a comment."""
-        return shlex.split(arg_line, comments=True)
+        try:
+            words = shlex.split(arg_line, comments=True)
+        except ValueError as error:
+            self.error(f"{arg_line!r}: {error}")
+        # A file inside a file could be the same one again.
+        if words and (not words[0].startswith("-") or any(w.startswith("@") for w in words)):
+            self.error(f"{arg_line!r}: not a flag; a line of an @file is like --epochs 3")
+        return words
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         """As the base class; refuses words that are not UTF-8, which no record could hold."""
-        for word in sys.argv[1:] if args is None else args:
+        words = sys.argv[1:] if args is None else args
+        for word in words:
             if any("\ud800" <= c <= "\udfff" for c in word):
                 self.error(f"{word!r} is not UTF-8; rename it")
-        return super().parse_args(args, namespace)
+        try:
+            return super().parse_args(args, namespace)
+        except UnicodeDecodeError:
+            self.error(f"{next(w for w in words if w.startswith('@'))}: not a text file in UTF-8")
 
     def error(self, message: str) -> NoReturn:
         """Print the message and exit with code 2."""

@@ -2,6 +2,7 @@
 
 python -m experiments run table1 --seeds 3 --model all-MiniLM-L6-v2 --data_dir DATA
 python -m experiments report --data_dir DATA
+python -m experiments sweep --flags=@recipes/best.txt --model all-MiniLM-L6-v2 --data_dir DATA
 python -m experiments conflict RUN
 python -m experiments map RUN
 """
@@ -12,20 +13,25 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.cli import POSITIVE_INT, ArgumentParser, run_script
+from engine.cli import POSITIVE, POSITIVE_INT, ArgumentParser, run_script
 from experiments.conflict import report_run
 from experiments.plots import plot_map
 from experiments.report import report
 from experiments.runner import run
+from experiments.sweep import sweep
 from experiments.tables import TABLES
 
-RESERVED_FLAGS = ("model", "data_dir", "seed", "run_dir", "resume")  # set by `run` itself
+# Set by the command itself.
+RESERVED_FLAGS = {
+    run: ("model", "data_dir", "seed", "run_dir", "resume"),
+    sweep: ("model", "data_dir", "limit", "lr", "head_lr", "run_dir", "resume", "no_test"),
+}
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line, checked; `action` is the function that does what it says."""
     parser = ArgumentParser(__doc__, prog="python -m experiments")
-    names = "run|report|conflict|map"
+    names = "run|report|sweep|conflict|map"
     commands = parser.add_subparsers(required=True, metavar=names, help="what to do")
 
     def command(name: str, action: Callable, help: str) -> Callable[..., Any]:
@@ -33,19 +39,24 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         sub.set_defaults(action=action)
         return sub.add_argument
 
-    run_flags = command("run", run, "run every cell of some tables that has no record yet")
-    report_flags = command("report", report, "write tables and plots from the records in --out")
-    for add in (run_flags, report_flags):
-        add("--data_dir", type=Path, default=Path("data"), help="folder of the csv files")
-        add("--out", type=Path, default=Path("results"), help="folder of records and tables")
-    report_flags("tables", nargs="*", metavar="TABLE", help="default: all that are complete")
-    add = run_flags
+    add = command("run", run, "run every cell of some tables that has no record yet")
     add("tables", nargs="+", metavar="TABLE", help=f"{', '.join(TABLES)}, or all")
-    add("--model", default="bert-base-uncased", help="a folder, a hub id, or all-MiniLM-L6-v2")
+    add_folders(add)
+    add_run_flags(add, "experiments")
     add("--seeds", type=POSITIVE_INT, default=3, help="seeds per cell that trains the encoder")
     add("--probe_seeds", type=POSITIVE_INT, default=5, help="seeds per cell that freezes it")
-    add("--flags", default="", help='flags for every script, as --flags="--epochs 1 --use_gpu"')
-    add("--runs", type=Path, default=Path("runs/experiments"), help="folder of the run folders")
+    add = command("report", report, "write tables and plots from the records in --out")
+    add("tables", nargs="*", metavar="TABLE", help="default: all that are complete")
+    add_folders(add)
+    add = command("sweep", sweep, "search learning rates: a grid with successive halving")
+    add_folders(add, "sweep")
+    add_run_flags(add, "sweep")
+    add = commands.choices["sweep"].add_argument_group("grid").add_argument
+    rates = {"nargs": "+", "type": POSITIVE, "metavar": "RATE"}
+    add("--lr", **rates, default=[3e-5, 5e-5, 1e-4], help="of BERT")
+    add("--head_lr", **rates, default=[1e-3, 3e-3, 1e-2], help="of the heads")
+    add("--rows", type=POSITIVE_INT, default=30000, help="--limit in the last rung")
+    add("--rungs", type=POSITIVE_INT, default=3, help="each has half of the pairs before it")
     add = command("conflict", report_run, "plot the gradient conflict that a run logged")
     add("run", type=Path, help="folder of a run with --measure_conflict")
     add = command("map", plot_map, "plot a run's dev sentence embeddings by PCA")
@@ -55,6 +66,20 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     check_args(args, parser)
     return args
+
+
+def add_folders(add: Callable[..., Any], out: str = "") -> None:
+    """Where the data is, and where results go."""
+    add("--data_dir", type=Path, default=Path("data"), help="folder of the csv files")
+    add("--out", type=Path, default=Path("results", out), help="folder of records, tables, plots")
+
+
+def add_run_flags(add: Callable[..., Any], runs: str) -> None:
+    """The flags of what starts training runs."""
+    add("--model", default="bert-base-uncased", help="a folder, a hub id, or all-MiniLM-L6-v2")
+    add("--flags", default="", help='flags for every script, as --flags="--epochs 1 --use_gpu"')
+    add("--runs", type=Path, default=Path("runs", runs), help="folder of the run folders")
+    add("--jobs", type=POSITIVE_INT, default=1, help="runs side by side, sharing the cores")
 
 
 def check_args(args: argparse.Namespace, parser: ArgumentParser) -> None:
@@ -70,7 +95,7 @@ def check_args(args: argparse.Namespace, parser: ArgumentParser) -> None:
             args.flags = shlex.split(args.flags)
         except ValueError as error:
             parser.error(f"--flags {args.flags}: {error}")
-        for name in RESERVED_FLAGS:
+        for name in RESERVED_FLAGS[args.action]:
             if any(word.split("=")[0] == f"--{name}" for word in args.flags):
                 parser.error(f"--flags: --{name} is set by this command; leave it out")
 

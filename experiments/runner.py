@@ -7,13 +7,19 @@ label of the data.
 
 import argparse
 import json
+import os
 import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from engine.checkpoint import read_json, read_text, write_json
 from engine.errors import UserError
@@ -71,20 +77,34 @@ def build_command(job: Job, args: argparse.Namespace, runs: Path, data_dir: Path
 
 def recorded_command(job: Job, args: argparse.Namespace) -> str:
     """The command as recorded: the same wherever the data and the run folders are."""
-    return "python " + shlex.join(build_command(job, args, Path("runs/experiments"), Path("DATA")))
+    return recorded(build_command(job, args, Path("runs/experiments"), Path("DATA")))
+
+
+def recorded(command: Sequence[str]) -> str:
+    """A script and its flags as a record has them."""
+    return f"python {shlex.join(command)}"
 
 
 def check_record(job: Job, args: argparse.Namespace) -> None:
     """UserError if the job has a record that another command made."""
-    path, command = args.out / "records" / f"{job}.json", recorded_command(job, args)
-    if path.exists() and (recorded := read_json(path).get("command")) != command:
-        raise UserError(f"{path}: made by `{recorded}`, not `{command}`; use another --out")
+    check_command(args.out / "records" / f"{job}.json", recorded_command(job, args))
+
+
+def check_data_dir(args: argparse.Namespace) -> None:
+    """UserError if there is no folder of data."""
+    if not args.data_dir.is_dir():
+        raise UserError(f"--data_dir {args.data_dir}: no such folder")
+
+
+def check_command(path: Path, command: str) -> None:
+    """UserError if there is a record that another command made."""
+    if path.exists() and (made_by := read_json(path).get("command")) != command:
+        raise UserError(f"{path}: made by `{made_by}`, not `{command}`; use another --out")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Run the jobs of the tables that have no record yet, one after the other."""
-    if not args.data_dir.is_dir():
-        raise UserError(f"--data_dir {args.data_dir}: no such folder")
+    """Run the jobs of the tables that have no record yet."""
+    check_data_dir(args)
     records = args.out / "records"
     records.mkdir(parents=True, exist_ok=True)
     args.runs.mkdir(parents=True, exist_ok=True)
@@ -112,35 +132,71 @@ def pending_jobs(jobs: Sequence[Job], args: argparse.Namespace) -> list[Job]:
 
 
 def run_jobs(jobs: Sequence[Job], args: argparse.Namespace) -> list[Job]:
-    """Run and record jobs; returns those that failed."""
+    """Run and record jobs, --jobs of them at a time; returns those that failed."""
     failed: list[Job] = []
+
+    def attempt(job: Job) -> str | None:
+        """Why the job failed, if it did."""
+        # What would start from an encoder that failed cannot run; the rest can.
+        if job.encoder in failed:
+            failed.append(job)
+            return f"skipped, because {job.encoder} failed"
+        log = args.runs / f"{job}.log"
+        # --resume: a finished run is left as it is; one with other arguments is refused.
+        command = [*build_command(job, args, args.runs, args.data_dir), "--resume"]
+        code = start_process(command, log, threads(args.jobs))
+        if not code:
+            return record_run(job, args)
+        failed.append(job)
+        message = f"exit code {code}: {last_line(log)} (see {log})"
+        if code in FATAL_EXIT_CODES:
+            raise UserError(f"{job}: {message}")
+        return message
+
+    # All encoders first: side by side with one, a job that starts from it would not find it.
+    stages = [[j for j in jobs if not j.encoder], [j for j in jobs if j.encoder]]
     with progress_bar(len(jobs), "runs") as bar:
-        for job in jobs:
-            bar.set_postfix_str(str(job))
-            log = args.runs / f"{job}.log"
-            # --resume: a finished run is left as it is; one with other arguments is refused.
-            command = [*build_command(job, args, args.runs, args.data_dir), "--resume"]
-            # What would start from an encoder that failed cannot run; the rest can.
-            if job.encoder in failed:
-                failed.append(job)
-                bar.write(f"{job}: skipped, because {job.encoder} failed")
-            elif code := start_process(command, log):
-                failed.append(job)
-                bar.write(f"{job}: exit code {code}: {last_line(log)} (see {log})")
-                if code in FATAL_EXIT_CODES:
-                    break
-            else:
-                record_run(job, args)
-            bar.update()
+        for stage in stages:
+            for job, message in zip(stage, side_by_side(attempt, stage, args.jobs), strict=True):
+                if message:
+                    bar.write(f"{job}: {message}")
+                bar.set_postfix_str(f"last {job}")
+                bar.update()
     return failed
 
 
-def start_process(command: Sequence[str], log: Path) -> int:
+def side_by_side(function: Callable[[Any], Any], items: Sequence[Any], jobs: int) -> Iterator[Any]:
+    """Yield function(item) for each item in order, `jobs` at a time, each in a thread.
+
+    After an exception no other item begins; it is raised when those that had begun have ended.
+    """
+    stop = threading.Event()
+
+    def guarded(item: Any) -> Any:
+        if stop.is_set():
+            raise CancelledError
+        try:
+            return function(item)
+        except BaseException:
+            stop.set()  # here, not where it arrives: this thread takes the next item at once
+            raise
+
+    with ThreadPoolExecutor(jobs) as pool:
+        yield from pool.map(guarded, items)
+
+
+def threads(jobs: int) -> int | None:
+    """The threads of each of some jobs that share the cores; None: as many as it likes."""
+    return max(1, torch.get_num_threads() // jobs) if jobs > 1 else None
+
+
+def start_process(command: Sequence[str], log: Path, threads: int | None = None) -> int:
     """Run a script of this repository, its output going to `log`; returns its exit code."""
     # Its output goes to a file: in the terminal there is one progress bar over all runs.
     with open(log, "w", encoding="utf-8") as file:
         python = [sys.executable, str(REPOSITORY / command[0]), *command[1:]]
-        process = subprocess.Popen(python, stdout=file, stderr=file)
+        env = {**os.environ, "OMP_NUM_THREADS": str(threads)} if threads else None
+        process = subprocess.Popen(python, stdout=file, stderr=file, env=env)
         try:
             return process.wait()
         except KeyboardInterrupt:  # Ctrl-C reached the script too: let it save its state
@@ -156,26 +212,27 @@ def last_line(log: Path) -> str:
 
 def record_run(job: Job, args: argparse.Namespace) -> None:
     """Write a finished run as one file, unless there is one already."""
-    path, folder = args.out / "records" / f"{job}.json", args.runs / str(job)
-    if path.exists():
-        return
+    path = args.out / "records" / f"{job}.json"
+    if not path.exists():
+        facts = {"cell": job.cell, "seed": job.seed, "command": recorded_command(job, args)}
+        write_json(path, {**facts, **read_run(args.runs / str(job))})
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """What is recorded of a finished run, besides the command."""
     config, result = read_json(folder / "config.json"), read_json(folder / "result.json")
     log = [json.loads(line) for line in read_text(folder / "log.jsonl").splitlines()]
     # The learning curve on dev, but no sentence and no label: those are not ours to publish.
-    curve = [
-        {"step": entry["step"], "score": entry["score"], "stage": entry.get("stage")}
-        for entry in log
-        if entry["kind"] == "dev"
-    ]
-    record = {
-        "cell": job.cell,
-        "seed": job.seed,
-        "command": recorded_command(job, args),
+    return {
         **{key: config[key] for key in CONFIG_KEYS},
         "dev": result["dev"],
         "overall": result.get("overall"),
         "training_seconds": result["training_seconds"],
-        "curve": curve,
+        "curve": [
+            {"step": entry["step"], "score": entry["score"], "stage": entry.get("stage")}
+            for entry in log
+            if entry["kind"] == "dev"
+        ],
         "conflict": [
             {"step": entry["step"], "parts": entry["parts"]}
             for entry in log
@@ -183,7 +240,6 @@ def record_run(job: Job, args: argparse.Namespace) -> None:
         ],
         "predictions": dev_predictions(result.get("predictions", {})),
     }
-    write_json(path, record)
 
 
 def dev_predictions(paths: dict[str, str]) -> dict[str, list[float]]:

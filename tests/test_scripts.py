@@ -15,6 +15,7 @@ import classifier
 import multitask_classifier
 import simcse
 from engine.checkpoint import read_json
+from tasks import TASKS
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAINING = [classifier, multitask_classifier, simcse]
@@ -84,9 +85,27 @@ def test_flags_may_stand_in_a_file(tmp_path, refused):
     recipe.write_text("# measured on ...\n--epochs 5  # not 3\n\n--run_dir 'my run' --lr 1e-4\n")
     args = multitask_classifier.parse_args([f"@{recipe}", "--lr", "2e-4"])
     assert (args.epochs, args.run_dir, args.lr) == (5, Path("my run"), 2e-4)
-    recipe.write_text("epochs 5\n")
-    refused(multitask_classifier, [f"@{recipe}"], "unrecognized arguments: epochs 5")
+    wrong = {
+        b"epochs 5": "'epochs 5': not a flag",
+        b"--epochz 5": "unrecognized arguments: --epochz 5",
+        b"--model 'a": "No closing quotation",
+        b"--run_dir x @%s" % bytes(recipe): "not a flag",
+        b"--model caf\xe9": f"@{recipe}: not a text file in UTF-8",
+    }
+    for content, expected in wrong.items():
+        recipe.write_bytes(content)
+        refused(multitask_classifier, [f"@{recipe}"], expected)
     refused(multitask_classifier, [f"@{tmp_path / 'none.txt'}"], "none.txt")
+
+
+def test_recipes_are_valid_and_that_of_the_paper_is_the_default():
+    recipes = {path.stem: path for path in Path("recipes").glob("*.txt")}
+    parsed = {n: vars(multitask_classifier.parse_args([f"@{p}"])) for n, p in recipes.items()}
+    assert parsed["best"]["para_encoding"] == parsed["best-bert-base"]["para_encoding"] == "joint"
+    default = vars(multitask_classifier.parse_args(["--option", "finetune"]))
+    changed = {flag for flag in default if default[flag] != parsed["paper"][flag]}
+    assert changed <= {"run_dir", "para_decoder", "sts_decoder"}  # named after the time; "dot"
+    assert {TASKS[task].head for task in ("para", "sts")} == {parsed["paper"]["sts_decoder"]}
 
 
 SUPERVISED = {
