@@ -81,7 +81,9 @@ JOBS = {
     "joint": MULTITASK + "finetune --sampling proportional --accumulate 2 --measure_conflict 99"
     " --pair_encoding joint",
     "pcgrad": MULTITASK + "finetune --surgery pcgrad",
-    "classifier": "classifier --option finetune --eval_every 2 --patience 3",
+    # R-Drop needs dropout, which differs between processes unless it is too rare to happen.
+    "classifier": "classifier --option finetune --eval_every 2 --patience 3 --accumulate 2"
+    " --rdrop 2 --hidden_dropout_prob 1e-30",
     # The last batch has 2 rows. The loss divides cosines, and their rounding, by the temperature.
     "supervised": "simcse --limit 18 --lr 5e-5 --temperature 1",
     "mlm": "mlm --tasks sst,sts --accumulate 2",
