@@ -8,7 +8,8 @@ from experiments.conflict import conflict_markdown
 from experiments.tables import CELLS, TASK_TITLES
 
 FLOOR_MARGIN = 0.02  # an accuracy within this of the majority class's shows no learning
-NOTES = f"""Scores: mean ± standard deviation over seeds, on dev. Baseline: for SST and Quora the
+NOTES = f"""Scores: mean ± standard deviation over seeds, on dev; overall is the course's score, the
+mean of both accuracies and of (Pearson + 1) / 2. Baseline: for SST and Quora the
 majority class; for STS the untouched encoder, that is the cosine of its mean-pooled sentence
 vectors without any training. Differences: 95% bootstrap interval over dev rows, and a paired test
 (permutation test for accuracy, bootstrap for Pearson's r), Holm-corrected within a table; neither
@@ -35,7 +36,7 @@ def score_rows(
     """The cells of a table as text: a header, then for each task our scores and the paper's."""
     columns = list(table["columns"].values())
     rows = [["", "baseline", *(column["heading"] for column in columns)]]
-    for task, title in TASK_TITLES.items():
+    for task, title in {**TASK_TITLES, "overall": "overall"}.items():
         baseline = f"{baselines[task]['score']:.3f}" if task in baselines else ""
         scores = [column["scores"][task] for column in columns]
         rows.append([title, baseline, *(score_text(score, plus_minus) for score in scores)])

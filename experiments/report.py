@@ -144,16 +144,16 @@ def summarize_table(
 
 def summarize_column(column: Column, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """A column's scores over seeds, and where they come from."""
-    scores = {}
-    # Means over seeds; with one seed there is no deviation to show.
-    for task, paper in zip(TASK_TITLES, column.paper, strict=True):
-        values = [primary_metric(run["dev"][task]) for run in runs if task in run["dev"]]
-        scores[task] = {
-            "mean": float(np.mean(values)) if values else None,
-            "sd": float(np.std(values, ddof=1)) if len(values) > 1 else None,
-            "seeds": len(values),
+    scores = {
+        task: {
+            **over_seeds([primary_metric(run["dev"][task]) for run in runs if task in run["dev"]]),
             "paper": paper,
         }
+        for task, paper in zip(TASK_TITLES, column.paper, strict=True)
+    }
+    # The paper averages otherwise: its figure cannot stand beside the course's score.
+    overall = [run["overall"] for run in runs if run.get("overall") is not None]
+    scores["overall"] = {**over_seeds(overall), "paper": None}
     # "+": made with changes that were not committed.
     commits = [
         (run["commit"] or "unknown")[:7] + ("+" if run.get("uncommitted_changes") else "")
@@ -166,6 +166,15 @@ def summarize_column(column: Column, runs: Sequence[dict[str, Any]]) -> dict[str
         "precision": sorted({run["precision"] for run in runs}),
         "commits": list(dict.fromkeys(commits)),
         "command": runs[0]["command"] if runs else None,
+    }
+
+
+def over_seeds(values: Sequence[float]) -> dict[str, Any]:
+    """Mean and standard deviation; with one seed there is no deviation to show."""
+    return {
+        "mean": float(np.mean(values)) if values else None,
+        "sd": float(np.std(values, ddof=1)) if len(values) > 1 else None,
+        "seeds": len(values),
     }
 
 

@@ -180,6 +180,9 @@ def test_every_table_runs_and_is_reported(grid, tmp_path, command):
     mean, sd = np.mean(pearson["probe"]), np.std(pearson["probe"], ddof=1)
     score = results["tables"]["table1"]["columns"]["probe"]["scores"]["sts"]
     assert score == pytest.approx({"mean": mean, "sd": sd, "seeds": 2, "paper": 0.304}, abs=1e-6)
+    overall = [read_json(path)["overall"] for path in out.glob("records/probe-seed*")]
+    score = results["tables"]["table1"]["columns"]["probe"]["scores"]["overall"]
+    assert score["mean"] == pytest.approx(np.mean(overall), abs=1e-6)
     rows = results["tables"]["ablation"]["comparisons"]
     [row] = [row for row in rows if (row["first"], row["task"]) == ("mean-cosine", "sts")]
     expected = np.mean(pearson["mean-cosine"]) - np.mean(pearson["mean-dot"])
@@ -191,6 +194,7 @@ def test_every_table_runs_and_is_reported(grid, tmp_path, command):
     assert f"| Cosine for STS - Mean pooling | sts | {row['difference']:+.3f} |" in text
     assert f"Cosine for STS - Mean pooling & sts & ${row['difference']:+.3f}$ & " in tex
     assert "| in the paper |  | 0.386 | 0.390 | 0.494 | 0.487 |" in text
+    assert f"| overall |  | {np.mean(overall):.3f} ± {np.std(overall, ddof=1):.3f} |" in text
     assert "train: sst 24, para 24, sts 24; dev: sst 24, para 24, sts 24." in text
     assert "bundled all-MiniLM" not in text  # the model is another one
     images = re.findall(r"\]\((.*\.png)\)", text)
