@@ -77,10 +77,10 @@ def build_command(job: Job, args: argparse.Namespace, runs: Path, data_dir: Path
 
 def recorded_command(job: Job, args: argparse.Namespace) -> str:
     """The command as recorded: the same wherever the data and the run folders are."""
-    return recorded(build_command(job, args, Path("runs/experiments"), Path("DATA")))
+    return format_command(build_command(job, args, Path("runs/experiments"), Path("DATA")))
 
 
-def recorded(command: Sequence[str]) -> str:
+def format_command(command: Sequence[str]) -> str:
     """A script and its flags as a record has them."""
     return f"python {shlex.join(command)}"
 
@@ -146,7 +146,8 @@ def run_jobs(jobs: Sequence[Job], args: argparse.Namespace) -> list[Job]:
         command = [*build_command(job, args, args.runs, args.data_dir), "--resume"]
         code = start_process(command, log, threads(args.jobs))
         if not code:
-            return record_run(job, args)
+            record_run(job, args)
+            return None
         failed.append(job)
         message = f"exit code {code}: {last_line(log)} (see {log})"
         if code in FATAL_EXIT_CODES:

@@ -24,9 +24,9 @@ from experiments.render import markdown_table
 from experiments.runner import (
     check_command,
     check_data_dir,
+    format_command,
     last_line,
     read_run,
-    recorded,
     side_by_side,
     start_process,
     threads,
@@ -47,11 +47,6 @@ class Trial:
 
     def __str__(self) -> str:
         return f"lr{self.lr:g}-head{self.head_lr:g}-limit{self.limit}"
-
-    @property
-    def rates(self) -> tuple[float, float]:
-        """What is searched."""
-        return self.lr, self.head_lr
 
 
 def sweep(args: argparse.Namespace) -> None:
@@ -106,7 +101,7 @@ def run_trial(args: argparse.Namespace, trial: Trial) -> Record:
     def place(runs: Path, data_dir: Path) -> list[str]:
         return [*words, "--data_dir", str(data_dir), "--run_dir", str(runs / str(trial))]
 
-    shown = recorded(place(Path("runs/sweep"), Path("DATA")))
+    shown = format_command(place(Path("runs/sweep"), Path("DATA")))
     check_command(path, shown)
     if path.exists():
         return read_json(path)
@@ -115,10 +110,10 @@ def run_trial(args: argparse.Namespace, trial: Trial) -> Record:
     code = start_process(command, log, threads(args.jobs))
     if code not in (0, TrainingDiverged.exit_code):
         raise UserError(f"{trial}: exit code {code}: {last_line(log)} (see {log})")
-    # A rate at which training diverges is a result too.
-    result = (
-        {"overall": None, "error": last_line(log)} if code else read_run(args.runs / str(trial))
-    )
+    if code:  # that training diverges at these rates is a result too
+        result = {"overall": None, "error": last_line(log)}
+    else:
+        result = read_run(args.runs / str(trial))
     record = {**asdict(trial), "command": shown, **result}
     write_json(path, record)
     return record
