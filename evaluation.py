@@ -1,8 +1,9 @@
-"""Everything about saved runs: evaluate, predict, submit, compare, average, export.
+"""Everything about saved runs: evaluate, predict, report, submit, compare, average, export.
 
     python evaluation.py runs/NAME                                      # dev metrics again
     python evaluation.py runs/NAME --data FILE.csv --task sst --out PREDICTIONS.csv
     python evaluation.py runs/NAME --text "A fine film."                # --text twice for a pair
+    python evaluation.py runs/NAME --report                             # RUN/report/index.html
     python evaluation.py runs/NAME --submit FILE.zip
     python evaluation.py runs/NAME --compare runs/OTHER
     python evaluation.py runs/NAME --export onnx                        # after ./setup.sh --dev
@@ -52,6 +53,7 @@ from saved_runs import (
     evaluate_dev,
     note,
     predict_ensemble,
+    read_dev_predictions,
     save_average,
 )
 from tasks import TASKS, find_tasks
@@ -109,14 +111,7 @@ def compare_runs(first: SavedRun, args: Namespace) -> None:
     titles, results = [], []
     for task in find_tasks(common):
         # Both runs' predictions of the same rows: the test is paired.
-        path = first.data_file(task, "dev", args.data_dir)
-        examples, others = (read_examples(path, task, limit=run.limit)[0] for run in runs)
-        if examples != others:
-            limits = " and ".join(f"{run.folder} had --limit {run.limit}" for run in runs)
-            raise UserError(f"{limits}: they predicted different rows of {path}")
-        gold = np.array([example.label for example in examples])
-        files = [run.prediction_file(task, "dev") for run in runs]
-        a, b = (read_predictions(file, task, examples, path) for file in files)
+        gold, (a, b) = read_dev_predictions(runs, task, args.data_dir)
         metrics = [task.labels.metrics(predicted, gold) for predicted in (a, b)]
         values = " - ".join(f"{primary_metric(scores):.4f}" for scores in metrics)
         titles.append(f"{task.name} {next(iter(metrics[0]))}, {len(gold):,} rows: {values}")
@@ -241,6 +236,13 @@ def pack(files: dict[tuple[str, str], str], out: Path) -> None:
     print(out)
 
 
+def report(run: SavedRun, args: Namespace) -> None:
+    """Write the run's report/: a page with tables, pictures and the worst predictions."""
+    from report.page import write_report  # matplotlib takes a second
+
+    print(write_report(run, args.data_dir, args.device))
+
+
 class ExportedEncoder(nn.Module):
     """A run's encoder with its pooling, as ONNX gets it."""
 
@@ -287,6 +289,7 @@ ACTIONS = {
     "text": predict_texts,
     "submit": submit,
     "compare": compare_runs,
+    "report": report,
     "export": export,
 }
 ENSEMBLE_ACTIONS = {  # of several runs
@@ -298,8 +301,8 @@ ENSEMBLE_ACTIONS = {  # of several runs
 ACTIONS_OF_FLAG = {
     "task": {"data"},
     "out": {"data", "export"},
-    "data_dir": {"evaluate", "submit", "compare"},
-    "device": {"evaluate", "data", "text"},
+    "data_dir": {"evaluate", "submit", "compare", "report"},
+    "device": {"evaluate", "data", "text", "report"},
 }
 
 
@@ -313,6 +316,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     add("--text", action="append", help="predict a sentence, or a pair: --text A --text B")
     add("--submit", type=Path, metavar="ZIP", help="check the predictions, and pack them")
     add("--compare", type=Path, metavar="OTHER", help="compare dev metrics with another run's")
+    add("--report", action="store_true", default=None, help="write a page about the run: report/")
     export_help = (
         "write the encoder as ONNX (after ./setup.sh --dev), or for the course's BertModel"
     )

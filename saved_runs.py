@@ -8,16 +8,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from datasets import TaskDataset, TokenizedDataset
+from datasets import TaskDataset, TokenizedDataset, read_examples
 from engine.checkpoint import checksum, read_json, write_text
 from engine.device import setup_device
 from engine.errors import UserError, reading
 from engine.run_dir import RunDir
 from model import MultitaskBERT, SentenceEncoder
-from prediction import embed_batch, evaluate, format_predictions, predict
+from prediction import (
+    embed_batch,
+    evaluate,
+    format_predictions,
+    predict,
+    read_predictions,
+)
 from tasks import Task, find_tasks
 
 # (task, split) -> a data set and its logits (N, C).
@@ -51,9 +58,10 @@ class SavedRun:
     """A run folder as its `config.json` describes it, once it has a best/."""
 
     def __init__(self, folder: Path):
-        # Both files exist as soon as a run has started; other folders may have a config.json too.
+        # Other folders may have a config.json too. A run has a log from the start, and best/ later.
         path = folder / "config.json"
-        if not path.is_file() or not (folder / "log.jsonl").is_file():
+        beside = (folder / "log.jsonl", folder / "best")
+        if not path.is_file() or not any(file.exists() for file in beside):
             raise UserError(f"{folder}: not a run folder; expected one with config.json and best/")
         self.folder = folder
         self.config = read_json(path)
@@ -112,11 +120,15 @@ class SavedRun:
         return TaskDataset(path, task, model.tokenizer, pairs, labelled, self.limit)
 
     def predict(
-        self, model: MultitaskBERT, splits: Sequence[str], data_dir: Path | None
+        self,
+        model: MultitaskBERT,
+        splits: Sequence[str],
+        data_dir: Path | None,
+        tasks: Sequence[str] | None = None,
     ) -> Outputs:
-        """The model's logits on some splits of all of the run's tasks."""
+        """The model's logits on some splits of some tasks, by default all that have a head."""
         # All files are read before the first is predicted, which takes long.
-        tasks = find_tasks(list(model.heads))
+        tasks = find_tasks(list(model.heads) if tasks is None else tasks)
         datasets = {
             (task.name, split): self.dataset(model, task, split, data_dir)
             for split in splits
@@ -128,6 +140,26 @@ class SavedRun:
             key: (dataset, predict(model, dataset, self.batch_size, embed))
             for key, dataset in datasets.items()
         }
+
+
+def read_dev_predictions(
+    runs: Sequence[SavedRun], task: Task, data_dir: Path | None
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The gold labels (N,) of the first run's dev rows, and what each run predicted, (N,) each.
+
+    UserError unless all runs have predicted the same rows, in the same order.
+    """
+    first = runs[0]
+    path = first.data_file(task, "dev", data_dir)
+    rows = {run.limit: read_examples(path, task, limit=run.limit)[0] for run in runs}
+    examples = rows[first.limit]
+    for run in runs:
+        if rows[run.limit] != examples:
+            limits = " and ".join(f"{r.folder} had --limit {r.limit}" for r in (first, run))
+            raise UserError(f"{limits}: they predicted different rows of {path}")
+    files = [run.prediction_file(task, "dev") for run in runs]
+    gold = np.array([example.label for example in examples])
+    return gold, [read_predictions(file, task, examples, path) for file in files]
 
 
 def evaluate_dev(outputs: Outputs) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 
@@ -86,6 +87,25 @@ def pearson(x: np.ndarray, y: np.ndarray, axis: int = -1) -> np.ndarray:
     # By hand, as scipy's takes one pair of samples at a time.
     scale = np.sqrt((x * x).sum(axis=axis) * (y * y).sum(axis=axis))
     return np.divide((x * y).sum(axis=axis), scale, out=np.zeros_like(scale), where=scale > 0)
+
+
+def score_interval(score: float, rows: int, correlation: bool) -> tuple[float, float]:
+    """The 95% confidence interval of an accuracy (Wilson's) or of Pearson's r (Fisher's z).
+
+    NaN for a correlation of fewer than four rows, or of 0 or 1 exactly, where one side is constant
+    or there is no noise.
+    """
+    if not correlation:
+        from scipy import stats  # half a second
+
+        proportion = stats.binomtest(round(score * rows), rows).proportion_ci(method="wilson")
+        return float(proportion.low), float(proportion.high)
+    if rows < 4 or score == 0 or abs(score) >= 1:
+        return float("nan"), float("nan")
+    # arctanh(r) is about normal with variance 1 / (N - 3) (Fisher 1921).
+    half_width = NormalDist().inv_cdf(0.975) / np.sqrt(rows - 3)
+    low, high = np.tanh(np.arctanh(score) + half_width * np.array([-1, 1]))
+    return float(low), float(high)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -6,6 +6,7 @@ their names, to log them.
 """
 
 import math
+import shlex
 import sys
 from argparse import Namespace
 from bisect import bisect_left
@@ -118,6 +119,7 @@ class Trainer:
             write_text(run.path / "best" / "README.md", model_card(run.path, result))
         run.finish(result, self.args.keep_last)
         print(f"{run.path}: best/, result.json; trained for {self.seconds:.0f} s")
+        print(f"for its report: python evaluation.py {shlex.quote(str(run.path))} --report")
         return result
 
     def _train(self) -> None:

@@ -3,6 +3,7 @@
 python -m experiments run table1 --seeds 3 --model all-MiniLM-L6-v2 --data_dir DATA
 python -m experiments report --data_dir DATA
 python -m experiments sweep --flags=@recipes/best.txt --model all-MiniLM-L6-v2 --data_dir DATA
+python -m experiments compare RUN RUN RUN --out FOLDER
 python -m experiments conflict RUN
 python -m experiments map RUN
 """
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.cli import POSITIVE, POSITIVE_INT, ArgumentParser, run_script
+from experiments.compare import compare_runs
 from experiments.conflict import report_run
 from experiments.plots import plot_map
 from experiments.report import report
@@ -31,7 +33,7 @@ RESERVED_FLAGS = {
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line, checked; `action` is the function that does what it says."""
     parser = ArgumentParser(__doc__, prog="python -m experiments")
-    names = "run|report|sweep|conflict|map"
+    names = "run|report|sweep|compare|conflict|map"
     commands = parser.add_subparsers(required=True, metavar=names, help="what to do")
 
     def command(name: str, action: Callable, help: str) -> Callable[..., Any]:
@@ -57,6 +59,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--head_lr", **rates, default=[1e-3, 3e-3, 1e-2], help="of the heads")
     add("--rows", type=POSITIVE_INT, default=30000, help="--limit in the last rung")
     add("--rungs", type=POSITIVE_INT, default=3, help="each has half of the pairs before it")
+    add = command("compare", compare_runs, "a table and a plot of runs, against the first of them")
+    add("runs", nargs="+", type=Path, metavar="RUN", help="run folders; the first is the reference")
+    add("--data_dir", type=Path, help="folder of the dev files (default: the first run's own)")
+    add("--out", type=Path, default=Path("comparison"), help="new folder for table and plot")
     add = command("conflict", report_run, "plot the gradient conflict that a run logged")
     add("run", type=Path, help="folder of a run with --measure_conflict")
     add = command("map", plot_map, "plot a run's dev sentence embeddings by PCA")

@@ -16,7 +16,7 @@ from scipy import stats
 
 from engine.checkpoint import read_text
 from engine.errors import UserError, reading
-from experiments.plots import new_figure, save_figure
+from report.plots import MARKERS, new_figure, save_figure
 
 Measurements = list[dict[str, Any]]  # one run's {"step", "parts"}
 BOOTSTRAP_RESAMPLES = 2000
@@ -143,17 +143,19 @@ def plot_conflict(runs: Sequence[Measurements], folder: Path, name: str) -> list
     panel.set_yticks(range(len(groups)), groups)
     for (i, j), value in np.ndenumerate(grid):
         panel.text(j, i, f"{value:+.2f}", ha="center", va="center", fontsize=7)
+    panel.grid(False)
     panel.set_xlabel("gradients compared (a|a: two batches of one task, the noise floor)")
     figure.colorbar(image, label="mean cosine")
     save_figure(figure, paths[0])
 
     figure, (panel,) = new_figure(width=9, height=5)
     steps = [point["step"] for point in runs[0]]
-    for pair in pairs:
+    for i, pair in enumerate(pairs):
         at = [[[point for point in run if point["step"] == step] for run in runs] for step in steps]
         cosines = [mean(values(points, "overall", pair, "cosine")) for points in at]
+        marker = MARKERS[i % len(MARKERS)]
         style = "--" if len(set(pair.split("|"))) == 1 else "-"
-        panel.plot(steps, np.array(cosines, float), style, marker="o", ms=3, label=pair)
+        panel.plot(steps, np.array(cosines, float), style, marker=marker, label=pair)
     panel.axhline(0, color="black", linewidth=0.5)
     panel.set(xlabel="training step", ylabel="cosine over all parameters of BERT")
     figure.legend(loc="outside right upper")

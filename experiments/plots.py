@@ -2,34 +2,20 @@
 
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from sklearn.decomposition import PCA
 
 from datasets import read_examples
-from engine.checkpoint import atomic_file
 from engine.errors import UserError
 from experiments.tables import TASK_TITLES
 from model import MultitaskBERT
+from report.plots import MARKERS, new_figure, save_figure
 from saved_runs import SavedRun
 from tasks import TASKS
-
-
-def new_figure(columns: int = 1, width: float = 6, height: float = 4) -> tuple[Figure, list[Axes]]:
-    """A figure, drawn without a display, and its panels side by side."""
-    figure = Figure(figsize=(width * columns, height), layout="constrained")
-    return figure, list(figure.subplots(1, columns, squeeze=False)[0])
-
-
-def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG, atomically."""
-    # No figure is left half-written in a folder whose tables are new.
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
 
 
 def plot_bars(table: Mapping[str, Any], baselines: Mapping[str, Any], path: Path) -> None:
@@ -40,9 +26,9 @@ def plot_bars(table: Mapping[str, Any], baselines: Mapping[str, Any], path: Path
         for i, score in enumerate(column["scores"][task] for column in columns):
             if score["mean"] is not None:
                 error = {"yerr": score["sd"], "capsize": 4} if score["sd"] is not None else {}
-                panel.bar(i, score["mean"], color="tab:blue", alpha=0.8, label="ours", **error)
+                panel.bar(i, score["mean"], color="C3", label="ours", **error)
             if score["paper"] is not None:
-                lines = {"color": "tab:orange", "linewidth": 2, "label": "paper"}
+                lines = {"color": "black", "linewidth": 2.5, "label": "paper"}
                 panel.hlines(score["paper"], i - 0.4, i + 0.4, **lines)
         if task in baselines:
             kind, score = baselines[task]["kind"], baselines[task]["score"]
@@ -50,10 +36,11 @@ def plot_bars(table: Mapping[str, Any], baselines: Mapping[str, Any], path: Path
         headings = [column["heading"] for column in columns]
         panel.set_xticks(range(len(headings)), headings, rotation=40, ha="right")
         panel.set(title=title, ylabel=title.split()[1])
-        panel.margins(y=0.28)  # room for the legend
-        # One entry for all bars of a kind.
-        handles = dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
-        panel.legend(handles.values(), handles.keys(), fontsize="small", loc="upper left", ncols=3)
+        panel.grid(axis="x", visible=False)
+    # One entry for everything of a kind.
+    labels = [panel.get_legend_handles_labels() for panel in panels]
+    handles = {name: h for hs, names in labels for h, name in zip(hs, names, strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
     save_figure(figure, path)
 
 
@@ -67,11 +54,14 @@ def plot_curves(records: Mapping[str, Sequence[dict[str, Any]]], path: Path) -> 
         if length > 1:  # a cell that was evaluated once has no curve
             scores = [[point["score"] for point in curve[:length]] for curve in curves]
             steps = [point["step"] for point in curves[0][:length]]
-            panels[0].plot(steps, np.mean(scores, axis=0), marker="o", label=cell)
+            # Out of step with the colours, which repeat after as many curves.
+            number = len(panels[0].lines)
+            marker = MARKERS[(number + number // len(MARKERS)) % len(MARKERS)]
+            panels[0].plot(steps, np.mean(scores, axis=0), marker=marker, label=cell)
     panels[0].set(xlabel="training step", ylabel="overall score, dev")
     if not panels[0].lines:
         return False
-    panels[0].legend(fontsize="small")
+    figure.legend(loc="outside right upper")
     save_figure(figure, path)
     return True
 
@@ -90,14 +80,14 @@ def plot_map(args: Namespace) -> None:
     # One projection for all tasks, or their clouds could not be compared.
     pca = PCA(2, random_state=0).fit(np.concatenate(list(vectors.values())))
     figure, (panel,) = new_figure(width=8, height=7)
-    for task, embeddings in vectors.items():
+    for marker, (task, embeddings) in zip(cycle(MARKERS), vectors.items(), strict=False):
         label = f"{task} ({len(embeddings):,} sentences)"
-        panel.scatter(*pca.transform(embeddings).T, s=4, alpha=0.5, label=label)
+        panel.scatter(*pca.transform(embeddings).T, s=6, alpha=0.5, marker=marker, label=label)
     names = [
         f"principal component {i} ({share:.0%} of the variance)"
         for i, share in enumerate(pca.explained_variance_ratio_, start=1)
     ]
     panel.set(title=f"{run.name}: dev sentences", xlabel=names[0], ylabel=names[1])
-    panel.legend(markerscale=3)
+    figure.legend(loc="outside lower center", ncols=2, markerscale=3)
     save_figure(figure, run / "map.png")
     print(run / "map.png")

@@ -19,7 +19,6 @@ from engine.checkpoint import read_json, write_json, write_text
 from engine.errors import TrainingDiverged, UserError
 from engine.run_dir import folder_lock
 from engine.trainer import progress_bar
-from experiments.plots import new_figure, save_figure
 from experiments.render import markdown_table
 from experiments.runner import (
     check_command,
@@ -32,8 +31,9 @@ from experiments.runner import (
     threads,
 )
 from prediction import primary_metric
+from report.plots import MARKERS, new_figure, save_figure
 
-MARKERS, DASHES = "osD^vPX*", ("-", "--", ":", "-.")
+DASHES = ("-", "--", ":", "-.")
 Record = dict[str, Any]
 
 
@@ -150,6 +150,7 @@ def plot_sweep(records: Sequence[Record], path: Path) -> None:
     grid.imshow(scores, cmap="Greys", origin="lower", aspect="auto", alpha=0.5)
     grid.set_xticks(range(len(lrs)), [f"{lr:g}" for lr in lrs])
     grid.set_yticks(range(len(head_lrs)), [f"{lr:g}" for lr in head_lrs])
+    grid.grid(False)
     grid.set(title=f"overall, {first:,} rows per file", xlabel="lr of BERT", ylabel="lr of heads")
     for i, lr in enumerate(lrs):
         for j, head_lr in enumerate(head_lrs):

@@ -315,7 +315,7 @@ def test_plots_of_one_run(train, command, tmp_path):
 
 
 BAD_USAGE = {
-    "": "run|report|sweep|conflict|map",
+    "": "run|report|sweep|compare|conflict|map",
     "run table9": "table9: no such table; there are table1, table2",
     "run table1 --seeds 0": "--seeds",
     "run table1 --flags='x": "--flags",

@@ -16,6 +16,7 @@ LAYERS = [  # from the bottom up; files of one layer do not import each other
     {"masked_lm"},
     {"prediction"},
     {"saved_runs"},
+    {"report"},
     {"classifier", "multitask_classifier", "simcse", "mlm", "evaluation"},
     {"experiments"},
 ]
@@ -27,10 +28,10 @@ RUN_TIME = {
     *("torch", "numpy", "scipy", "sklearn", "tokenizers", "safetensors", "huggingface_hub"),
     *("tqdm", "matplotlib"),
 }
-PACKAGES = ("engine", "experiments")
+PACKAGES = ("engine", "report", "experiments")
 PRODUCT = sorted(
     path
-    for folder in ("", "data/", "engine/", "experiments/")
+    for folder in ("", "data/", "engine/", "report/", "experiments/")
     for path in ROOT.glob(f"{folder}*.py")
 )
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from engine.stats import compare, format_p, holm
+from engine.stats import compare, format_p, holm, score_interval
 
 
 def test_accuracy_of_one_seed_is_mcnemars_exact_test():
@@ -85,3 +85,24 @@ def test_holm_rejects_what_the_step_down_procedure_rejects(p_values):
 def test_p_values_are_printed_with_four_decimals():
     texts = [format_p(p) for p in (1, 0.05, 0.0001, 0.00009)]
     assert texts == ["1.0000", "0.0500", "0.0001", "< 0.0001"]
+
+
+@pytest.mark.parametrize(("right", "rows"), [(0, 7), (7, 7), (3, 8), (900, 1101)])
+def test_the_interval_of_an_accuracy_holds_the_rates_that_a_z_test_accepts(right, rows):
+    """Wilson's: the rates p with |accuracy - p| below 1.96 standard errors, those under p."""
+    rates = np.linspace(0, 1, 100_001)
+    error = np.abs(right / rows - rates)
+    accepted = rates[error <= stats.norm.ppf(0.975) * np.sqrt(rates * (1 - rates) / rows)]
+    expected = accepted.min(), accepted.max()
+    assert score_interval(right / rows, rows, correlation=False) == pytest.approx(
+        expected, abs=1e-4
+    )
+
+
+def test_the_interval_of_a_correlation_is_scipys():
+    x, y = np.random.default_rng(0).multivariate_normal([0, 0], [[1, 0.7], [0.7, 1]], 30).T
+    result = stats.pearsonr(x, y)
+    interval = score_interval(result.statistic, 30, correlation=True)
+    assert interval == pytest.approx(tuple(result.confidence_interval()))
+    assert np.isnan(score_interval(0.5, 3, correlation=True)).all()
+    assert np.isnan(score_interval(1.0, 9, correlation=True)).all()

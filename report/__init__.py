@@ -1,0 +1,1 @@
+"""A run explained on one page: `python evaluation.py RUN --report`."""
