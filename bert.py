@@ -120,9 +120,11 @@ def eager_attention(
     query, key, value: (B, H, T, K). mask: (B, 1, 1, T), 0 for a token and very negative for
     padding, whose attention weights become 0. dropout: applied to the weights.
     """
+    # SOLUTION: three lines: scores (B, H, T, T), weights of the same shape, context (B, H, T, K)
     scores = query @ key.transpose(-1, -2) / math.sqrt(query.size(-1))  # (B, H, T, T)
     weights = (scores + mask).softmax(dim=-1)
     return dropout(weights) @ value  # (B, H, T, K)
+    # END SOLUTION
 
 
 class BertSelfAttention(nn.Module):
@@ -142,11 +144,14 @@ class BertSelfAttention(nn.Module):
         return x.unflatten(-1, (self.num_attention_heads, -1)).transpose(1, 2)
 
     def attention(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-        """`eager_attention`, computed by a fused kernel of PyTorch where there is one."""
+        """(B, H, T, K) each and the mask (B, 1, 1, T) -> the attention's output (B, H, T, K)."""
+        # SOLUTION
+        # The same by a fused kernel of PyTorch, where there is one: none with dropout for CPUs.
         dropout = self.dropout.p if self.training else 0.0
-        if dropout and query.device.type == "cpu":  # no fused kernel with dropout for CPUs
-            return eager_attention(query, key, value, mask, self.dropout)
-        return F.scaled_dot_product_attention(query, key, value, mask, dropout)
+        if not dropout or query.device.type != "cpu":
+            return F.scaled_dot_product_attention(query, key, value, mask, dropout)
+        # END SOLUTION
+        return eager_attention(query, key, value, mask, self.dropout)
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor) -> Tensor:
         """hidden_states (B, T, D), additive attention_mask (B, 1, 1, T) -> (B, T, D)."""
@@ -173,16 +178,35 @@ class BertLayer(nn.Module):
         self.out_layer_norm = nn.LayerNorm(width, eps=eps)
         self.out_dropout = Dropout(config.hidden_dropout_prob)
 
+    def add_norm(
+        self,
+        input: Tensor,
+        output: Tensor,
+        dense_layer: nn.Module,
+        dropout: nn.Module,
+        ln_layer: nn.Module,
+    ) -> Tensor:
+        """The end of a sublayer: dense layer, dropout, residual connection, LayerNorm.
+
+        input: what went into the sublayer, (B, T, D). output: what came out of it, which
+        `dense_layer` brings to (B, T, D); `dropout` is applied before it is added to `input`.
+        """
+        # SOLUTION: BERT normalizes last, after the residual connection
+        # (Newer transformers normalize first, the input of the sublayer.)
+        return ln_layer(input + dropout(dense_layer(output)))
+        # END SOLUTION
+
     def forward(self, hidden_states: Tensor, attention_mask: Tensor) -> Tensor:
         """hidden_states (B, T, D), additive attention_mask (B, 1, 1, T) -> (B, T, D)."""
+        # SOLUTION: self_attention and add_norm, then interm_dense, interm_af and add_norm again
         # Tokens exchange information, ...
-        x = hidden_states
-        attended = self.attention_dense(self.self_attention(x, attention_mask))
-        # (BERT normalizes after the residual connection; newer transformers before it.)
-        x = self.attention_layer_norm(x + self.attention_dropout(attended))
+        attended = self.self_attention(hidden_states, attention_mask)
+        modules = (self.attention_dense, self.attention_dropout, self.attention_layer_norm)
+        x = self.add_norm(hidden_states, attended, *modules)
         # ... then each is processed by itself: (B, T, D) -> (B, T, F) -> (B, T, D).
-        fed_forward = self.out_dense(self.interm_af(self.interm_dense(x)))
-        return self.out_layer_norm(x + self.out_dropout(fed_forward))
+        fed_forward = self.interm_af(self.interm_dense(x))
+        return self.add_norm(x, fed_forward, self.out_dense, self.out_dropout, self.out_layer_norm)
+        # END SOLUTION
 
 
 class BertModel(nn.Module):
@@ -224,11 +248,13 @@ class BertModel(nn.Module):
             raise ValueError(f"{length} tokens a row; the model's limit is {limit}: truncate them")
         if token_type_ids is None:  # one sentence: segment 0
             token_type_ids = torch.zeros_like(input_ids)
+        # SOLUTION: self.position_ids holds the positions; LayerNorm and dropout come last
         # Attention does not see the order of tokens: it is in the position embeddings, which are
         # learned, and end at max_position_embeddings.
         x = self.word_embedding(input_ids) + self.pos_embedding(self.position_ids[:, :length])
         x = x + self.tk_type_embedding(token_type_ids)
         return self.embed_dropout(self.embed_layer_norm(x))
+        # END SOLUTION
 
     def encode(self, hidden_states: Tensor, attention_mask: Tensor) -> Tensor:
         """Embeddings (B, T, D) and mask (B, T) -> the last layer's hidden states (B, T, D)."""

@@ -65,7 +65,9 @@ class LinearHead(nn.Module):
 
     def forward(self, u: Tensor) -> Tensor:
         """u (B, D) -> logits (B, C)."""
+        # SOLUTION: self.dropout is off at evaluation by itself
         return self.dense(self.dropout(u))
+        # END SOLUTION
 
 
 class ConcatHead(LinearHead):
@@ -356,20 +358,27 @@ class MultitaskBERT(SentenceEncoder):
 
     def predict_sentiment(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Five logits per sentence, (B, 5)."""
+        # SOLUTION: embed the sentences, then decode them with the head of sst
         return self("sst", input_ids, attention_mask)
+        # END SOLUTION
 
     def predict_paraphrase(
         self, ids_1: Tensor, mask_1: Tensor, ids_2: Tensor, mask_2: Tensor
     ) -> Tensor:
         """One logit per pair, (B, 1); its sigmoid is the probability of a paraphrase."""
+        # SOLUTION: embed both sides; decode takes all first sentences, then all second ones
         return self._predict_pair("para", ids_1, mask_1, ids_2, mask_2)
+        # END SOLUTION
 
     def predict_similarity(
         self, ids_1: Tensor, mask_1: Tensor, ids_2: Tensor, mask_2: Tensor
     ) -> Tensor:
         """One score per pair, (B, 1), from 0 to 5 but not clipped."""
+        # SOLUTION: as for paraphrases, with another head
         return self._predict_pair("sts", ids_1, mask_1, ids_2, mask_2)
+        # END SOLUTION
 
+    # SOLUTION
     def _predict_pair(
         self, task: str, ids_1: Tensor, mask_1: Tensor, ids_2: Tensor, mask_2: Tensor
     ) -> Tensor:
@@ -401,6 +410,7 @@ class MultitaskBERT(SentenceEncoder):
         ids = torch.cat([cls, a, sep, b, sep])
         return ids, (torch.arange(len(ids), device=ids.device) >= len(a) + 2).long()
 
+    # END SOLUTION
     def _write(self, folder: Path) -> None:
         super()._write(folder)
         checkpoint.write_tensors(folder / "heads.safetensors", self.heads.state_dict())

@@ -227,17 +227,20 @@ def row_losses(
     """
     labels = TASKS[batch.task].labels
 
-    def logits() -> Tensor:
+    def forward() -> tuple[Tensor, Tensor]:
+        """One pass: logits (B, C) and losses (B,)."""
+        # SOLUTION: embed(batch), model.decode, labels.loss; with detach no gradient may reach BERT
         with torch.set_grad_enabled(not detach):  # no graph, no gradient for BERT
             embeddings = embed(batch)
-        return model.decode(batch.task, embeddings)
+        logits = model.decode(batch.task, embeddings)
+        return logits, labels.loss(logits, batch.labels)
+        # END SOLUTION
 
-    first = logits()
+    first, loss = forward()
     if not rdrop:
-        return labels.loss(first, batch.labels)
-    second = logits()
-    loss = (labels.loss(first, batch.labels) + labels.loss(second, batch.labels)) / 2
-    return loss + rdrop * labels.disagreement(first, second)
+        return loss
+    second, second_loss = forward()
+    return (loss + second_loss) / 2 + rdrop * labels.disagreement(first, second)
 
 
 def make_backward(args: Namespace, model: MultitaskBERT, embed: Embed) -> Backward:

@@ -12,13 +12,14 @@ https://arxiv.org/abs/1711.05101), the decay applied after the update as in the 
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+Update = tuple[tuple[Tensor, ...], int]  # (parameter, gradient, its two moments), step t
 
 
 def _without_compiler(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -68,8 +69,7 @@ class AdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            # Parameters that can be updated together: usually all of a group.
-            fused: dict[tuple, list[tuple[Tensor, ...]]] = {}
+            updates: list[Update] = []
             for index, p in enumerate(group["params"]):
                 if p.grad is None:
                     continue
@@ -81,13 +81,13 @@ class AdamW(torch.optim.Optimizer):
                     state |= {"step": 0, **{name: torch.zeros_like(p) for name in MOMENTS}}
                 state["step"] += 1
                 tensors = (p, p.grad, state["exp_avg"], state["exp_avg_sq"])
-                if self.fused and _can_be_fused(tensors):
-                    key = (p.device, p.dtype, state["step"])
-                    fused.setdefault(key, []).append(tensors)
-                else:
-                    adamw_update(*tensors, t=state["step"], scale=scale, group=group)
-            for (device, _, t), tensors in fused.items():
-                fused_adamw_update(tensors, device, t, scale, group)
+                updates.append((tensors, state["step"]))
+            # SOLUTION
+            if self.fused:
+                updates = fused_updates(updates, scale, group)
+            # END SOLUTION
+            for tensors, t in updates:
+                adamw_update(*tensors, t=t, scale=scale, group=group)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -103,6 +103,7 @@ def adamw_update(
     p: Tensor, grad: Tensor, m: Tensor, v: Tensor, *, t: int, scale: float, group: dict[str, Any]
 ) -> None:
     """Update one parameter and its moments in place: the formulas at the top of this file."""
+    # SOLUTION: the gradient counts times scale; change m, v and p in place, as mul_ and add_ do
     beta1, beta2 = group["betas"]
     grad = grad * scale
     # Running means of the gradient and of its square.
@@ -115,6 +116,23 @@ def adamw_update(
     p.addcdiv_(m, v.sqrt().add_(group["eps"]), value=-step_size)
     # Rounded separately from the update, as in the course, whose check of AdamW is that strict.
     p.add_(p, alpha=-group["lr"] * group["weight_decay"])
+    # END SOLUTION
+
+
+# SOLUTION
+def fused_updates(updates: Sequence[Update], scale: float, group: dict[str, Any]) -> list[Update]:
+    """Make those updates that PyTorch's fused kernel can, and return the others."""
+    # Parameters that can be updated together: usually all of a group.
+    fused: dict[tuple, list[tuple[Tensor, ...]]] = {}
+    others = []
+    for tensors, t in updates:
+        if _can_be_fused(tensors):
+            fused.setdefault((tensors[0].device, tensors[0].dtype, t), []).append(tensors)
+        else:
+            others.append((tensors, t))
+    for (device, _, t), together in fused.items():
+        fused_adamw_update(together, device, t, scale, group)
+    return others
 
 
 def _can_be_fused(tensors: tuple[Tensor, ...]) -> bool:
@@ -153,6 +171,7 @@ def fused_adamw_update(
     torch._fused_adamw_(params, grads, exp_avgs, exp_avg_sqs, [], steps, **options)
 
 
+# END SOLUTION
 def check_hyperparameters(group: dict[str, Any]) -> None:
     """ValueError naming the first hyperparameter that is out of range."""
     for name in ("lr", "eps", "weight_decay"):

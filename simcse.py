@@ -84,6 +84,7 @@ def contrastive_loss(
     anchors, positives, negatives: (B, D); without negatives e(i, j-) is 0. excluded: (B, C) bool, C
     candidates (positives, then negatives) left out of a row's sum, but for its own positive.
     """
+    # SOLUTION: scores (B, C) are cosines / t; row i's label is candidate i; then cross-entropy
     # Cosine of each row's anchor with every candidate: a row of scores (B, C), classified.
     candidates = positives if negatives is None else torch.cat([positives, negatives])  # (C, D)
     scores = F.normalize(anchors, dim=-1) @ F.normalize(candidates, dim=-1).T / temperature
@@ -99,6 +100,7 @@ def contrastive_loss(
         excluded[diagonal, diagonal] = False
         scores = scores.masked_fill(excluded, -torch.inf)  # exp(-inf) = 0
     return F.cross_entropy(scores, diagonal, reduction="none")
+    # END SOLUTION
 
 
 def false_negatives(keys: Tensor) -> Tensor:
