@@ -39,6 +39,12 @@ LATEX = str.maketrans(
 )
 
 
+def latex_text(text: str) -> str:
+    """The text on one line, as an empty one would end a paragraph, without invisible characters."""
+    words = " ".join(text.split())
+    return "".join(c for c in words if c.isprintable()).translate(LATEX)
+
+
 @dataclass(frozen=True)
 class Table:
     """A table of text, the first row its header."""
@@ -48,7 +54,8 @@ class Table:
 
     def html(self) -> str:
         """The table as HTML, in a box that scrolls sideways if it is too wide."""
-        classes = [' class="long"' if name in LONG else "" for name in self.rows[0]]
+        kinds = ("long" if name in LONG else name for name in self.rows[0])
+        classes = [f' class="{kind}"' if kind in ("long", "id") else "" for kind in kinds]
         lines = []
         for tag, row in zip(["th", *["td"] * len(self.rows)], self.rows, strict=False):
             cells = zip(classes, row, strict=True)
@@ -62,8 +69,7 @@ class Table:
         width = 0.6 / max(1, len(LONG.intersection(self.rows[0])))
         long = rf"p{{{width:.1f}\linewidth}}"
         columns = "".join(long if name in LONG else "l" for name in self.rows[0])
-        # Cells on one line: an empty line would end a paragraph.
-        lines = [" & ".join(" ".join(c.translate(LATEX).split()) for c in r) for r in self.rows]
+        lines = [" & ".join(map(latex_text, row)) for row in self.rows]
         header, *body = [rf"{line} \\" for line in lines]
         begin = [
             f"% {self.caption}",
