@@ -91,8 +91,13 @@ class MaskedLM(SentenceEncoder):
         super().__init__(bert, tokenizer, pooling)
         self.head = MaskedLMHead(bert.config)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, hidden: Tensor) -> Tensor:
-        """Token ids and masks (B, T) -> float32 logits (N, V), of the tokens with `hidden` set."""
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, hidden: Tensor | tuple[Tensor, ...]
+    ) -> Tensor:
+        """Token ids and masks (B, T) -> float32 logits (N, V) of the hidden tokens.
+
+        hidden: a mask of them, (B, T) bool, or the pair of their rows (N,) and columns (N,).
+        """
         states = self.run_bert(input_ids, attention_mask)["last_hidden_state"]
         with self.autocast():
             return self.head(states[hidden], self.bert.word_embedding.weight).float()

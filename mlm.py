@@ -28,7 +28,7 @@ from bert import BertConfig, BertModel
 from datasets import Batch, TaskMixture, TokenizedDataset, read_examples, sample_rows
 from engine import cli, distributed
 from engine.checkpoint import read_text
-from engine.device import setup_device
+from engine.device import setup_device, to_float64
 from engine.errors import UserError
 from engine.run_dir import RunDir
 from engine.trainer import Trainer
@@ -136,11 +136,13 @@ class Masking:
         pieces = np.array([(token or "").startswith("##") for token in tokens])
         self.continues = pieces if self.args.whole_word else None
 
-    def __call__(self, batch: Batch, step: int) -> tuple[Tensor, Tensor]:
-        """The input ids (B, T) of a batch at a step, and which tokens to predict (B, T), bool."""
-        ids = batch.input_ids.cpu().numpy().copy()
+    def __call__(self, batch: Batch, step: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The input ids (B, T) of a batch at a step, and the index of the N tokens to predict:
+        their rows (N,) and columns (N,)."""
+        # The batch once more: to read that on a GPU would mean to wait for it.
+        original = batch.dataset.batch(batch.rows)
+        ids, lengths = original.input_ids.numpy(), original.attention_mask.numpy().sum(axis=1)
         hidden = np.zeros(ids.shape, dtype=bool)
-        lengths = batch.attention_mask.sum(dim=1).tolist()
         for i, (row, length) in enumerate(zip(batch.rows, lengths, strict=True)):
             # A function of row and step alone, and not of padding: several processes hide what one
             # would, and a resumed run what an uninterrupted one would.
@@ -148,8 +150,9 @@ class Masking:
             options = (self.continues, self.special, self.tokenizer.mask_token_id)
             chosen = hide_tokens(ids[i, :length], *options, self.args.mlm_probability, rng)
             ids[i, :length], hidden[i, :length] = chosen
-        device = batch.input_ids.device
-        return torch.from_numpy(ids).to(device), torch.from_numpy(hidden).to(device)
+        arrays, device = (ids, *hidden.nonzero()), batch.input_ids.device
+        ids, *index = (torch.from_numpy(x).to(device, non_blocking=True) for x in arrays)
+        return ids, tuple(index)
 
 
 @dataclass
@@ -159,21 +162,21 @@ class MaskedLMBackward:
     model: MaskedLM
     masking: Masking
 
-    def __call__(self, batches: Sequence[Batch], step: int) -> float:
+    def __call__(self, batches: Sequence[Batch], step: int) -> Tensor:
         """Leave gradients in the model's parameters; returns the mean loss."""
         hidden_batches = [self.masking(batch, step) for batch in batches]
         # One division for all batches and processes, so that every hidden token counts alike.
-        counts = torch.tensor([sum(int(hidden.sum()) for _, hidden in hidden_batches)])
+        counts = torch.tensor([sum(len(hidden[0]) for _, hidden in hidden_batches)])
         count = max(1, distributed.all_reduce_sum(counts).item())
-        total = torch.zeros((), dtype=torch.float64)
+        total = to_float64(self.model.head.bias.new_zeros(()))
         for batch, (ids, hidden) in zip(batches, hidden_batches, strict=True):
-            if hidden.any():
+            if len(hidden[0]):
                 logits = self.model(ids, batch.attention_mask, hidden)
                 loss = F.cross_entropy(logits, batch.input_ids[hidden], reduction="sum") / count
                 loss.backward()
-                total += loss.item()
+                total += to_float64(loss.detach())
         distributed.all_reduce_gradients(list(self.model.parameters()))
-        return distributed.all_reduce_sum(total).item()
+        return distributed.all_reduce_sum(total)
 
 
 def evaluate_model(
@@ -181,17 +184,18 @@ def evaluate_model(
 ) -> dict[str, Any]:
     """Loss, perplexity and accuracy on hidden tokens of dev, the same ones each time."""
     # Each process sums over its own batches.
-    sums = torch.zeros(3, dtype=torch.float64)  # loss, right predictions, tokens
+    sums = to_float64(torch.zeros(3, device=model.device))  # loss, right predictions, tokens
     with model.evaluating():
         for batch in dev.eval_batches(batch_size):
             batch = batch.to(model.device)
             ids, hidden = masking(batch, step=0)
-            if hidden.any():
+            if len(hidden[0]):
                 logits, targets = model(ids, batch.attention_mask, hidden), batch.input_ids[hidden]
-                loss = F.cross_entropy(logits, targets, reduction="sum").item()
-                right = (logits.argmax(-1) == targets).sum().item()
-                sums += torch.tensor([loss, right, len(targets)], dtype=torch.float64)
-    loss, right, count = distributed.all_reduce_sum(sums).tolist()
+                loss = F.cross_entropy(logits, targets, reduction="sum")
+                right = logits.argmax(-1) == targets
+                figures = (loss, right.sum(), torch.ones_like(targets).sum())
+                sums += torch.stack([to_float64(x) for x in figures])
+    loss, right, count = distributed.all_reduce_sum(sums).cpu().tolist()
     loss, accuracy = loss / max(1, count), right / max(1, count)
     metrics = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "accuracy": accuracy}
     shown = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())

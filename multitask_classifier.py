@@ -38,7 +38,7 @@ from tasks import TASKS, Task, find_tasks
 from tokenizer import BertTokenizer
 
 Datasets = dict[str, list[TaskDataset]]  # split -> a dataset per task
-Backward = Callable[[Sequence[Batch], int], float]  # (batches, step) -> loss, leaving gradients
+Backward = Callable[[Sequence[Batch], int], Tensor]  # (batches, step) -> loss, leaving gradients
 
 # The methods of --surgery: functions that combine the gradients of several tasks into one.
 GRADIENT_COMBINERS = {"sum": sum_gradients, "pcgrad": pcgrad}
@@ -246,7 +246,7 @@ def row_losses(
 def make_backward(args: Namespace, model: MultitaskBERT, embed: Embed) -> Backward:
     """How a step gets its gradients: of one task's loss, or combined from those of all tasks."""
 
-    def backward_task(batches: Sequence[Batch]) -> float:
+    def backward_task(batches: Sequence[Batch]) -> Tensor:
         # A step trains BERT and the head of its own task; the other heads have no gradients.
         task = batches[0].task
         trained = [*model.bert.parameters(), *model.heads[task].parameters()]

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+FUSED_DEVICES = ["cpu", "cuda"]  # which have the fused kernel
 Update = tuple[tuple[Tensor, ...], int]  # (parameter, gradient, its two moments), step t
 
 
@@ -57,17 +58,24 @@ class AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(
-        self, closure: Callable[[], Tensor] | None = None, *, scale: float = 1.0
+        self,
+        closure: Callable[[], Tensor] | None = None,
+        *,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
     ) -> Tensor | None:
         """Update every parameter that has a gradient; all others keep their values and moments.
 
-        closure: recomputes the loss and its gradients; its result is returned. scale: a factor on
-        all gradients, as of clipping; the fused kernel leaves them scaled.
+        closure: recomputes the loss and its gradients; its result is returned. The others are those
+        of torch.optim, float32 numbers on the device, so that no one waits for a GPU. grad_scale:
+        all gradients are divided by it, as to clip them, by the fused kernel in place. found_inf:
+        if it is 1, no number changes; call `uncount` when that is known.
         """
         loss = None
         if closure is not None:  # torch.optim's interface; nothing here uses it
             with torch.enable_grad():
                 loss = closure()
+        self.counted: list[dict[str, Any]] = []
         for group in self.param_groups:
             updates: list[Update] = []
             for index, p in enumerate(group["params"]):
@@ -80,15 +88,23 @@ class AdamW(torch.optim.Optimizer):
                 if not state:  # a head has no gradient until the first step of its task
                     state |= {"step": 0, **{name: torch.zeros_like(p) for name in MOMENTS}}
                 state["step"] += 1
+                self.counted.append(state)
                 tensors = (p, p.grad, state["exp_avg"], state["exp_avg_sq"])
                 updates.append((tensors, state["step"]))
             # SOLUTION
             if self.fused:
-                updates = fused_updates(updates, scale, group)
+                scaling = {"grad_scale": grad_scale, "found_inf": found_inf}
+                updates = fused_updates(updates, group, scaling)
             # END SOLUTION
-            for tensors, t in updates:
-                adamw_update(*tensors, t=t, scale=scale, group=group)
+            if updates and not found_inf:  # to look at found_inf is to wait for a GPU
+                for tensors, t in updates:
+                    adamw_update(*tensors, grad_scale, t=t, group=group)
         return loss
+
+    def uncount(self) -> None:
+        """Take back that the last step, which was skipped, counts in the bias correction."""
+        for state in self.counted:
+            state["step"] -= 1
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` returned; ValueError if it is of parameters of other shapes."""
@@ -100,12 +116,20 @@ class AdamW(torch.optim.Optimizer):
 
 
 def adamw_update(
-    p: Tensor, grad: Tensor, m: Tensor, v: Tensor, *, t: int, scale: float, group: dict[str, Any]
+    p: Tensor,
+    grad: Tensor,
+    m: Tensor,
+    v: Tensor,
+    grad_scale: Tensor | None = None,
+    *,
+    t: int,
+    group: dict[str, Any],
 ) -> None:
     """Update one parameter and its moments in place: the formulas at the top of this file."""
-    # SOLUTION: the gradient counts times scale; change m, v and p in place, as mul_ and add_ do
+    if grad_scale is not None:
+        grad = grad / grad_scale
+    # SOLUTION: change m, v and p in place, as mul_ and add_ do
     beta1, beta2 = group["betas"]
-    grad = grad * scale
     # Running means of the gradient and of its square.
     m.mul_(beta1).add_(grad, alpha=1 - beta1)
     v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
@@ -120,7 +144,9 @@ def adamw_update(
 
 
 # SOLUTION
-def fused_updates(updates: Sequence[Update], scale: float, group: dict[str, Any]) -> list[Update]:
+def fused_updates(
+    updates: Sequence[Update], group: dict[str, Any], scaling: dict[str, Tensor | None]
+) -> list[Update]:
     """Make those updates that PyTorch's fused kernel can, and return the others."""
     # Parameters that can be updated together: usually all of a group.
     fused: dict[tuple, list[tuple[Tensor, ...]]] = {}
@@ -131,20 +157,24 @@ def fused_updates(updates: Sequence[Update], scale: float, group: dict[str, Any]
         else:
             others.append((tensors, t))
     for (device, _, t), together in fused.items():
-        fused_adamw_update(together, device, t, scale, group)
+        fused_adamw_update(together, device, t, group, **scaling)
     return others
 
 
 def _can_be_fused(tensors: tuple[Tensor, ...]) -> bool:
     """Whether the fused kernel, which reads raw memory, may take these."""
-    return tensors[0].device.type in ("cpu", "cuda") and all(
+    return tensors[0].device.type in FUSED_DEVICES and all(
         t.dtype in (torch.float32, torch.float64) and t.is_contiguous() and not t.is_neg()
         for t in tensors
     )
 
 
 def fused_adamw_update(
-    tensors: list[tuple[Tensor, ...]], device: torch.device, t: int, scale: float, group: dict
+    tensors: list[tuple[Tensor, ...]],
+    device: torch.device,
+    t: int,
+    group: dict[str, Any],
+    **scaling: Tensor | None,  # grad_scale and found_inf
 ) -> None:
     """The same for many parameters (p, grad, m, v) at once, by PyTorch's fused kernel.
 
@@ -165,9 +195,7 @@ def fused_adamw_update(
     steps = [torch.full((), t, dtype=torch.float32, device=device)] * len(params)
     options = {"lr": fused_lr, "weight_decay": decay / fused_lr if fused_lr else 0.0}
     options |= {"beta1": beta1, "beta2": beta2, "eps": group["eps"] / root}
-    if scale != 1:  # the kernel divides by it
-        options["grad_scale"] = torch.full((), 1 / scale, device=device)
-    options |= {"amsgrad": False, "maximize": False}
+    options |= {"amsgrad": False, "maximize": False, **scaling}
     torch._fused_adamw_(params, grads, exp_avgs, exp_avg_sqs, [], steps, **options)
 
 

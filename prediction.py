@@ -14,7 +14,7 @@ from torch import Tensor
 from datasets import Batch, Example, TaskDataset, TokenizedDataset
 from engine import distributed
 from engine.checkpoint import read_text
-from engine.device import catch_out_of_memory
+from engine.device import catch_out_of_memory, eval_batch_size
 from engine.errors import TrainingDiverged, UserError
 from engine.trainer import progress_bar
 from model import MultitaskBERT, SentenceEncoder
@@ -29,6 +29,12 @@ Embed = Callable[[Batch], Tensor]
 def embed_batch(model: SentenceEncoder, batch: Batch, pooling: str | None = None) -> Tensor:
     """The embeddings of a batch, (embeddings_per_row * B, D)."""
     return model.embed(batch.input_ids, batch.attention_mask, batch.token_type_ids, pooling)
+
+
+def row_indices(batch: Batch, device: torch.device) -> Tensor:
+    """The row numbers of a batch as an index of a tensor on this device, (B,)."""
+    # An index on the CPU would be copied by a GPU as well, but waited for.
+    return torch.from_numpy(batch.rows).to(device, non_blocking=True)
 
 
 def compute_rows(
@@ -46,9 +52,9 @@ def compute_rows(
     title = f"{title} {dataset.path.name}"
     with model.evaluating(), progress_bar(total, title, leave=False) as bar:
         # Batches hold rows of similar length, so they do not follow the order of the file.
-        for batch in dataset.eval_batches(batch_size, rows):
-            with catch_out_of_memory(batch):
-                outputs[torch.from_numpy(batch.rows)] = function(batch.to(model.device))
+        for batch in dataset.eval_batches(eval_batch_size(batch_size, model.device), rows):
+            with catch_out_of_memory(batch, model.device):
+                outputs[row_indices(batch, model.device)] = function(batch.to(model.device))
             bar.update(min(len(batch) * distributed.world_size(), total - bar.n))
     # Each process has filled in the rows of its own batches; the sum has all of them.
     distributed.all_reduce_sum(outputs)
@@ -98,7 +104,7 @@ class EmbeddingCache:
     def __call__(self, batch: Batch) -> Tensor:
         """The embeddings of a batch, as `embed_batch`."""
         # (B, embeddings_per_row, D) -> all first sentences, then all second ones.
-        vectors = self.vectors[batch.dataset][torch.from_numpy(batch.rows)]
+        vectors = self.vectors[batch.dataset][row_indices(batch, self.model.device)]
         return vectors.transpose(0, 1).flatten(0, 1)
 
 

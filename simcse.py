@@ -131,7 +131,7 @@ def sentence_keys(batches: Sequence[Batch]) -> Tensor:
         for row in batch.global_rows:
             ids = [token_ids[min(view, len(token_ids) - 1)][row].tobytes() for view in range(views)]
             columns.append([keys.setdefault(key, len(keys)) for key in ids])
-    return torch.tensor(columns, device=batches[0].input_ids.device).T
+    return torch.tensor(columns).to(batches[0].input_ids.device, non_blocking=True).T
 
 
 @dataclass
@@ -149,7 +149,7 @@ class ContrastiveBackward:
     model: SentenceEncoder
     args: Namespace  # `pooling`, `temperature` and `hard_negative_weight`
 
-    def __call__(self, batches: Sequence[Batch], step: int) -> float:
+    def __call__(self, batches: Sequence[Batch], step: int) -> Tensor:
         """Leave gradients in the model's parameters; returns the mean loss."""
         if len(batches) == 1:
             loss = self.loss(self.embed_all(batches[0]), batches)
@@ -157,7 +157,7 @@ class ContrastiveBackward:
         else:
             loss = self.cached_backward(batches)
         distributed.all_reduce_gradients(list(self.model.bert.parameters()))
-        return loss.item()
+        return loss.detach()
 
     def cached_backward(self, batches: Sequence[Batch]) -> Tensor:
         """Gradient caching: embed all batches, differentiate the loss by the embeddings alone, then

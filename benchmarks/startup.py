@@ -19,17 +19,20 @@ from benchmarks.harness import ROOT, TEXT, Claim, Work, classifier_flags
 SCRIPT = """
 import csv, os, sys
 import torch, transformers
-folder, path, rows, batch_size = *sys.argv[1:3], *map(int, sys.argv[3:])
+folder, path, device, rows, batch_size = *sys.argv[1:4], *map(int, sys.argv[4:])
 tokenizer = transformers.BertTokenizerFast.from_pretrained(folder)
-model = transformers.BertForSequenceClassification.from_pretrained(folder, num_labels=5).train()
+model = transformers.BertForSequenceClassification.from_pretrained(folder, num_labels=5)
+model.train().to(device)
 with open(path + "/ids-sst-train.csv", encoding="utf-8", newline="") as file:
     data = list(csv.DictReader(file, delimiter="\\t"))[:rows]
 encoded = tokenizer([row["sentence"] for row in data], truncation=True)["input_ids"]
-batch = tokenizer.pad({"input_ids": encoded[:batch_size]}, return_tensors="pt")
-labels = torch.tensor([int(float(row["sentiment"])) for row in data[:batch_size]])
+batch = tokenizer.pad({"input_ids": encoded[:batch_size]}, return_tensors="pt").to(device)
+labels = torch.tensor([int(float(row["sentiment"])) for row in data[:batch_size]], device=device)
 optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5, fused=True)
 model(**batch, labels=labels).loss.backward()
 optimizer.step()
+if device == "cuda":
+    torch.cuda.synchronize()
 os._exit(0)  # ours is not waited for either, once it has made its step
 """
 
@@ -43,7 +46,7 @@ def python(*words: object) -> Work:
 def first_step(args: Namespace) -> None:
     """Start `classifier.py`, and kill it when the log has its first step."""
     folder = Path(tempfile.mkdtemp(dir=args.scratch))
-    flags = classifier_flags(args, option="finetune", device="cpu", run_dir=folder)
+    flags = classifier_flags(args, option="finetune", device=args.device, run_dir=folder)
     process = subprocess.Popen([sys.executable, str(ROOT / "classifier.py"), *flags])
     log = folder / "log.jsonl"  # gets a line per step
     try:
@@ -56,12 +59,14 @@ def first_step(args: Namespace) -> None:
         process.wait()
 
 
-SETTINGS = {**TEXT, "rows": 10000, "batch_size": 32, "passes": 3}
+SETTINGS = {**TEXT, "rows": 10000, "batch_size": 32, "passes": 3, "device": "cpu"}
 UNIT = "starts"
 HELP, PEER, STEP = "--help, ours", "first step, transformers", "first step, ours"
 CONTESTANTS = {
     HELP: lambda args: python(ROOT / "multitask_classifier.py", "--help"),
-    PEER: lambda args: python("-c", SCRIPT, args.model, args.data_dir, args.rows, args.batch_size),
+    PEER: lambda args: python(
+        "-c", SCRIPT, args.model, args.data_dir, args.device, args.rows, args.batch_size
+    ),
     STEP: lambda args: Work(lambda: first_step(args), 1),
 }
 CLAIMS = [

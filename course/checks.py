@@ -179,23 +179,21 @@ def whole_model() -> None:
 # ---------------------------------------------------------------------------- optimizer.py
 
 
-def adamw(r: References, scale: float, **changes: Any) -> dict[str, Tensor]:
+def adamw(r: References, **changes: Any) -> dict[str, Tensor]:
     """The stored parameter and its moments after step 3."""
     tensors = {name: r.tensors[name].clone() for name in ("p", "grad", "m", "v")}
-    tensors["grad"] /= scale
     group = {"lr": 0.1, "betas": (0.8, 0.9), "eps": 0.05, "weight_decay": 0.0, "correct_bias": True}
     group |= changes
-    import_module("optimizer").adamw_update(*tensors.values(), t=3, scale=scale, group=group)
+    import_module("optimizer").adamw_update(*tensors.values(), t=3, group=group)
     return tensors
 
 
 def adamw_update() -> None:
     r = References("adamw")
-    tensors = adamw(r, scale=0.5)
+    tensors = adamw(r)
     mistakes = {
         "wrong_t_minus_1": "AdamW's bias correction is off by one: it takes t - 1 for t",
         "wrong_t_plus_1": "AdamW's bias correction is off by one: it takes t + 1 for t",
-        "wrong_scale": "AdamW does not multiply the gradient by scale",
     }
     r.compare("AdamW's parameter p, in place", tensors["p"], **mistakes)
     r.compare("AdamW's first moment m, in place", tensors["m"], "expected_m")
@@ -203,9 +201,9 @@ def adamw_update() -> None:
 
 
 def adamw_decay() -> None:
-    # Without bias correction and scale, so that a mistake in these costs points once.
+    # Without bias correction, so that a mistake in it costs points once.
     r = References("adamw")
-    tensors = adamw(r, scale=1.0, weight_decay=0.3, correct_bias=False)
+    tensors = adamw(r, weight_decay=0.3, correct_bias=False)
     mistakes = {
         "wrong_coupled": "AdamW couples the weight decay into the gradient; it must change p alone",
         "wrong_without_lr": "AdamW does not multiply the weight decay by the learning rate",

@@ -111,7 +111,6 @@ def adamw() -> Values:
     values["expected"], values["expected_m"], values["expected_v"] = adamw_step(*start, **plain)
     values["wrong_t_minus_1"] = adamw_step(*start, **{**plain, "t": 2})[0]
     values["wrong_t_plus_1"] = adamw_step(*start, **{**plain, "t": 4})[0]
-    values["wrong_scale"] = adamw_step(p, 2 * g, m, v, **plain)[0]
     # Decay alone: no bias correction, so that a mistake there does not count twice.
     decay = {**options, "weight_decay": 0.3, "correct_bias": False}
     new = adamw_step(*start, **{**decay, "weight_decay": 0.0})[0]

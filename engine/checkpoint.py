@@ -148,15 +148,18 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors on the CPU, as safetensors writes them, sorted by name."""
+    return {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
+
+
 def write_tensors(
     path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
     """Write named tensors as safetensors, sorted by name: equal tensors give equal bytes."""
-    # Contiguous copies on the CPU: safetensors writes nothing else.
-    ordered = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
     with atomic_file(path) as temporary:
         try:
-            save_file(ordered, temporary, metadata={"format": "pt", **(metadata or {})})
+            save_file(_on_cpu(tensors), temporary, metadata={"format": "pt", **(metadata or {})})
         except SafetensorError as error:  # such as a full disk
             raise UserError(f"{path}: cannot be written ({error})") from None
         umask = os.umask(0)
@@ -167,6 +170,7 @@ def write_tensors(
 
 def write_state(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
     """Write tensors and a JSON object as one file, so that neither is ever newer than the other."""
+    tensors = _on_cpu(tensors)  # once, for the checksum and the file
     # The facts travel in the header of the tensors' file.
     text = json.dumps(facts, allow_nan=False)
     write_tensors(path, tensors, {"facts": text, "checksum": checksum(tensors, text)})
@@ -187,8 +191,7 @@ def checksum(tensors: dict[str, Tensor], text: str) -> str:
     """CRC-32 of all names, dtypes, shapes and bytes: detects damage, not tampering."""
     # Names and shapes too: the same bytes under other names would be another state.
     value = zlib.crc32(text.encode())
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
+    for name, tensor in _on_cpu(tensors).items():
         value = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), value)
         value = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), value)
     return f"{value:08x}"

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from engine import distributed
+from engine.device import catch_out_of_memory
 from engine.errors import UserError
 
 
@@ -191,7 +192,8 @@ def run_script(main: Callable[[Sequence[str] | None], None]) -> NoReturn:
             stream.reconfigure(errors="backslashreplace")
     program = Path(sys.argv[0]).name
     try:
-        main(None)
+        with catch_out_of_memory():
+            main(None)
         sys.stdout.flush()  # here, where a reader that is gone can be handled
     except KeyboardInterrupt as stop:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the message below must get out

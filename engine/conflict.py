@@ -28,12 +28,16 @@ def layer_group(name: str) -> str:
     return "pooler" if name.startswith("pooler") else "embeddings"
 
 
-def similarity(a: Gradient, b: Gradient) -> dict[str, float | None]:
-    """Cosine, inner product, and 2 |a| |b| / (|a|^2 + |b|^2) ("magnitude", Yu et al. 2020, def. 2).
+def inner_products(a: Gradient, b: Gradient) -> Tensor:
+    """<a, b>, <a, a> and <b, b>, (3,)."""
+    return torch.stack([inner_product(a, b), inner_product(a, a), inner_product(b, b)])
 
-    None where a gradient is zero or not finite.
+
+def similarity(product: float, aa: float, bb: float) -> dict[str, float | None]:
+    """From `inner_products`: the cosine, <a, b> itself, and 2 |a| |b| / (|a|^2 + |b|^2).
+
+    The last is "magnitude" (Yu et al. 2020, def. 2). None where a gradient is zero or not finite.
     """
-    product, aa, bb = inner_product(a, b), inner_product(a, a), inner_product(b, b)
     if not (min(aa, bb) > 0 and max(aa, bb) < math.inf):
         return {"cosine": None, "product": None, "magnitude": None}
     norms = math.sqrt(aa) * math.sqrt(bb)
@@ -58,10 +62,14 @@ def gradient_conflict(
         ((f"{a}|{b}", gradients[a][0], gradients[b][0]) for a, b in combinations(gradients, 2)),
         ((f"{a}|{a}", first, second()) for a, (first, second) in gradients.items()),
     )
-    similarities: dict[str, Similarities] = {part: {} for part in parts}
+    products: dict[tuple[str, str], Tensor] = {}
     for pair, a, b in pairs:  # one second gradient at a time: each is as large as the model
         for part, indices in parts.items():
-            similarities[part][pair] = similarity([a[i] for i in indices], [b[i] for i in indices])
+            products[part, pair] = inner_products([a[i] for i in indices], [b[i] for i in indices])
+    similarities: dict[str, Similarities] = {part: {} for part in parts}
+    numbers = torch.stack(list(products.values())).cpu().tolist()  # a GPU is waited for once
+    for (part, pair), figures in zip(products, numbers, strict=True):
+        similarities[part][pair] = similarity(*figures)
     return similarities
 
 
@@ -73,14 +81,14 @@ class GradientConflictLogger:
     in fp32 and unclipped. Training continues as if nothing had been measured.
     """
 
-    backward: Callable[[Sequence[Any], int], float]  # (batches, step) -> loss; leaves gradients
+    backward: Callable[[Sequence[Any], int], Tensor]  # (batches, step) -> loss; leaves gradients
     loss_fn: Callable[[Any], Tensor]  # batch -> the loss of each row, (B,)
     model: Any  # its `bert` is shared by the tasks; its `dtype` is that of matrix products
     datasets: Sequence[Any]  # the training set of each task
     run: RunDir  # gets the log entries
     args: Namespace  # `measure_conflict` (N), `conflict_rows`, `batch_size` and `seed`
 
-    def __call__(self, batches: Sequence[Any], step: int) -> float:
+    def __call__(self, batches: Sequence[Any], step: int) -> Tensor:
         """Measure if it is time to, then compute the step's gradients."""
         if step % self.args.measure_conflict == 0:
             samples = {dataset: self._draw(dataset, step) for dataset in self.datasets}

@@ -5,7 +5,7 @@ import os
 import random
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,9 @@ from torch import Tensor
 
 from engine import distributed
 from engine.errors import OutOfMemory, UserError
+
+# In RuntimeErrors: of the CPU's allocator, of CUDA's own calls, of cuBLAS.
+OUT_OF_MEMORY = ["can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"]
 
 
 def setup_device(
@@ -121,17 +124,50 @@ def set_rng_states(device: torch.device, states: Sequence[Tensor]) -> None:
         torch.get_device_module(device).set_rng_state(state)
 
 
+def to_float64(x: Tensor) -> Tensor:
+    """x in float64; on the CPU, if its own device has no such numbers (mps)."""
+    return (x.cpu() if x.device.type == "mps" else x).double()
+
+
+def read_later(numbers: Tensor) -> Callable[[], list[float]]:
+    """Start copying numbers to the CPU; a function that waits for the copy and returns them.
+
+    It does not wait for what the GPU was given to do after that, as `numbers.tolist()` would.
+    """
+    copy = numbers.to("cpu", non_blocking=True)  # from a GPU, into page-locked memory
+    if numbers.device.type == "cpu":
+        return copy.tolist
+    copied = torch.get_device_module(numbers.device).Event()
+    copied.record()
+
+    def read() -> list[float]:
+        copied.synchronize()
+        return copy.tolist()
+
+    return read
+
+
+def eval_batch_size(batch_size: int, device: torch.device) -> int:
+    """The batch size for evaluation in training batches of `batch_size` rows."""
+    # Small batches leave a GPU idle. Without a graph, eight times as many rows need less memory
+    # than training does.
+    return batch_size if device.type == "cpu" else 8 * batch_size
+
+
 @contextmanager
-def catch_out_of_memory(batch: Any) -> Iterator[None]:
-    """Turn running out of memory into an OutOfMemory that names the batch size."""
+def catch_out_of_memory(batch: Any = None, device: Any = None) -> Iterator[None]:
+    """Turn running out of memory into an OutOfMemory, which names the size of the batch."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         expected = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if not expected and "can't allocate memory" not in str(error):
+        if not expected and not any(text in str(error) for text in OUT_OF_MEMORY):
             raise
+        if batch is None:  # such as while loading
+            reason = str(error).split("\n")[0] or "no RAM is left"
+            raise OutOfMemory(f"out of memory: {reason}") from None
         rows, tokens = batch.input_ids.shape
         raise OutOfMemory(
-            f"out of memory on {batch.input_ids.device} with {rows} sequences of {tokens} tokens in"
-            " a batch: try a smaller --batch_size, and --accumulate for as many rows per step"
+            f"out of memory on {device} with {rows} sequences of {tokens} tokens in a batch:"
+            " try a smaller --batch_size, and --accumulate for as many rows per step"
         ) from None

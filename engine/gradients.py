@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from engine import distributed
+from engine.device import to_float64
 
 Gradient = Sequence[Tensor]
 
 
 def sum_losses(
     loss_fn: Callable[[Any], Tensor], batches: Sequence[Any], parameters: Sequence[nn.Parameter]
-) -> float:
+) -> Tensor:
     """Gradients of the mean loss over all rows of a step's batches; returns that loss.
 
     Losses are summed and divided once by the number of rows, so accumulation and short batches
@@ -27,24 +28,24 @@ def sum_losses(
     over the processes.
     """
     count = sum(len(batch.global_rows) for batch in batches)
-    total = torch.zeros((), dtype=torch.float64)
+    total = to_float64(parameters[0].new_zeros(()))  # on the device: nobody waits for it
     for batch in batches:
         # Backward at once, so that the activations of one batch at a time are in memory.
         if len(batch):  # a process may have no row of a short batch
             loss = loss_fn(batch).sum() / count
             loss.backward()
-            total += loss.item()
+            total += to_float64(loss.detach())
     distributed.all_reduce_gradients(parameters)
-    return distributed.all_reduce_sum(total).item()
+    return distributed.all_reduce_sum(total)
 
 
-def inner_product(a: Gradient, b: Gradient) -> float:
+def inner_product(a: Gradient, b: Gradient) -> Tensor:
     """<a, b> over all parameters, in float64, as squares could leave float32's range."""
-    total = 0.0
+    if a[0].device.type != "cpu":  # one long vector each: a GPU takes as long to start on a short
+        a, b = ([torch.cat([x.flatten() for x in gradient])] for gradient in (a, b))
+    total = to_float64(a[0].new_zeros(()))
     for x, y in zip(a, b, strict=True):
-        if x.device.type == "mps":  # has no float64
-            x, y = x.cpu(), y.cpu()
-        total += torch.dot(x.flatten().double(), y.flatten().double()).item()
+        total += torch.dot(to_float64(x.flatten()), to_float64(y.flatten()))
     return total
 
 
@@ -58,10 +59,12 @@ def project(gradient: Gradient, others: Sequence[Gradient]) -> list[Tensor]:
     for other in others:
         # A negative inner product: a step along one gradient undoes a part of the other's.
         product = inner_product(result, other)
-        if product < 0:
-            factor = product / inner_product(other, other)
-            for g, g_j in zip(result, other, strict=True):
-                g.sub_(g_j, alpha=factor)
+        if product.device.type == "cpu" and product >= 0:  # on a GPU, looking would mean waiting
+            continue
+        square = inner_product(other, other).clamp(min=torch.finfo(torch.float64).tiny)
+        factor = (product.clamp(max=0) / square).to(other[0])  # 0 where they do not conflict
+        for g, g_j in zip(result, other, strict=True):
+            g.addcmul_(g_j, factor, value=-1)
     return result
 
 
@@ -83,22 +86,22 @@ def pcgrad(gradients: Sequence[Gradient]) -> list[Tensor]:
 
 
 def backward_by_task(
-    backward: Callable[[Sequence[Any]], float],
+    backward: Callable[[Sequence[Any]], Tensor],
     batches: Sequence[Any],
     shared: Sequence[nn.Parameter],
     combine: Callable[[Sequence[Gradient]], list[Tensor]],
-) -> float:
+) -> Tensor:
     """Gradients of a step with batches of several tasks; returns the sum of the tasks' losses.
 
     backward: batches of one task -> the task's loss, leaving gradients. Those of the `shared`
     parameters are taken for each task separately, then combined (`pcgrad`, `sum_gradients`); any
     other parameter keeps its own task's.
     """
-    loss = 0.0
+    losses = []
     by_task: list[list[Tensor | None]] = []
     # The batches of a task stand together, several with --accumulate.
     for _, task_batches in groupby(batches, key=lambda batch: batch.task):
-        loss += backward(list(task_batches))
+        losses.append(backward(list(task_batches)))
         # Take this task's gradients away, so that the next task's do not add to them.
         by_task.append([p.grad for p in shared])
         for p in shared:
@@ -111,4 +114,4 @@ def backward_by_task(
     ]
     for i, gradient in zip(used, combine(whole), strict=True):
         shared[i].grad = gradient
-    return loss
+    return sum(losses)

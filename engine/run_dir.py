@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib import metadata, util
@@ -34,9 +34,10 @@ except ImportError:  # Windows
     fcntl = None
 
 DRAFT = ".config.json.*.tmp"
-PACKAGES = ("torch", "numpy", "tokenizers", "scipy", "scikit-learn", "safetensors")
+PACKAGES = ("numpy", "tokenizers", "scipy", "scikit-learn", "safetensors")
 # Arguments that change how a run is stored, not what it computes: a resumed run may change them.
 STORAGE_ARGUMENTS = ("save_every", "keep_last", "run_dir")
+TENSORBOARD_STEPS = 10  # it gets one of so many training steps
 
 
 @contextmanager
@@ -66,6 +67,8 @@ class RunDir:
     stage: str | None = None  # added to log lines and states, in runs of several stages
     # Tensors and facts of an interrupted run, for the trainer to take over.
     state: tuple[dict[str, Tensor], dict[str, Any]] | None = None
+    # Writes a line that has been put off: of a step whose loss is still on its way from a GPU.
+    pending: Callable[[], None] | None = None
     _start_time: float = field(default_factory=time.perf_counter)
     _log: Any = None
     _tensorboard: Any = None
@@ -154,7 +157,11 @@ class RunDir:
         return time.perf_counter() - self._start_time
 
     def log(self, kind: str, step: int, **figures: Any) -> None:
-        """Append a line to log.jsonl and, if tensorboard is installed, to its event files."""
+        """Append a line to log.jsonl and, if tensorboard is installed, to its event files.
+
+        Of training steps the latter get every tenth: a step on a GPU may be shorter than this.
+        """
+        self.flush()
         if not self.writes:
             return
         # Writing to a deleted file would succeed, and the run would train on for nothing.
@@ -174,10 +181,17 @@ class RunDir:
             # Hide what an interrupted run had written of this step and later ones.
             self._tensorboard = SummaryWriter(str(self.path / "tensorboard"), purge_step=step)
             self._open_files.callback(self._tensorboard.close)
-        if self._tensorboard is not None:
+        shown = kind != "train" or step % TENSORBOARD_STEPS == 0
+        if self._tensorboard is not None and shown:
             tag = "/".join(filter(None, [self.stage, kind, figures.get("task")]))
             for name, value in _numbers(tag, figures):
                 self._tensorboard.add_scalar(name, value, step)
+
+    def flush(self) -> None:
+        """Write the line that has been put off, if there is one."""
+        write, self.pending = self.pending, None
+        if write is not None:
+            write()
 
     def save_state(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         """Replace the state in last/ by this one."""
@@ -279,7 +293,12 @@ def provenance() -> dict[str, Any]:
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": None if changes is None else bool(changes),
         "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in PACKAGES},
+        "versions": {
+            **{name: metadata.version(name) for name in PACKAGES},
+            "torch": str(torch.__version__),  # says what it was built for, such as +cpu
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+        },
         "hardware": {
             "machine": platform.machine(),
             "system": platform.system(),

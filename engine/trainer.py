@@ -12,7 +12,8 @@ from argparse import Namespace
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -51,18 +52,29 @@ class TrainState:
 
 
 @dataclass
+class PendingStep:
+    """A step that was taken, but whose loss may still be on its way from a GPU."""
+
+    epoch: int
+    batches: Sequence[Any]
+    lrs: dict[str, float]
+    before: TrainState
+    rng_states: Sequence[Tensor]  # before it, too
+    read: Callable[[], list[float]]  # waits for its loss and gradient norm
+
+
+@dataclass
 class Trainer:
     """Trains a model, evaluates it, keeps the best weights, and can stop and resume anywhere."""
 
     model: Any  # has `save_pretrained(folder)` and `device`
-    # "bert", and one per head. `step(scale=...)` multiplies all gradients by a factor, and does not
-    # update parameters without a gradient.
-    optimizers: dict[str, torch.optim.Optimizer]
+    # "bert", and one per head: `optimizer.AdamW`, which leaves parameters without a gradient alone.
+    optimizers: dict[str, Any]
     lr_factor: Callable[[int, int], float]  # (step, total steps) -> the factor on learning rates
     mixture: Any  # the steps of each epoch, such as `datasets.TaskMixture`
-    # (A step's batches on `model.device`, its number) -> the loss, leaving gradients in the
-    # parameters, the same in all processes.
-    backward: Callable[[Sequence[Any], int], float]
+    # (A step's batches on `model.device`, its number) -> the loss, a tensor, leaving gradients in
+    # the parameters, the same in all processes.
+    backward: Callable[[Sequence[Any], int], Tensor]
     evaluate_model: Callable[[], dict[str, Any]]  # the largest "score" is the best
     run: RunDir  # gets the log, the best weights and the training state
     args: Namespace  # `epochs`, `clip`, `eval_every`, `patience`, `save_every` and `seed`
@@ -157,33 +169,46 @@ class Trainer:
             raise KeyboardInterrupt
 
     def train_step(self, epoch: int, batches: Sequence[Any]) -> None:
-        """One optimizer step, logged."""
-        # 1. Learning rates of this step. The generators' states are kept in case it diverges.
-        step = self.state.step
+        """One optimizer step. Its loss is read, checked and logged in the next one, while a GPU is
+        at work on that: nobody waits for the GPU."""
+        # 1. Learning rates of this step. What it changes on the CPU is kept in case it diverges.
+        step, before = self.state.step, replace(self.state)
         factor = self.lr_factor(step, self.epoch_ends[-1])
         for group, peak_lr in zip(self._param_groups(), self.peak_lrs, strict=True):
             group["lr"] = peak_lr * factor
         rng_states = device.get_rng_states(self.model.device)
-        # 2. Gradients.
-        batches = [batch.to(self.model.device) for batch in batches]
-        with device.catch_out_of_memory(max(batches, key=lambda batch: batch.input_ids.numel())):
-            loss = self.backward(batches, step)
-        grads = [p.grad for p in self.parameters if p.grad is not None]
-        norm = nn.utils.get_total_norm(grads).item()
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            self._diverged(loss, norm, batches, rng_states)
-        # 3. Update, with gradient clipping (Pascanu et al. 2013) as a factor on the gradients.
-        scale = min(1.0, self.args.clip / norm) if self.args.clip and norm else 1.0
-        for optimizer in self.optimizers.values():
-            optimizer.step(scale=scale)
-            optimizer.zero_grad(set_to_none=True)
+        largest = max(batches, key=lambda batch: batch.input_ids.numel())
+        with device.catch_out_of_memory(largest, self.model.device):
+            # 2. Gradients.
+            loss = self.backward([batch.to(self.model.device) for batch in batches], step)
+            grads = [p.grad for p in self.parameters if p.grad is not None]
+            norm = nn.utils.get_total_norm(grads)
+            loss, norm = figures = torch.stack([device.to_float64(loss), device.to_float64(norm)])
+            read = device.read_later(figures)
+            self.run.flush()  # records the step before
+            # 3. Update, with gradient clipping (Pascanu et al. 2013) as a factor on the gradients;
+            # weights stay as they are if the loss or the norm is not finite.
+            scale = (norm / self.args.clip).clamp(min=1).float() if self.args.clip else None
+            found_inf = 1 - figures.isfinite().all().float()
+            for optimizer in self.optimizers.values():
+                optimizer.step(grad_scale=scale, found_inf=found_inf)
+                optimizer.zero_grad(set_to_none=True)
         # 4. Record.
         lrs = {name: o.param_groups[0]["lr"] for name, o in self.optimizers.items()}
-        tasks = "+".join(dict.fromkeys(batch.task for batch in batches))
-        self.run.log("train", step, epoch=epoch, loss=loss, grad_norm=norm, lr=lrs, task=tasks)
         self.state.step += 1
         self.state.rows += sum(len(batch.global_rows) for batch in batches)
-        self._show_progress(tasks, loss, lrs)
+        last = PendingStep(epoch, batches, lrs, before, rng_states, read)
+        self.run.pending = partial(self._record, last)
+
+    def _record(self, last: PendingStep) -> None:
+        """Log the last step; TrainingDiverged if its loss or gradient norm is not finite."""
+        loss, norm = last.read()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            self._diverged(last, loss, norm)
+        tasks = "+".join(dict.fromkeys(batch.task for batch in last.batches))
+        figures = {"epoch": last.epoch, "loss": loss, "grad_norm": norm, "lr": last.lrs}
+        self.run.log("train", last.before.step, **figures, task=tasks)
+        self._show_progress(tasks, loss, last.lrs)
 
     def _show_progress(self, tasks: str, loss: float, lrs: dict[str, float]) -> None:
         """Show each task's latest loss, and the learning rates of BERT and heads."""
@@ -194,16 +219,17 @@ class Trainer:
         self.bar.set_postfix_str(f"loss {losses}, lr {shown}", refresh=False)
         self.bar.update()
 
-    def _diverged(
-        self, loss: float, norm: float, batches: Sequence[Any], rng_states: Sequence[Tensor]
-    ) -> None:
-        """Save the state before this step if it is finite, and raise TrainingDiverged."""
-        step, names = self.state.step, "; ".join(map(str, batches))
+    def _diverged(self, last: PendingStep, loss: float, norm: float) -> None:
+        """Save the state before the last step if it is finite, and raise TrainingDiverged."""
+        self.state = last.before  # weights and moments are those before it, too
+        for optimizer in self.optimizers.values():
+            optimizer.uncount()
+        step, names = self.state.step, "; ".join(map(str, last.batches))
         problem = f"gradient norm is {norm}" if math.isfinite(loss) else f"loss is {loss}"
         self.run.log("diverged", step, loss=str(loss), grad_norm=str(norm), rows=names)
         kept = f"the best weights so far, if any, are in {self.run.path / self.best_folder}"
         with suppress(TrainingDiverged):  # the update before may have made the weights infinite
-            self.save(rng_states)
+            self.save(last.rng_states)
             kept += f", the state before this step in {self.run.path / 'last'}"
         raise TrainingDiverged(f"step {step}: {problem} at {names}: {kept}; {ADVICE}")
 
@@ -243,7 +269,8 @@ class Trainer:
 
         TrainingDiverged if a weight is not finite: the last finite state stays.
         """
-        if not all(bool(p.isfinite().all()) for p in self.parameters):
+        self.run.flush()
+        if not torch.stack([p.isfinite().all() for p in self.parameters]).all():
             raise TrainingDiverged(f"step {self.state.step}: weights are not finite; {ADVICE}")
         states = rng_states or device.get_rng_states(self.model.device)
         gathered = [distributed.all_gather_rng_states(state) for state in states]

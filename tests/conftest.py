@@ -10,6 +10,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+# A GPU is for tests/test_gpu.py; all other tests compute on the CPU, whatever the machine has.
+os.environ.setdefault("GPUS_OF_TESTS", os.environ.get("CUDA_VISIBLE_DEVICES", "0"))
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 import pytest
 import torch
 from forker import Forker

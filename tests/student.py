@@ -40,7 +40,6 @@ SOLUTIONS = {  # file -> function -> what replaces its NotImplementedError, in t
         "adamw_update": """
             beta1, beta2 = group["betas"]
             lr, wd = group["lr"], group["weight_decay"]
-            grad = grad * scale
             m.copy_(beta1 * m + (1 - beta1) * grad)
             v.copy_(beta2 * v + (1 - beta2) * grad**2)
             alpha = lr
@@ -154,7 +153,6 @@ MISTAKES = [  # function, right, wrong, the test that fails, a part of its sente
     ("embed", " + segments", "", "embeddings", "lacks the segment embeddings"),
     ("embed", "x = self.embed_layer_norm(x)", "", "embeddings", "lacks embed_layer_norm"),
     ("embed", "self.embed_dropout(x)", "x", "embeddings", "does not apply embed_dropout"),
-    ("adamw_update", "grad * scale", "grad", "AdamW", "multiply the gradient by scale"),
     (
         "adamw_update",
         "beta2**t) ** 0.5 / (1 - beta1**t)",

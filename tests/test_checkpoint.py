@@ -179,6 +179,21 @@ def test_equal_tensors_make_equal_files(tmp_path):
     assert file.stat().st_mode == plain.stat().st_mode  # others may read it too
 
 
+def test_a_state_is_copied_from_its_device_once(tmp_path):
+    copies = []
+
+    class OnDevice(torch.Tensor):
+        """A tensor elsewhere, which counts how often it comes to the CPU."""
+
+        def cpu(self):
+            copies.append(self)
+            return self.as_subclass(torch.Tensor).clone()
+
+    write_state(tmp_path / "state.safetensors", {"w": torch.ones(3).as_subclass(OnDevice)}, {})
+    assert len(copies) == 1
+    assert read_state(tmp_path / "state.safetensors")[0]["w"].tolist() == [1, 1, 1]
+
+
 def test_no_bit_of_a_training_state_changes_unnoticed(tmp_path):
     """A bit of every byte of the file is flipped: what is still read is what was written."""
     file = tmp_path / "state.safetensors"

@@ -10,7 +10,7 @@ from conftest import load_multitask, read_log, run_contents
 
 import multitask_classifier
 from bert import BertModel
-from engine.conflict import GradientConflictLogger, gradient_conflict, layer_group, similarity
+from engine.conflict import GradientConflictLogger, gradient_conflict, layer_group
 from engine.run_dir import RunDir
 from multitask_classifier import row_losses
 from prediction import embed_batch
@@ -42,7 +42,8 @@ def test_conflict_by_hand():
     assert parts["overall"]["a|b"]["cosine"] == pytest.approx(-12 / (3 * 34**0.5))
     large = [torch.full((2,), 1e20)]  # whose squares leave float32
     expected = {"cosine": 1, "product": 2e40, "magnitude": 1}
-    assert similarity(large, large) == pytest.approx(expected)
+    parts = gradient_conflict({"a": (large, lambda: large)}, ["pooler.a"])
+    assert parts["overall"]["a|a"] == pytest.approx(expected)
 
 
 def make_logger(tiny, data, run_dir, seen, **options) -> GradientConflictLogger:

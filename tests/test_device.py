@@ -4,11 +4,15 @@ import ctypes
 import random
 import resource
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
+from conftest import quick_run
+from torch import nn
 
+import classifier
 from engine.device import catch_out_of_memory, keep_freed_memory, setup_device
 from engine.errors import OutOfMemory
 
@@ -16,7 +20,7 @@ from engine.errors import OutOfMemory
 def test_device_and_precision(monkeypatch):
     """On a CPU, auto is bf16 where matrix units multiply it."""
     device, dtype = setup_device(1, "auto", "fp32")
-    assert device.type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert device.type == "cpu"  # the tests hide a GPU
     assert dtype == torch.float32
     assert setup_device(1, "cpu", "bf16")[1] == torch.bfloat16
     capabilities = {"avx512_bf16": True}
@@ -55,11 +59,29 @@ def allocate(error: Exception | None) -> None:
     torch.empty(2**50)
 
 
-@pytest.mark.parametrize("error", [None, torch.OutOfMemoryError("CUDA"), MemoryError()])
+CUDA = RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later")
+CUBLAS = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+ERRORS = [None, MemoryError(), torch.OutOfMemoryError("CUDA out of memory."), CUDA, CUBLAS]
+
+
+@pytest.mark.parametrize("error", ERRORS)
 def test_out_of_memory_names_the_batch_and_other_errors_pass(error):
-    batch = SimpleNamespace(input_ids=torch.zeros(4, 3))
-    expected = r"on cpu with 4 sequences of 3 .*--batch_size"
-    with pytest.raises(OutOfMemory, match=expected), catch_out_of_memory(batch):
+    batch, device = SimpleNamespace(input_ids=torch.zeros(4, 3)), torch.device("cuda")
+    expected = r"on cuda with 4 sequences of 3 .*--batch_size"
+    with pytest.raises(OutOfMemory, match=expected), catch_out_of_memory(batch, device):
         allocate(error)
-    with pytest.raises(RuntimeError, match="shapes"), catch_out_of_memory(batch):
+    with pytest.raises(RuntimeError, match="shapes"), catch_out_of_memory(batch, device):
         allocate(RuntimeError("shapes"))
+
+
+PLACES = {"loading": (nn.Module, "to"), "the norm": (nn.utils, "get_total_norm")}
+PLACES["AdamW's first step"] = (torch, "_fused_adamw_")
+
+
+@pytest.mark.parametrize("error", [CUDA, CUBLAS])
+@pytest.mark.parametrize("place", PLACES)
+def test_out_of_memory_anywhere_is_one_line(place, error, tiny, data, tmp_path, run_script):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(*PLACES[place], Mock(side_effect=error))
+        code, _, err = run_script(classifier, *quick_run(tiny, data, tmp_path / "run"))
+    assert code == 1 and "error: out of memory" in err.strip().splitlines()[-1]

@@ -159,11 +159,11 @@ print('{"score": 100}')
 def test_a_broken_submission_loses_only_its_own_points(solved, tmp_path):
     """A file hangs when it is imported, another one is missing."""
     folder = variant(solved, tmp_path / "one", {"optimizer.py": HANG, "simcse.py": ""})
-    score, tests, _ = grade(folder, "--time_limit", 1)
+    score, tests, _ = grade(folder, "--time_limit", 3)
     lost = {name: test["output"] for name, test in tests.items() if test["status"] == "failed"}
     # multitask_classifier.py imports optimizer.py.
     hanging = TESTS["adamw_update"] | TESTS["row_losses"]
-    assert {name for name, text in lost.items() if "not finished after 1 s" in text} == hanging
+    assert {name for name, text in lost.items() if "not finished after 3 s" in text} == hanging
     assert set(lost) == hanging | TESTS["contrastive_loss"]
     assert {lost[name] for name in lost if name not in hanging} == {
         "ModuleNotFoundError: No module named 'simcse'"

@@ -87,7 +87,7 @@ def test_loss_and_gradients_are_those_of_transformers(theirs):
     loss = MaskedLMBackward(model, masking)(batches, step=3)
     whole = data.batch(np.arange(4))
     ids, hidden = masking(whole, step=3)
-    labels = whole.input_ids.masked_fill(~hidden, -100)
+    labels = torch.full_like(ids, -100).index_put(hidden, whole.input_ids[hidden])
     output = theirs(input_ids=ids, attention_mask=whole.attention_mask, labels=labels)
     output.loss.backward()
     assert loss == pytest.approx(output.loss.item(), abs=1e-5)

@@ -92,11 +92,6 @@ def test_hidden_dropout_reaches_bert_and_heads(train, tmp_path, monkeypatch):
     assert dropouts == [0.37] * (1 + 2 * 2 + 3)  # embeddings, two layers, three heads
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_the_script_runs_on_a_gpu(train, tmp_path):
-    train(multitask_classifier, tmp_path / "run", *FINETUNE, "--use_gpu")
-
-
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("left_out", [None, "sts"])
 def test_a_step_moves_its_own_head_and_bert_and_nothing_else(tiny, data, frozen, left_out):

@@ -100,7 +100,7 @@ def test_thousand_steps_in_several_groups(dtype, allowed, fused):
             p.grad = None if skip else gradient(p.shape, dtype)
             if not skip:
                 reference.step(factor * reference.options["lr"])
-        adam.step(scale=SCALE)
+        adam.step(grad_scale=torch.tensor(1 / SCALE))
 
     for reference in references:
         p, lr = reference.parameter, reference.options["lr"]
@@ -128,10 +128,28 @@ def test_fused_update_is_the_eager_one(shape, dtype, options, scale, seed):
         new = gradient(shape, dtype)
         for p, adam in zip(pair, optimizers, strict=True):
             p.grad = new.clone()
-            adam.step(scale=scale)
+            adam.step(grad_scale=torch.tensor(1 / scale))
     bound = 50 * torch.finfo(torch.float32 if scale not in (1.0, 0.25) else dtype).eps
     one, other = ([p, *adam.state[p].values()] for p, adam in zip(pair, optimizers, strict=True))
     torch.testing.assert_close(one, other, rtol=bound, atol=bound)
+
+
+@BOTH
+def test_a_step_that_found_infinity_changes_nothing_and_can_be_uncounted(fused):
+    """Also the first step of a parameter: the run goes on as one without the skipped steps."""
+    pair = [nn.Parameter(torch.ones(3, 2)) for _ in range(2)]
+    plain, skipping = (AdamW([p], lr=0.1, weight_decay=0.1, fused=fused) for p in pair)
+    for step in range(4):
+        before = pair[1].detach().clone()
+        pair[1].grad = torch.full((3, 2), math.inf)
+        skipping.step(grad_scale=torch.tensor(math.nan), found_inf=torch.tensor(1.0))
+        skipping.uncount()
+        assert torch.equal(pair[1], before)
+        for p, adam in zip(pair, (plain, skipping), strict=True):
+            p.grad = torch.full((3, 2), step - 1.5)
+            adam.step(found_inf=torch.tensor(0.0))
+    torch.testing.assert_close(skipping.state[pair[1]], plain.state[pair[0]], rtol=0, atol=0)
+    assert torch.equal(*pair)
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,9 @@ def test_a_run_records_what_it_takes_to_repeat_it(tmp_path, monkeypatch):
     assert config["arguments"]["data_dir"] == str(Path("data").absolute())
     assert config["data"] == DATA and config["device"] == "cpu"
     assert shlex.split(config["command"])[1:] == sys.argv
-    assert config["versions"]["torch"] == torch.__version__
+    libraries = {"torch": torch.__version__, "cuda": torch.version.cuda}
+    libraries["cudnn"] = torch.backends.cudnn.version()
+    assert libraries.items() <= config["versions"].items()
     assert config["hardware"]["threads"] == torch.get_num_threads()
     assert config["python"] == sys.version.split()[0] and config["processes"] == 1
     assert {"commit", "uncommitted_changes", "started"} <= config.keys()
@@ -91,6 +93,21 @@ def test_a_run_records_what_it_takes_to_repeat_it(tmp_path, monkeypatch):
     assert not (folder / "result.json").exists()
     run.finish({"accuracy": 0.25}, keep_last=False)
     assert read_json(folder / "result.json") == {"accuracy": 0.25}
+
+
+def test_tensorboard_gets_every_tenth_training_step_and_all_evaluations(tmp_path, monkeypatch):
+    board = Mock()
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
+    monkeypatch.setattr(run_dir.util, "find_spec", lambda name: True)
+    run = start(tmp_path / "run")
+    for step in range(7, 23):
+        run.log("train", step, task="sst", loss=0.5)
+    run.log("dev", 23, score=0.25)
+    board.SummaryWriter.assert_called_once_with(str(tmp_path / "run/tensorboard"), purge_step=7)
+    given = [call.args for call in board.SummaryWriter().add_scalar.call_args_list]
+    expected = [("train/sst/loss", 0.5, 10), ("train/sst/loss", 0.5, 20), ("dev/score", 0.25, 23)]
+    assert given == expected
+    assert (tmp_path / "run/log.jsonl").read_bytes().count(b"\n") == 17
 
 
 @pytest.mark.parametrize("keep_last", [False, True])

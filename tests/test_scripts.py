@@ -151,7 +151,6 @@ def test_flags_that_contradict_each_other_or_have_no_effect_are_refused(refused,
         refused(script, flags.split(), expected)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("script", TRAINING)
 def test_use_gpu_without_a_gpu(refused, job, script):
     refused(script, [*job, "--use_gpu"], "--use_gpu", "finds no such device")

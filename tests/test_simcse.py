@@ -120,7 +120,7 @@ def test_gradient_caching_gives_the_gradient_of_the_big_batch(tiny, make_dataset
         results.append((loss, grads))
     (loss, whole), *others = results
     for cached_loss, cached in others:
-        assert cached_loss == pytest.approx(loss, abs=1e-6)
+        assert cached_loss.item() == pytest.approx(loss.item(), abs=1e-6)
         torch.testing.assert_close(cached, whole, atol=1e-9, rtol=1e-9)
 
 
