@@ -93,10 +93,11 @@ def evaluate_run(run: SavedRun, args: Namespace) -> None:
 def evaluate_ensemble(runs: Sequence[SavedRun], args: Namespace) -> None:
     """Print the dev metrics of the runs' averaged logits and, with --average, of their weights."""
     if args.average:
-        check_average(runs)
+        check_average(runs, args.average)
     evaluation = evaluate_dev(predict_ensemble(runs, ["dev"], args.data_dir, args.device))
     if args.average:
-        note(f"{args.average} (mean of the weights): {save_average(runs, args.average)['summary']}")
+        mean = save_average(runs, args.average, args.device)
+        note(f"{args.average} (mean of the weights): {mean['summary']}")
     note(f"ensemble: {evaluation['summary']}")
     print(format_json({"dev": evaluation["tasks"], "overall": evaluation["score"]}))
 
@@ -302,7 +303,7 @@ ACTIONS_OF_FLAG = {
     "task": {"data"},
     "out": {"data", "export"},
     "data_dir": {"evaluate", "submit", "compare", "report"},
-    "device": {"evaluate", "data", "text", "report"},
+    "device": {"evaluate", "data", "text", "report", "average"},
 }
 
 
@@ -336,6 +337,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
         parser.error(f"--{args.action} takes one run")
     # A flag that would have no effect is refused, not ignored.
     for flag, useful in ACTIONS_OF_FLAG.items():
+        if flag == "device" and len(args.runs) > 1:  # an ensemble predicts, whatever it is asked
+            continue
         if getattr(args, flag) is not None and args.action not in useful:
             parser.error(f"--{flag} has no effect {f'with --{given[0]}' if given else 'by itself'}")
     if args.data and not (args.task and args.out):

@@ -1,4 +1,4 @@
-"""Runs read back from their folders: one, several as an ensemble, or the mean of their weights."""
+"""Saved runs: one, several as an ensemble, or the mean of their weights."""
 
 import sys
 from argparse import Namespace
@@ -55,14 +55,16 @@ def run_facts(
 
 
 class SavedRun:
-    """A run folder as its `config.json` describes it, once it has a best/."""
+    """A run folder, finished or not, as its `config.json` describes it."""
 
     def __init__(self, folder: Path):
         # Other folders may have a config.json too. A run has a log from the start, and best/ later.
         path = folder / "config.json"
         beside = (folder / "log.jsonl", folder / "best")
         if not path.is_file() or not any(file.exists() for file in beside):
-            raise UserError(f"{folder}: not a run folder; expected one with config.json and best/")
+            raise UserError(
+                f"{folder}: not a run folder; expected one with config.json and log.jsonl"
+            )
         self.folder = folder
         self.config = read_json(path)
         with reading(path, "the record of a run"):
@@ -171,11 +173,16 @@ def evaluate_dev(outputs: Outputs) -> dict[str, Any]:
 # ---------------------------------------------------------------------------- several runs
 
 
+def check_different(runs: Sequence[SavedRun]) -> None:
+    """UserError unless there are at least two runs, each named once."""
+    if len({run.folder.resolve() for run in runs}) < max(len(runs), 2):
+        raise UserError(f"{runs[0].folder}: needs at least two different runs")
+
+
 def check_ensemble(runs: Sequence[SavedRun]) -> None:
     """UserError unless these are different runs of the same tasks, files and rows."""
     first = runs[0]
-    if len({run.folder.resolve() for run in runs}) < max(len(runs), 2):
-        raise UserError(f"{first.folder}: an ensemble needs two different runs or more")
+    check_different(runs)
     for run in runs:
         if not run.config.get("decoders"):
             raise UserError(f"{run.folder}: has no heads, whose outputs an ensemble averages")
@@ -207,45 +214,54 @@ def predict_ensemble(
     }
 
 
-def check_average(runs: Sequence[SavedRun]) -> None:
-    """UserError unless all began with the same weights of BERT and have the same heads.
+def check_average(runs: Sequence[SavedRun], folder: Path) -> None:
+    """UserError if `folder` exists, or unless all runs started from the same weights of BERT.
 
-    Only then is what lies between them a good model.
+    The mean of unrelated weights is not a useful model. Heads and pooling must be the same, too.
     """
-    first, *others = runs
-    for run in others:
-        if any(run.config.get(k) != first.config.get(k) for k in ("model_checksum", "decoders")):
+    if folder.exists():
+        raise UserError(f"{folder}: exists and is not overwritten; name a new folder")
+
+    def origin(run: SavedRun) -> tuple[Any, ...]:
+        return run.config.get("model_checksum"), run.config["decoders"], run.arguments["pooling"]
+
+    for run in runs:
+        if origin(run) != origin(runs[0]) or origin(run)[0] is None:
             raise UserError(
-                f"{run.folder} and {first.folder}: --average needs runs that began with one --model"
-                " and have the same heads"
+                f"{run.folder} and {runs[0].folder}: --average needs runs that started from the"
+                " same --model and have the same heads and pooling"
             )
 
 
-def average_weights(runs: Sequence[SavedRun]) -> MultitaskBERT:
+def average_weights(runs: Sequence[SavedRun], device: str | None) -> MultitaskBERT:
     """A model whose weights are the means of the runs' best ones, a "model soup".
 
     (Wortsman et al. 2022, https://arxiv.org/abs/2203.05482.)
     """
-    model, members = runs[0].load_model(), [MultitaskBERT.from_pretrained(r.folder) for r in runs]
+    model = runs[0].load_model(device)
+    members = [MultitaskBERT.from_pretrained(run.folder) for run in runs]
     for mean, *weights in zip(model.parameters(), *(m.parameters() for m in members), strict=True):
         mean.data.copy_(torch.stack([weight.data for weight in weights]).mean(dim=0))
     return model
 
 
-def save_average(runs: Sequence[SavedRun], folder: Path) -> dict[str, Any]:
+def save_average(runs: Sequence[SavedRun], folder: Path, device: str | None) -> dict[str, Any]:
     """Write the mean of the runs' weights as a run of its own; the dev evaluation of it."""
-    first, model = runs[0], average_weights(runs)
-    arguments = {k: None if k.endswith("_out") else v for k, v in first.arguments.items()}
+    first, model = runs[0], average_weights(runs, device)
+    outputs = first.predict(model, [split for split in first.files if split != "train"], None)
+    evaluation = evaluate_dev(outputs)
+    # Predictions go into the new folder, not where the first run's user wanted that run's.
+    own_files = ("dev_out", "test_out")
+    arguments = {k: None if k.endswith(own_files) else v for k, v in first.arguments.items()}
     args = Namespace(**{**arguments, "run_dir": folder, "resume": False})
-    kept = ("data", "model_checksum", "device", "precision", "decoders", "rows", "files")
-    facts = {key: first.config[key] for key in kept}
-    run = RunDir.start_or_resume(args, **facts, average_of=[str(r.folder) for r in runs])
-    with closing(run):
-        outputs = first.predict(model, [split for split in first.files if split != "train"], None)
-        evaluation = evaluate_dev(outputs)
+    kept = ("data", "model_checksum", "precision", "decoders", "rows", "files")
+    facts = {key: first.config[key] for key in kept if key in first.config}
+    facts |= {"device": model.device.type, "average_of": [str(run.folder) for run in runs]}
+    with closing(RunDir.start_or_resume(args, **facts)) as run:
         model.save_pretrained(folder / "best")
+        mean = SavedRun(folder)
         for (_, split), (dataset, logits) in outputs.items():
-            path = SavedRun(folder).prediction_file(dataset.task, split)
+            path = mean.prediction_file(dataset.task, split)
             write_text(path, format_predictions(dataset, logits))
         result = {"dev": evaluation["tasks"], "overall": evaluation["score"]}
         run.finish(result, keep_last=False)

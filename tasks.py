@@ -131,6 +131,12 @@ class Task:
     logit_range: tuple[float, float] = (0.0, 0.0)
     class_names: tuple[str, ...] = ()
 
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes, or else their numbers; none for scores."""
+        numbers = range(self.labels.num_classes) if self.labels.integer else ()
+        return self.class_names or tuple(map(str, numbers))
+
     def file(self, split: str) -> str:
         """The name of its train, dev or test file in the data folder."""
         return self.files.format("test-student" if split == "test" else split)

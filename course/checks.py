@@ -75,6 +75,7 @@ def tripled(x: Tensor) -> Tensor:
 
 
 def attention() -> None:
+    """Without padding: the scale of the scores, and dropout on the weights."""
     bert, r = import_module("bert"), References("attention")
     mask = torch.zeros(2, 1, 1, r.key.size(2))
     scale = "attention does not divide the scores by sqrt(head size)"
@@ -85,6 +86,7 @@ def attention() -> None:
 
 
 def attention_mask() -> None:
+    """Padding changes nothing: a row with two tokens masked gives what it gives without them."""
     bert, r = import_module("bert"), References("attention")
     row, tokens = slice(1, 2), slice(0, 3)  # the second row; two of its tokens become padding
     mask = torch.zeros(1, 1, 1, r.key.size(2))
@@ -103,6 +105,7 @@ def attention_mask() -> None:
 
 
 def add_norm() -> None:
+    """The order of dense layer, dropout, residual connection and LayerNorm."""
     bert, r = import_module("bert"), References("add_norm")
     layer = bert.BertLayer(bert.BertConfig(hidden_size=8, num_attention_heads=2))
     dense = r.fill(nn.Linear(12, 8), "dense.{}".format)
@@ -125,6 +128,7 @@ def tiny_bert(bert: Any, r: References) -> nn.Module:
 
 
 def encoder_layer() -> None:
+    """What the layer gives its parts and what it makes of their results, which are stored."""
     bert, r = import_module("bert"), References("bert")
     layer = tiny_bert(bert, r).bert_layers[0]
 
@@ -158,6 +162,7 @@ def encoder_layer() -> None:
 
 
 def embeddings() -> None:
+    """The sum of three embeddings, then LayerNorm, then dropout."""
     bert, r = import_module("bert"), References("bert")
     model = tiny_bert(bert, r)
     positions = "embed lacks the position embeddings: the order of the tokens is lost"
@@ -170,6 +175,7 @@ def embeddings() -> None:
 
 
 def whole_model() -> None:
+    """The real all-MiniLM-L6-v2 on three sentences."""
     bert, r = import_module("bert"), References("whole_model")
     output = bert.BertModel.from_pretrained("all-MiniLM-L6-v2")(r.ids, r.mask)
     r.compare("the last hidden state of [CLS]", output["last_hidden_state"][:, 0])
@@ -189,6 +195,7 @@ def adamw(r: References, **changes: Any) -> dict[str, Tensor]:
 
 
 def adamw_update() -> None:
+    """Moments, bias correction and update, without decay."""
     r = References("adamw")
     tensors = adamw(r)
     mistakes = {
@@ -201,6 +208,7 @@ def adamw_update() -> None:
 
 
 def adamw_decay() -> None:
+    """The decay is decoupled, scaled by the learning rate, and comes last."""
     # Without bias correction, so that a mistake in it costs points once.
     r = References("adamw")
     tensors = adamw(r, weight_decay=0.3, correct_bias=False)
@@ -218,6 +226,7 @@ def adamw_decay() -> None:
 
 
 def sentiment_head() -> None:
+    """Logits, with dropout in training only."""
     r, task = References("sentiment"), import_module("tasks").TASKS["sst"]
     head = r.fill(import_module("model").LinearHead(8, task, dropout=0.5))
     results = [head(r.u) for _ in range(4)]
@@ -231,6 +240,7 @@ def sentiment_head() -> None:
 
 
 def sentiment_loss() -> None:
+    """The cross-entropy of each row."""
     r, labels = References("sentiment"), import_module("tasks").TASKS["sst"].labels
     loss = labels.loss(r.expected_logits, r.labels)
     check(loss.ndim == 1, "the loss is a single number, expected that of each row: no mean, no sum")
@@ -269,6 +279,7 @@ def multitask_model(r: References) -> Any:
 
 
 def predict_sentiment() -> None:
+    """Logits of sentences, through the right head."""
     r = References("multitask")
     result = multitask_model(r).predict_sentiment(r.ids[0], r.mask[0])
     softmax = "predict_sentiment returns probabilities, expected logits"
@@ -276,6 +287,7 @@ def predict_sentiment() -> None:
 
 
 def predict_pairs(name: str, key: str, **mistakes: str) -> None:
+    """Logits of pairs of two lengths, through the right head."""
     r = References("multitask")
     predict = getattr(multitask_model(r), name)
     result = predict(r.ids[0], r.mask[0], r.ids[1, :, :4], r.mask[1, :, :4])  # of two lengths
@@ -310,6 +322,7 @@ def step(r: References, task: str, detach: bool = False) -> tuple[Any, Tensor]:
 
 
 def step_losses() -> None:
+    """The losses of a step's rows, for two tasks."""
     r = References("multitask")
     r.compare("row_losses of paraphrases", step(r, "para")[1], "expected_para_loss")
     integers = "row_losses casts the labels to int: a similarity of 2.6 becomes 2"
@@ -319,6 +332,7 @@ def step_losses() -> None:
 
 
 def step_detach() -> None:
+    """With detach the loss reaches the head alone; without it, BERT too."""
     for detach in (False, True):
         model, losses = step(References("multitask"), "sts", detach)
         losses.sum().backward()
@@ -333,6 +347,7 @@ def step_detach() -> None:
 
 
 def contrastive() -> None:
+    """Cosines over the temperature, classified by their diagonal."""
     r = References("contrastive")
     loss = import_module("simcse").contrastive_loss(r.anchors, r.positives, temperature=0.5)
     r.compare(
@@ -344,6 +359,7 @@ def contrastive() -> None:
 
 
 def contrastive_negatives() -> None:
+    """Hard negatives with their weight, and excluded candidates."""
     # Unit vectors at t = 1: neither dot products nor a forgotten temperature matter.
     r = References("contrastive")
     vectors = (x / x.norm(dim=1, keepdim=True) for x in (r.anchors, r.positives, r.negatives))

@@ -62,6 +62,8 @@ def run_apart(test: Test, limit: float) -> str:
         finally:
             os._exit(0)
     os.close(writer)
+    with suppress(OSError):
+        os.setpgid(child, child)  # here too: the child may not have got to it yet
     try:
         ready, _, _ = select.select([reader], [], [], limit)
         if not ready:
@@ -110,6 +112,8 @@ def main() -> None:
         refuse(f"{args.json}: exists and is not overwritten; name another file")
     if args.json and not args.json.absolute().parent.is_dir():
         refuse(f"{args.json}: its folder is missing")
+    if not 0 < args.time_limit < 1e6:
+        refuse(f"--time_limit {args.time_limit:g}: not a number of seconds above 0")
     if args.debug and args.debug not in tests:
         refuse(f"--debug {args.debug!r}: no such test; there are {', '.join(tests)}")
     sys.path[0] = str(args.folder.resolve())

@@ -70,7 +70,9 @@ def read_gold(data_dir: Path, split: str) -> list[Gold]:
     gold = []
     for task in (TASKS[name] for name in LEADERBOARD):
         path = data_dir / task.file(split)
-        examples, _, _ = read_examples(path, task)
+        examples, unlabelled, _ = read_examples(path, task)
+        if unlabelled and split == "test":  # the course's own dev file has such rows
+            raise UserError(f"{path}: {unlabelled} rows have no label; every test row needs one")
         gold.append(Gold(task, path, examples, np.array([e.label for e in examples])))
     return gold
 
@@ -123,7 +125,10 @@ def table(submissions: Sequence[Submission]) -> str:
     names = ("overall", *LEADERBOARD)
     lines = [["rank", "submission", *(f"{name} [95% interval]" for name in names)]]
     for i, s in enumerate(submissions, start=1):
-        cells = [f"{value:.3f} [{low:.3f}, {high:.3f}]" for value, low, high in s.scores.values()]
+        cells = [
+            f"{value:.3f}" + ("" if math.isnan(low) else f" [{low:.3f}, {high:.3f}]")
+            for value, low, high in s.scores.values()
+        ]
         lines.append([f"{i}{'=' if s.tied else ''}", s.name, *cells])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)

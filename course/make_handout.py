@@ -24,7 +24,7 @@ from engine.errors import UserError
 ROOT = Path(__file__).resolve().parent.parent
 # What of the repository a student gets, if git tracks it; in no other file is a solution taken out.
 PROJECT = (
-    *(":(glob)*.py", "engine", "report", "data", "recipes", "setup.sh"),
+    *(":(glob)*.py", "engine", "report", "data", "setup.sh"),
     *(":(glob)requirements*.txt", "LICENSE", ".gitignore"),
 )
 COURSE = {  # file or folder of course/ -> its name in the handout
@@ -43,11 +43,13 @@ def remove_solutions(text: str, path: Path) -> str:
     for number, line in enumerate(text.splitlines(keepends=True), start=1):
         marker = MARKER.fullmatch(line)
         if marker is None:
+            if re.search(r"#.*\bsolution\b", line, re.IGNORECASE):
+                raise UserError(f"{path}, line {number}: {line.strip()!r} is not a marker")
             kept += [] if start else [line]
             continue
         indent, end, hint = marker.groups()
         if bool(end) != bool(start):
-            raise UserError(f"{path}, line {number}: {line.strip()!r} without its partner")
+            raise UserError(f"{path}, line {number}: {line.strip()!r} has no partner")
         start = 0 if end else number
         if hint:
             error = f"{indent}raise NotImplementedError({json.dumps(hint)})"
@@ -55,7 +57,7 @@ def remove_solutions(text: str, path: Path) -> str:
                 error = error.replace("(", f"(\n{indent}    ", 1)[:-1] + f"\n{indent})"
             kept.append(error + "\n")
     if start:
-        raise UserError(f"{path}, line {start}: a solution without its end")
+        raise UserError(f"{path}, line {start}: `# SOLUTION` without `# END SOLUTION`")
     return "".join(kept)
 
 

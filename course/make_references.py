@@ -1,4 +1,4 @@
-"""Write the inputs and reference values of grade.py, one .npz file a test, into course/references/.
+"""Write the inputs and reference values of grade.py: one .npz file per group of tests.
 
     python course/make_references.py [FOLDER]
 

@@ -30,7 +30,7 @@ class AlreadyFinished(UserError):
 class TrainingDiverged(UserError):
     """A loss, gradient, weight or score is not finite."""
 
-    exit_code = 1
+    exit_code = 3  # not 1, Python's own for a crash: a sweep records a divergence as a result
 
 
 class OutOfMemory(UserError):

@@ -13,7 +13,7 @@ from engine.stats import Comparison, compare, format_p, holm, score_interval
 from experiments.render import markdown_table
 from prediction import primary_metric
 from report.plots import error_bars, new_figure, save_figure
-from saved_runs import SavedRun, read_dev_predictions
+from saved_runs import SavedRun, check_different, read_dev_predictions
 from tasks import TASKS, Task
 
 NOTES = """Dev scores with 95% intervals over rows: Wilson's for accuracy, Fisher's z for Pearson's
@@ -39,8 +39,7 @@ def compare_runs(args: Namespace) -> None:
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise UserError(f"--out {args.out}: not an empty folder; name a new one")
     runs = [SavedRun(folder) for folder in args.runs]
-    if len({run.folder.resolve() for run in runs}) < max(2, len(runs)):
-        raise UserError("compare needs two different runs or more, each named once")
+    check_different(runs)
     scores = read_scores(runs, args.data_dir)
     table = "\n".join(markdown_table(score_rows(scores)))
     print(table.strip())
@@ -66,8 +65,9 @@ def read_scores(runs: Sequence[SavedRun], data_dir: Path | None) -> list[Score]:
                 comparison = compare(gold, predicted[None], predictions[0][None], correlation)
             row = (task, str(run.folder), metric, len(gold), score, interval, comparison)
             scores.append(Score(*row))
-    if not scores:
-        raise UserError(f"{runs[0].folder}: has no task in common with another run")
+    for run in runs[1:]:
+        if str(run.folder) not in {score.run for score in scores}:
+            raise UserError(f"{run.folder}: has no task in common with {runs[0].folder}")
     return scores
 
 
@@ -103,6 +103,7 @@ def plot_scores(scores: Sequence[Score], path: Path) -> None:
         panel.set(title=one.task.title, xlabel=f"dev {one.metric}, 95% interval")
     # The end of a long path tells runs apart.
     names = [run if len(run) < 40 else f"...{run[-37:]}" for run in runs]
+    names = [name.replace("$", r"\$") for name in names]  # which begins a formula
     panels[0].set_yticks(range(len(runs)), names)
     panels[0].set_ylim(len(runs) - 0.5, -0.5)  # the first run at the top
     figure.legend([line], ["the first run"], loc="outside lower right")

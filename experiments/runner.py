@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from engine.checkpoint import read_json, read_text, write_json
+from engine.cli import ArgumentParser
 from engine.errors import UserError
 from engine.run_dir import folder_lock
 from engine.trainer import progress_bar
@@ -70,9 +71,20 @@ def build_command(job: Job, args: argparse.Namespace, runs: Path, data_dir: Path
     # Of two flags of the same name argparse takes the last.
     cell = CELLS[job.cell]
     model = runs / str(job.encoder) / "best" if job.encoder else args.model
-    command = [cell.script, *args.flags, *shlex.split(cell.flags), "--model", str(model)]
+    flags = expand_recipes([*args.flags, *shlex.split(cell.flags)])
+    command = [cell.script, *flags, "--model", str(model)]
     command += ["--data_dir", str(data_dir), "--seed", str(job.seed)]
     return [*command, "--run_dir", str(runs / str(job))]
+
+
+def expand_recipes(words: Sequence[str]) -> list[str]:
+    """A command line with the flags of each `@file` in its place: a record must not lose them."""
+    parser, flags = ArgumentParser(prog="experiments"), []
+    for word in words:
+        lines = read_text(Path(word[1:])).splitlines() if word.startswith("@") else []
+        read = [flag for line in lines for flag in parser.convert_arg_line_to_args(line)]
+        flags += read if word.startswith("@") else [word]
+    return flags
 
 
 def recorded_command(job: Job, args: argparse.Namespace) -> str:
@@ -99,7 +111,9 @@ def check_data_dir(args: argparse.Namespace) -> None:
 def check_command(path: Path, command: str) -> None:
     """UserError if there is a record that another command made."""
     if path.exists() and (made_by := read_json(path).get("command")) != command:
-        raise UserError(f"{path}: made by `{made_by}`, not `{command}`; use another --out")
+        raise UserError(
+            f"{path}: made by `{made_by}`, not `{command}`; name another --out and another --runs"
+        )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -144,7 +158,7 @@ def run_jobs(jobs: Sequence[Job], args: argparse.Namespace) -> list[Job]:
         log = args.runs / f"{job}.log"
         # --resume: a finished run is left as it is; one with other arguments is refused.
         command = [*build_command(job, args, args.runs, args.data_dir), "--resume"]
-        code = start_process(command, log, threads(args.jobs))
+        code = start_process(command, log, threads_per_job(args.jobs))
         if not code:
             record_run(job, args)
             return None
@@ -186,7 +200,7 @@ def side_by_side(function: Callable[[Any], Any], items: Sequence[Any], jobs: int
         yield from pool.map(guarded, items)
 
 
-def threads(jobs: int) -> int | None:
+def threads_per_job(jobs: int) -> int | None:
     """The threads of each of some jobs that share the cores; None: as many as it likes."""
     return max(1, torch.get_num_threads() // jobs) if jobs > 1 else None
 
@@ -197,12 +211,7 @@ def start_process(command: Sequence[str], log: Path, threads: int | None = None)
     with open(log, "w", encoding="utf-8") as file:
         python = [sys.executable, str(REPOSITORY / command[0]), *command[1:]]
         env = {**os.environ, "OMP_NUM_THREADS": str(threads)} if threads else None
-        process = subprocess.Popen(python, stdout=file, stderr=file, env=env)
-        try:
-            return process.wait()
-        except KeyboardInterrupt:  # Ctrl-C reached the script too: let it save its state
-            process.wait()
-            raise
+        return subprocess.run(python, stdout=file, stderr=file, env=env).returncode
 
 
 def last_line(log: Path) -> str:

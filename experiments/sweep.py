@@ -1,8 +1,8 @@
 """Search the learning rates of BERT and heads: a grid with successive halving.
 
-Every pair of rates is tried on few rows; the better half goes on to twice as many, and so forth
-(Jamieson & Talwalkar 2016, https://arxiv.org/abs/1502.07943). Interrupted, the same command goes
-on: a trial with a record is not repeated, one that had begun is resumed.
+Every pair of rates is first tried on a few rows; the better half advances to twice as many, and so
+on (Jamieson & Talwalkar 2016, https://arxiv.org/abs/1502.07943). After an interruption the same
+command continues: finished trials are skipped, and the one that was running is resumed.
 """
 
 import argparse
@@ -23,15 +23,17 @@ from experiments.render import markdown_table
 from experiments.runner import (
     check_command,
     check_data_dir,
+    expand_recipes,
     format_command,
     last_line,
     read_run,
     side_by_side,
     start_process,
-    threads,
+    threads_per_job,
 )
 from prediction import primary_metric
 from report.plots import MARKERS, new_figure, save_figure
+from tasks import TASKS
 
 DASHES = ("-", "--", ":", "-.")
 Record = dict[str, Any]
@@ -39,7 +41,10 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Trial:
-    """A run with two learning rates on so many rows of each training file."""
+    """A run with these learning rates on a random subset of `limit` rows of each file.
+
+    Of the dev files too: scores compare within a rung only.
+    """
 
     lr: float
     head_lr: float
@@ -50,32 +55,35 @@ class Trial:
 
 
 def sweep(args: argparse.Namespace) -> None:
-    """Run the rungs of the sweep, then write sweep.json, sweep.md and sweep.png into --out."""
+    """Run the rungs of the sweep, then write sweep.md and sweep.png into --out."""
     check_data_dir(args)
     for folder in (args.out / "records", args.runs):
         folder.mkdir(parents=True, exist_ok=True)
-    rates = list(itertools.product(args.lr, args.head_lr))
+    if args.rows < 2 ** (args.rungs - 1):
+        raise UserError(f"--rows {args.rows}: too few to halve {args.rungs - 1} times")
+    rates = list(dict.fromkeys(itertools.product(args.lr, args.head_lr)))
     records: list[Record] = []
     with folder_lock(args.runs):
         for rung in range(args.rungs):
             limit = args.rows // 2 ** (args.rungs - 1 - rung)
             rung_records = run_trials([Trial(*pair, limit) for pair in rates], args)
+            if max(map(score, rung_records)) == -np.inf:
+                raise UserError("training diverged at all rates: give smaller --lr and --head_lr")
             records += rung_records
             rates = better_half(rung_records)
-    write_json(args.out / "sweep.json", {"trials": records})
     write_text(args.out / "sweep.md", markdown(records))
     plot_sweep(records, args.out / "sweep.png")
     lr, head_lr = rates[0]
-    print(f"best: --lr {lr:g} --head_lr {head_lr:g}; {args.out}: sweep.json, sweep.md, sweep.png")
+    print(f"best: --lr {lr:g} --head_lr {head_lr:g}; {args.out}: sweep.md, sweep.png")
 
 
 def score(record: Record) -> float:
-    """The overall dev score; below all others that of a run that diverged."""
+    """The overall dev score; minus infinity for a run that diverged."""
     return -np.inf if record["overall"] is None else record["overall"]
 
 
 def better_half(records: Sequence[Record]) -> list[tuple[float, float]]:
-    """The rates of the better half of the trials, the odd one included, best first."""
+    """The rates of the better half of the trials, rounded up, best first."""
     ranked = sorted(records, key=score, reverse=True)
     return [(record["lr"], record["head_lr"]) for record in ranked[: (len(ranked) + 1) // 2]]
 
@@ -96,25 +104,26 @@ def run_trial(args: argparse.Namespace, trial: Trial) -> Record:
     path = args.out / "records" / f"{trial}.json"
     flags = ["--lr", f"{trial.lr:g}", "--head_lr", f"{trial.head_lr:g}"]
     flags += ["--limit", str(trial.limit)]
-    words = ["multitask_classifier.py", *args.flags, "--no_test", *flags, "--model", args.model]
+    words = ["--option", "finetune", *args.flags, "--no_test", *flags, "--model", args.model]
+    script = ["multitask_classifier.py", *expand_recipes(words)]
 
-    def place(runs: Path, data_dir: Path) -> list[str]:
-        return [*words, "--data_dir", str(data_dir), "--run_dir", str(runs / str(trial))]
+    def with_paths(runs: Path, data_dir: Path) -> list[str]:
+        return [*script, "--data_dir", str(data_dir), "--run_dir", str(runs / str(trial))]
 
-    shown = format_command(place(Path("runs/sweep"), Path("DATA")))
-    check_command(path, shown)
+    recorded = format_command(with_paths(Path("runs/sweep"), Path("DATA")))
+    check_command(path, recorded)
     if path.exists():
         return read_json(path)
     log = args.runs / f"{trial}.log"
-    command = [*place(args.runs, args.data_dir), "--resume"]
-    code = start_process(command, log, threads(args.jobs))
+    command = [*with_paths(args.runs, args.data_dir), "--resume"]
+    code = start_process(command, log, threads_per_job(args.jobs))
     if code not in (0, TrainingDiverged.exit_code):
         raise UserError(f"{trial}: exit code {code}: {last_line(log)} (see {log})")
     if code:  # that training diverges at these rates is a result too
         result = {"overall": None, "error": last_line(log)}
     else:
         result = read_run(args.runs / str(trial))
-    record = {**asdict(trial), "command": shown, **result}
+    record = {**asdict(trial), "command": recorded, **result}
     write_json(path, record)
     return record
 
@@ -122,14 +131,15 @@ def run_trial(args: argparse.Namespace, trial: Trial) -> Record:
 def markdown(records: Sequence[Record]) -> str:
     """sweep.md: the trials by rows and score, and the command of the best."""
     ranked = sorted(records, key=lambda r: (r["limit"], score(r)), reverse=True)
-    rows = [["rows per file", "lr", "head lr", "SST", "Quora", "STS", "overall"]]
+    tasks = list(ranked[0]["dev"])  # the best has not diverged
+    rows = [["rows per file", "lr", "head lr", *(TASKS[t].title for t in tasks), "overall"]]
     for record in ranked:
-        figures = ["diverged"] * 4
+        cells = ["diverged"] * (len(tasks) + 1)
         if record["overall"] is not None:
-            scores = [*map(primary_metric, record["dev"].values()), record["overall"]]
-            figures = [f"{value:.3f}" for value in scores]
+            scores = [*(primary_metric(record["dev"][t]) for t in tasks), record["overall"]]
+            cells = [f"{value:.3f}" for value in scores]
         rates = [f"{record[key]:g}" for key in ("lr", "head_lr")]
-        rows.append([f"{record['limit']:,}", *rates, *figures])
+        rows.append([f"{record['limit']:,}", *rates, *cells])
     lines = ["# Learning rates", "", "Written by `python -m experiments sweep`; scores on dev."]
     lines += ["The best:", "", f"    {ranked[0]['command']}", *markdown_table(rows)]
     return "\n".join([*lines, "", "![overall score](sweep.png)", ""])
@@ -163,6 +173,6 @@ def plot_sweep(records: Sequence[Record], path: Path) -> None:
     lines.set_xscale("log", base=2)
     ticks = sorted({record["limit"] for record in records})
     lines.set_xticks(ticks, [f"{rows:,}" for rows in ticks])
-    lines.set(xlabel="rows per training file", ylabel="overall score, dev")
+    lines.set(xlabel="rows per file (--limit)", ylabel="overall score, dev")
     lines.legend(title="lr, head lr", fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     save_figure(figure, path)

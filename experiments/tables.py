@@ -8,8 +8,6 @@ FINE_TUNE = "--no_test --option finetune"
 # Heads alone need more epochs than a fine-tuned encoder, whatever --flags says.
 LONG_PROBE = f"{LINEAR_PROBE} --epochs 10"
 CONCAT = "--para_decoder concat --sts_decoder concat"
-BEST = "@recipes/best.txt"
-SMALL_BEST = f"{BEST} --no_test --limit 30000 --epochs 2"  # for ablations
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ WORST_ROWS = 25
 BINS = 10  # of confidence, in the reliability diagram
 # Also words that end in n't, as in "don't"; SST's files have "do n't".
 NEGATIONS = {
-    *("no", "not", "n't", "never", "none", "nobody", "nothing", "neither", "nor", "nowhere"),
+    *("no", "not", "never", "none", "nobody", "nothing", "neither", "nor", "nowhere"),
     *("without", "cannot", "hardly", "barely"),
 }
 
@@ -106,9 +106,9 @@ def calibrate(predictions: Predictions) -> Calibration:
 
 @dataclass(frozen=True)
 class Group:
-    """The rows that are alike in one respect, and the model's score on them."""
+    """Rows that share a property, such as their length, and the model's score on them."""
 
-    by: str  # the respect
+    by: str  # the property: "number of words", "word overlap" or "negation"
     label: str
     rows: int
     score: float

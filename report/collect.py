@@ -56,7 +56,7 @@ def collect(run: SavedRun, data_dir: Path | None, device: str | None) -> Report:
         report.result = read_json(run.folder / "result.json")
     with report.part("learning curves"):
         report.curves = learning_curves(run.folder / "log.jsonl")
-    with report.part("predictions and maps"):
+    with report.part("predictions and maps of all tasks"):
         model = run.load_model(device)
         untouched = None
         with report.part("untouched encoder"):

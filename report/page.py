@@ -71,14 +71,8 @@ class Table:
         columns = "".join(long if name in LONG else "l" for name in self.rows[0])
         lines = [" & ".join(map(latex_text, row)) for row in self.rows]
         header, *body = [rf"{line} \\" for line in lines]
-        begin = [
-            f"% {self.caption}",
-            rf"\begin{{tabular}}{{{columns}}}",
-            r"\hline",
-            header,
-            r"\hline",
-        ]
-        return "\n".join([*begin, *body, r"\hline", r"\end{tabular}", ""])
+        begin = [f"% {self.caption}", rf"\begin{{tabular}}{{{columns}}}", r"\hline", header]
+        return "\n".join([*begin, r"\hline", *body, r"\hline", r"\end{tabular}", ""])
 
 
 @dataclass(frozen=True)
@@ -143,7 +137,7 @@ def task_section(report: Report, name: str) -> Section:
     metrics, items = report.metrics.get(name, {}), []
     if "confusion" in metrics:
         matrix = np.array(metrics["confusion"])
-        names = TASKS[name].class_names if name in TASKS else map(str, range(len(matrix)))
+        names = TASKS[name].classes if name in TASKS else map(str, range(len(matrix)))
         caption = f"{title}: confusion matrix, with the share of each gold class's rows"
         items.append(Picture(f"{file}-confusion", caption, plots.plot_confusion(matrix, [*names])))
     predictions = report.predictions.get(name)
@@ -225,7 +219,7 @@ def make_sections(report: Report) -> list[Section]:
 def write_report(run: SavedRun, data_dir: Path | None, device: str | None) -> Path:
     """Write `report/` into a run's folder, in place of an earlier report; its index.html.
 
-    UserError if there is something else.
+    UserError if that folder holds anything but a report.
     """
     folder = run.folder / "report"
     restore_folder(folder)
@@ -246,6 +240,7 @@ def write_report(run: SavedRun, data_dir: Path | None, device: str | None) -> Pa
                 writer.writerows({"task": name, **row} for row in worst_rows(predictions))
         names = sorted([*(path.name for path in draft.iterdir()), "index.html"])
         (draft / "index.html").write_text(page(report, sections, draft, names), encoding="utf-8")
+        check_replaceable(folder)  # again: minutes have passed
     return folder / "index.html"
 
 
@@ -258,7 +253,7 @@ def check_replaceable(folder: Path) -> None:
     ours = f'content="{GENERATOR}"' in listed
     for path in folder.iterdir() if folder.is_dir() else [folder]:
         if not ours or f"<code>{escape(path.name)}</code>" not in listed:
-            raise UserError(f"{path}: not a report's file; move it, and the report is written")
+            raise UserError(f"{path}: not part of a report; move it elsewhere, then run this again")
 
 
 def page(report: Report, sections: Sequence[Section], folder: Path, names: Sequence[str]) -> str:

@@ -50,7 +50,8 @@ def plot_curves(curves: Curves) -> Figure:
         # Rates of BERT and of the heads differ by a factor of a hundred.
         if name == "lr" and any(np.any(values > 0) for _, values in lines.values()):
             panel.set_yscale("log")
-        panel.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+        if lines:  # none on dev yet, in a run that has not finished
+            panel.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     panels[-1].set_xlabel("training step")
     return figure
 
@@ -98,7 +99,7 @@ def error_bars(
     value = x if across else y
     lengths = np.abs(np.asarray(intervals) - np.asarray(value)[:, None]).T
     options = {"fmt": "o", "color": "C0", **style}
-    panel.errorbar(x, y, **{"xerr" if across else "yerr": np.nan_to_num(lengths)}, **options)
+    panel.errorbar(x, y, **{"xerr" if across else "yerr": lengths}, **options)
 
 
 def plot_scores(predictions: Predictions) -> Figure:
@@ -122,10 +123,10 @@ def plot_scores(predictions: Predictions) -> Figure:
 
 
 def plot_groups(groups: Sequence[Group], metric: str, overall: float) -> Figure:
-    """Scores by group with 95% intervals, a panel for each respect in which rows are grouped."""
-    respects = list(dict.fromkeys(group.by for group in groups))
-    figure, panels = new_figure(width=6, height=2.5, rows=len(respects), sharey=True)
-    for panel, by in zip(panels, respects, strict=True):
+    """Scores by group with 95% intervals, a panel for each property that rows are grouped by."""
+    properties = list(dict.fromkeys(group.by for group in groups))
+    figure, panels = new_figure(width=6, height=2.5, rows=len(properties), sharey=True)
+    for panel, by in zip(panels, properties, strict=True):
         mine = [group for group in groups if group.by == by]
         names = [f"{group.label}\nn = {group.rows:,}" for group in mine]
         line = panel.axhline(overall, color="0.5", linestyle="--")
@@ -144,9 +145,9 @@ def plot_embeddings(embedding_map: EmbeddingMap) -> Figure:
     labels, shown = task.labels, None
     for axis, (title, (points, shares)) in zip(axes, panels.items(), strict=True):
         if labels.integer:
-            for number, name in enumerate(task.class_names):
+            for number, name in enumerate(task.classes):
                 # From dark to light: the order of the classes is visible in grey.
-                color = matplotlib.colormaps["cividis"](number / (len(task.class_names) - 1))
+                color = matplotlib.colormaps["cividis"](number / (len(task.classes) - 1))
                 style = {**POINTS, "marker": MARKERS[number % len(MARKERS)], "color": color}
                 axis.scatter(*points[gold == number].T, label=name, **style)
         else:

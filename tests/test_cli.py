@@ -108,7 +108,7 @@ def script_that_raises(error):
         (None, 0, ""),
         (UserError("x.csv: no\nsuch file"), 2, "script.py: error: x.csv: no\\nsuch file\n"),
         (AlreadyFinished("run: has finished"), 0, "script.py: run: has finished\n"),
-        (TrainingDiverged("loss is nan"), 1, "script.py: error: loss is nan\n"),
+        (TrainingDiverged("loss is nan"), 3, "script.py: error: loss is nan\n"),
         (OutOfMemory("too large"), 1, "script.py: error: too large\n"),
         (PeerProcessDied("gone"), 1, "script.py: error: gone\n"),
         (OSError(28, "No space left", "a/b"), 2, "script.py: error: a/b: No space left\n"),

@@ -54,8 +54,8 @@ def test_comparisons_that_make_no_sense(runs, run_script, tmp_path):
     one, other, out = runs / "first", runs / "second", ["--out", copy / "new"]
     edit_json(copy / "config.json", "arguments", limit=7)
     for flags, expected in (
-        ([one, *out], "two different runs or more"),
-        ([one, other, one, *out], "two different runs or more"),
+        ([one, *out], "at least two different runs"),
+        ([one, other, one, *out], "at least two different runs"),
         ([one, other, "--out", copy], "not an empty folder"),
         ([one, copy, *out], "they predicted different rows"),
         ([one, copy / "best", *out], "not a run folder"),

@@ -111,6 +111,14 @@ def test_probes_share_the_encoders_in_turn():
     assert set(runner.list_jobs(["table1"], 1, 2)) < set(jobs)  # more seeds only add jobs
 
 
+def test_a_record_has_the_flags_of_a_recipe_and_not_its_name(tmp_path):
+    """The file may be edited later."""
+    write_text(tmp_path / "r.txt", "--option finetune  # a comment\n--epochs 9\n")
+    args = experiments.parse_args(["run", "table1", f"--flags=@{tmp_path / 'r.txt'} --limit 5"])
+    command = runner.recorded_command(runner.Job("simcse", 1), args)
+    assert "simcse.py --option finetune --epochs 9 --limit 5 --batch_size 32" in command
+
+
 def test_flags_of_a_cell_override_those_for_all():
     args = experiments.parse_args(["run", "table1", "--flags=--option finetune --epochs 9"])
     command = runner.build_command(runner.Job("probe", 3), args, args.runs, args.data_dir)
@@ -244,7 +252,7 @@ def test_recorded_runs_are_skipped_and_interrupted_ones_resumed(
     assert lost.read_bytes() == content
     # Neither records nor run folders of another command are taken for this one's.
     other = [*flags[:-1], "--flags=--epochs 2 --limit 24"]
-    command("run", "table3", *other, error="use another --out")
+    command("run", "table3", *other, error="name another --out")
     other[other.index("--out") + 1] = tmp_path / "other"
     assert "made with other" in command("run", "table3", *other, error="exit code 2")
 

@@ -204,6 +204,9 @@ def test_results_are_not_overwritten_and_debug_shows_the_traceback(handout, tmp_
     assert (refused.returncode, refused.stdout, refused.stderr.count("\n")) == (2, "", 1)
     assert "mine.json: exists and is not overwritten" in refused.stderr
     assert (tmp_path / "mine.json").read_text() == "mine"
+    for limit in ("0", "-1", "nan"):
+        refused = run("--time_limit", limit)
+        assert refused.returncode == 2 and "not a number of seconds above 0" in refused.stderr
     assert re.search(r"bert.py.*, in eager_attention\n", run("--debug", "attention").stderr)
 
 
@@ -266,10 +269,12 @@ def test_a_handout_appears_whole_in_a_new_folder_or_not_at_all(tmp_path, run_scr
     [
         ("a\n# END SOLUTION\n", 2),
         ("# SOLUTION: a\nb\n", 1),
+        ("a\n    #SOLUTION: b\n    c\n    # END SOLUTION\n", 2),
+        ("# SOLUTION: a\nb\n# End solution\n", 3),
         ("# SOLUTION: a\nb\n  # SOLUTION: c\n# END SOLUTION\n", 3),
     ],
 )
-def test_a_marker_without_its_partner_is_named(text, line):
+def test_a_marker_that_is_misspelt_or_has_no_partner_is_named(text, line):
     with pytest.raises(UserError, match=f"x.py, line {line}: "):
         make_handout.remove_solutions(text, Path("x.py"))
 

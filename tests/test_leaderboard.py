@@ -2,6 +2,7 @@
 
 import csv
 import math
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -141,6 +142,16 @@ def test_a_submission_that_does_not_fit_is_named_and_the_rest_is_ranked(ranking,
     for line, path, part in zip(named, [*broken, *more], parts, strict=True):
         assert line.startswith(f"not ranked: {path}") and part in line
     assert "8 of 10 submissions were not ranked" in last
+
+
+def test_every_gold_row_needs_a_label(run_script, gold, tmp_path):
+    """Without this, each submission would seem to have a row too many."""
+    folder = shutil.copytree(gold, tmp_path / "gold")
+    path = folder / "sts-test-student.csv"
+    path.write_text(path.read_text().rstrip("\n").rpartition("\t")[0] + "\t\n")
+    submission = write_zip(tmp_path / "a.zip", predictions(1, 1, 0.1))
+    code, out, err = run_script(leaderboard, submission, "--data_dir", folder)
+    assert (code, out) == (2, "") and "sts-test-student.csv: 1 rows have no label" in err
 
 
 def test_gold_files_without_labels_and_an_existing_csv_are_refused(run_script, data, tmp_path):

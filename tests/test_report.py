@@ -267,7 +267,7 @@ def test_only_an_earlier_report_is_replaced(run, copy, run_script):
     (report / "notes.txt").write_text("mine", encoding="utf-8")
     code, out, err = run_script(evaluation, copy, "--report")
     assert (code, out) == (2, "") and err.count("\n") == 1
-    assert f"{report}/notes.txt: not a report's file" in err
+    assert f"{report}/notes.txt: not part of a report" in err
     assert (report / "notes.txt").read_text(encoding="utf-8") == "mine"
     shutil.rmtree(report)
     report.write_text("mine", encoding="utf-8")

@@ -33,7 +33,7 @@ def test_a_record_names_the_kind_of_device_that_a_resumed_run_asks_for():
 # ---------------------------------------------------------------------------- several runs
 
 RUNS = {
-    "first": "--seed 1",
+    "first": "--seed 1 --leave_out sts",
     "second": "--seed 2 --epochs 1",
     "joint": "--seed 3 --para_encoding joint",
     "sentiment": "--tasks sst",
@@ -143,15 +143,16 @@ def test_a_run_of_mean_weights_is_a_run_like_any_other(runs, tmp_path, ask, refu
     assert ask(mean, "--submit", tmp_path / "mean.zip")[0] == f"{tmp_path / 'mean.zip'}\n"
     config = read_json(mean / "config.json")
     assert config["average_of"] == [str(runs / "first"), str(runs / "second")]
+    assert config["arguments"]["leave_out"] == "sts"  # as in the first run's record
     refused([runs / "first", runs / "second", "--average", mean], mean, "name a new folder")
 
 
 def test_runs_that_make_no_ensemble_are_refused_by_name(tiny, runs, data, tmp_path, refused):
     first = runs / "first"
     submit = ["--submit", tmp_path / "x.zip"]
-    refused([first, first], first, "two different runs")
-    refused([first, runs / "second" / ".." / "first"], first, "two different runs")
-    refused([first, "--average", tmp_path / "mean"], first, "two different runs")
+    refused([first, first], first, "at least two different runs")
+    refused([first, runs / "second" / ".." / "first"], first, "at least two different runs")
+    refused([first, "--average", tmp_path / "mean"], first, "at least two different runs")
     refused([first, runs / "sentiment"], first, runs / "sentiment", "not sst and para, sst, sts")
     refused([first, runs / "limited"], first, runs / "limited", "--limit 10 and None")
     refused([first, tmp_path / "gone", *submit], "gone: not a run folder")
@@ -166,12 +167,17 @@ def test_runs_that_make_no_ensemble_are_refused_by_name(tiny, runs, data, tmp_pa
     nli.write_text("sent0,sent1,hard_neg\n" + rows, encoding="utf-8")
     simcse.main(quick_run(tiny, data, tmp_path / "simcse", "--nli", nli))
     refused([first, tmp_path / "simcse"], tmp_path / "simcse", "has no heads")
-    # What is between models of unlike heads, or of unlike beginnings, is no model.
+    # Models with different heads or starting points cannot be averaged.
     average = ["--average", tmp_path / "mean"]
     refused([first, runs / "joint", *average], runs / "joint", "the same heads")
     copy = shutil.copytree(runs / "second", tmp_path / "second")
     edit_json(copy / "config.json", model_checksum="0")
-    refused([first, copy, *average], copy, "began with one --model")
+    refused([first, copy, *average], copy, "started from the same --model")
+    edit_json(
+        copy / "config.json", model_checksum=read_json(first / "config.json")["model_checksum"]
+    )
+    edit_json(copy / "config.json", "arguments", pooling="cls")
+    refused([first, copy, *average], copy, "the same heads and pooling")
     assert not (tmp_path / "mean").exists() and not (tmp_path / "x.zip").exists()
     refused([first, runs / "second", "--compare", runs / "joint"], "--compare takes one run")
     refused([first, runs / "second", *submit, *average], "not allowed with")

@@ -10,14 +10,15 @@ from engine.checkpoint import read_json, read_text, write_text
 from experiments import __main__ as experiments
 from experiments import sweep
 
-FLAGS = "--flags=--option finetune --pooling mean --epochs 1 --precision fp32"
+FLAGS = "--flags=--pooling mean --epochs 1 --precision fp32"
 
 
 @pytest.fixture
 def search(tiny, tmp_path, run_script, monkeypatch):
     """`search(*more)` runs a sweep of four pairs; its exit code, output, and the runs it started.
 
-    Scripts run in this process. Training at --head_lr 0.5 "diverges", at 0.25 the input is bad.
+    Scripts run in this process. Of --head_lr 0.5, 0.25 and 0.125, the first makes training diverge,
+    the second is bad input, the third crashes.
     """
     write_data(tmp_path / "data", {"train": 40, "dev": 16})
 
@@ -29,8 +30,8 @@ def search(tiny, tmp_path, run_script, monkeypatch):
             started.append((float(flags["--lr"]), float(flags["--head_lr"]), int(flags["--limit"])))
             assert command[-1] == "--resume"
             write_text(log, "the last line of the log\n")
-            if flags["--head_lr"] in ("0.5", "0.25"):
-                return 1 if flags["--head_lr"] == "0.5" else 2
+            if code := {"0.5": 3, "0.25": 2, "0.125": 1}.get(flags["--head_lr"]):
+                return code
             multitask_classifier.main(command[1:])
             return 0
 
@@ -47,13 +48,13 @@ def search(tiny, tmp_path, run_script, monkeypatch):
 def test_the_better_half_goes_on_to_twice_the_rows(search, tmp_path, jobs):
     code, out, started = search("--head_lr", "1e-3", "1e-2", "--jobs", jobs)
     assert code == 0, out
-    trials = read_json(tmp_path / "out/sweep.json")["trials"]
+    trials = [read_json(path) for path in (tmp_path / "out/records").iterdir()]
     rungs = [[t for t in trials if t["limit"] == limit] for limit in (10, 20, 40)]
     assert [len(rung) for rung in rungs] == [4, 2, 1] and len(started) == 7
     for rung, following in itertools.pairwise(rungs):
         ranked = sorted(rung, key=lambda trial: -trial["overall"])
         best = [(trial["lr"], trial["head_lr"]) for trial in ranked[: len(following)]]
-        assert [(trial["lr"], trial["head_lr"]) for trial in following] == best
+        assert {(trial["lr"], trial["head_lr"]) for trial in following} == set(best)
     winner = rungs[-1][0]
     assert f"best: --lr {winner['lr']:g} --head_lr {winner['head_lr']:g};" in out
     text = read_text(tmp_path / "out/sweep.md")
@@ -66,7 +67,7 @@ def test_the_better_half_goes_on_to_twice_the_rows(search, tmp_path, jobs):
     # Nothing is run twice, and records of other flags are not taken for these.
     assert search("--head_lr", "1e-3", "1e-2")[2] == []
     code, out, _ = search("--head_lr", "1e-3", "1e-2", "--flags=--option finetune")
-    assert code == 2 and "use another --out" in out
+    assert code == 2 and "name another --out" in out
 
 
 def test_rates_at_which_training_diverges_come_last(search, tmp_path):
@@ -80,7 +81,14 @@ def test_rates_at_which_training_diverges_come_last(search, tmp_path):
 def test_bad_input_stops_the_search(search, tmp_path):
     code, out, started = search("--head_lr", "0.25", "1e-2")
     assert code == 2 and "lr1e-05-head0.25-limit10: exit code 2: the last line of the log" in out
-    assert len(started) == 1 and not (tmp_path / "out/sweep.json").exists()
+    assert len(started) == 1 and not (tmp_path / "out/sweep.md").exists()
+    code, out, started = search("--head_lr", "0.125")
+    assert code == 2 and "exit code 1" in out and len(started) == 1
+    assert not list((tmp_path / "out/records").iterdir())  # to be tried again
+    code, out, _ = search("--head_lr", "0.5", "--out", tmp_path / "all")
+    assert code == 2 and "diverged at all rates" in out
+    code, out, started = search("--head_lr", "1e-2", "--rows", 3)
+    assert code == 2 and "--rows 3: too few to halve 2 times" in out and not started
     for flag, expected in {"--limit 5": "--limit is set", "'": "No closing"}.items():
         code, out, started = search("--flags", flag)
         assert code == 2 and expected in out and not started
