@@ -66,15 +66,13 @@ class AdamW(torch.optim.Optimizer):
     ) -> Tensor | None:
         """Update every parameter that has a gradient; all others keep their values and moments.
 
-        closure: recomputes the loss and its gradients; its result is returned. The others are those
-        of torch.optim, float32 numbers on the device, so that no one waits for a GPU. grad_scale:
-        all gradients are divided by it, as to clip them, by the fused kernel in place. found_inf:
-        if it is 1, no number changes; call `uncount` when that is known.
+        closure: recomputes the loss and its gradients; its result is returned (torch.optim's
+        interface). grad_scale: gradients are divided by it, as to clip them, by the fused kernel in
+        place. found_inf: if it is 1, no number changes; call `uncount` when that is known. Both are
+        float32 numbers on the device, so that nobody waits for a GPU.
         """
-        loss = None
-        if closure is not None:  # torch.optim's interface; nothing here uses it
-            with torch.enable_grad():
-                loss = closure()
+        with torch.enable_grad():
+            loss = closure() if closure is not None else None
         self.counted: list[dict[str, Any]] = []
         for group in self.param_groups:
             updates: list[Update] = []

@@ -53,12 +53,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = command("sweep", sweep, "search learning rates: a grid with successive halving")
     add_folders(add, "sweep")
     add_run_flags(add, "sweep")
-    add = commands.choices["sweep"].add_argument_group("grid").add_argument
-    rates = {"nargs": "+", "type": POSITIVE, "metavar": "RATE"}
-    add("--lr", **rates, default=[3e-5, 5e-5, 1e-4], help="of BERT")
-    add("--head_lr", **rates, default=[1e-3, 3e-3, 1e-2], help="of the heads")
-    add("--rows", type=POSITIVE_INT, default=30000, help="--limit in the last rung")
-    add("--rungs", type=POSITIVE_INT, default=3, help="each has half of the pairs before it")
+    add_grid_flags(commands.choices["sweep"].add_argument_group("grid").add_argument)
     add = command("compare", compare_runs, "a table and a plot of runs, against the first of them")
     add("runs", nargs="+", type=Path, metavar="RUN", help="run folders; the first is the reference")
     add("--data_dir", type=Path, help="folder of the dev files (default: the first run's own)")
@@ -86,6 +81,15 @@ def add_run_flags(add: Callable[..., Any], runs: str) -> None:
     add("--flags", default="", help='flags for every script, as --flags="--epochs 1 --use_gpu"')
     add("--runs", type=Path, default=Path("runs", runs), help="folder of the run folders")
     add("--jobs", type=POSITIVE_INT, default=1, help="runs side by side, sharing the cores")
+
+
+def add_grid_flags(add: Callable[..., Any]) -> None:
+    """What the sweep tries, and on how many rows."""
+    rates = {"nargs": "+", "type": POSITIVE, "metavar": "RATE"}
+    add("--lr", **rates, default=[3e-5, 5e-5, 1e-4], help="of BERT")
+    add("--head_lr", **rates, default=[1e-3, 3e-3, 1e-2], help="of the heads")
+    add("--rows", type=POSITIVE_INT, default=30000, help="--limit in the last rung")
+    add("--rungs", type=POSITIVE_INT, default=3, help="each has half of the pairs before it")
 
 
 def check_args(args: argparse.Namespace, parser: ArgumentParser) -> None:
