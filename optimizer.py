@@ -66,10 +66,9 @@ class AdamW(torch.optim.Optimizer):
     ) -> Tensor | None:
         """Update every parameter that has a gradient; all others keep their values and moments.
 
-        closure: recomputes the loss and its gradients; its result is returned (torch.optim's
-        interface). grad_scale: gradients are divided by it, as to clip them, by the fused kernel in
-        place. found_inf: if it is 1, no number changes; call `uncount` when that is known. Both are
-        float32 numbers on the device, so that nobody waits for a GPU.
+        closure: recomputes loss and gradients; its result is returned. grad_scale: gradients are
+        divided by it, as to clip them, by the fused kernel in place. found_inf: if 1, no number
+        changes; call `uncount` when that is known. Both are float32 numbers on the device.
         """
         with torch.enable_grad():
             loss = closure() if closure is not None else None
