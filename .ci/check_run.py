@@ -43,7 +43,11 @@ def main() -> None:
     answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     if not answer.startswith(("sst: positive", "sst: very positive")):
         sys.exit(f"the README's example, a praise, gives {answer!r}")
-    print(f"{run}: scores and prediction files are sane")
+    command = [sys.executable, "evaluation.py", str(run), "--report"]
+    page = Path(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
+    if "Missing from this report" in page.read_text(encoding="utf-8"):
+        sys.exit(f"{page}: something is missing")
+    print(f"{run}: scores, prediction files and report are sane")
 
 
 if __name__ == "__main__":

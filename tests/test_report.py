@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import re
+import shlex
 import shutil
 import subprocess
 from html import escape
@@ -276,7 +277,11 @@ def test_only_an_earlier_report_is_replaced(run, copy, run_script):
         assert run_script(evaluation, copy, "--report", *flags)[0] == 2
 
 
-def test_a_finished_run_says_how_to_get_its_report(train, tmp_path):
+def test_a_finished_run_on_the_sample_data_says_how_to_get_its_report(train, run_script, tmp_path):
     run = tmp_path / "a run"
-    out = train(multitask_classifier, run, "--tasks", "sst", "--no_test")
-    assert out.endswith(f"for its report: python evaluation.py '{run}' --report\n")
+    sample = Path(__file__).resolve().parent.parent / "data/sample"
+    flags = ["--option", "finetune", "--epochs", 1, "--limit", 40, "--no_test"]
+    out = train(multitask_classifier, run, "--data_dir", sample, *flags)
+    says = f"for its report: python evaluation.py '{run}' --report\n"
+    assert out.endswith(says)
+    assert run_script(evaluation, *shlex.split(says)[5:])[:2] == (0, f"{run}/report/index.html\n")
