@@ -4,6 +4,7 @@ They run in a process of its own, on the made-up device of fake_cuda.py.
 """
 
 import json
+import re
 import os
 import subprocess
 import sys
@@ -158,7 +159,8 @@ def test_evaluation_takes_more_rows_at_a_time_than_training(counts):
 
 
 def test_planted_faults_are_found(counts):
-    assert "same device" in counts["arange"]["error"]
+    # The second is what torch 2.11 says.
+    assert re.search("same device|two different devices", counts["arange"]["error"])
     for fault, kind in (("item", "syncs"), ("cumsum", "refused")):
         assert [place.split(":")[0] for place in counts[fault]["train_step"][kind]] == ["bert.py"]
 
