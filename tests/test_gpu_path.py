@@ -4,8 +4,8 @@ They run in a process of its own, on the made-up device of fake_cuda.py.
 """
 
 import json
-import re
 import os
+import re
 import subprocess
 import sys
 from importlib import import_module
