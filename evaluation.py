@@ -69,6 +69,11 @@ def format_json(value: dict[str, Any]) -> str:
 
 def evaluate_run(run: SavedRun, args: Namespace) -> None:
     """Print the dev metrics of the run's best model, in the form of `result.json`."""
+    if "mlm_probability" in run.arguments:
+        raise UserError(
+            f"{run.folder}: masked language modelling, whose scores are in its result.json; --text"
+            " with [MASK] asks the model"
+        )
     model = run.load_model(args.device)
     if model.heads:
         evaluation = evaluate_dev(run.predict(model, ["dev"], args.data_dir))
@@ -95,11 +100,13 @@ def evaluate_ensemble(runs: Sequence[SavedRun], args: Namespace) -> None:
     if args.average:
         check_average(runs, args.average)
     evaluation = evaluate_dev(predict_ensemble(runs, ["dev"], args.data_dir, args.device))
+    result = {"dev": evaluation["tasks"], "overall": evaluation["score"]}
     if args.average:
         mean = save_average(runs, args.average, args.device)
         note(f"{args.average} (mean of the weights): {mean['summary']}")
+        result["average"] = {"dev": mean["tasks"], "overall": mean["score"]}
     note(f"ensemble: {evaluation['summary']}")
-    print(format_json({"dev": evaluation["tasks"], "overall": evaluation["score"]}))
+    print(format_json(result))
 
 
 def compare_runs(first: SavedRun, args: Namespace) -> None:
@@ -188,6 +195,7 @@ def predict_texts(run: SavedRun, args: Namespace) -> None:
 def submit(run: SavedRun, args: Namespace) -> None:
     """Check the run's prediction files and pack them for the leaderboard."""
     check_new_file(args.submit)
+    check_heads(run)
     files: dict[tuple[str, str], str] = {}
     for task in find_tasks(LEADERBOARD):
         for split in ("dev", "test"):
@@ -205,9 +213,8 @@ def submit_ensemble(runs: Sequence[SavedRun], args: Namespace) -> None:
     """Predict with the runs' averaged logits, and pack the predictions for the leaderboard."""
     check_new_file(args.submit)
     run = runs[0]
+    check_heads(run)
     for task in find_tasks(LEADERBOARD):
-        if task.name not in run.config["decoders"]:
-            raise UserError(f"{run.folder}: no head for {task.name}; a submission has predictions")
         for split in ("dev", "test"):
             source = run.data_file(task, split, args.data_dir)
             check_whole_file(run, source, len(read_examples(source, task, split == "dev")[0]))
@@ -215,6 +222,16 @@ def submit_ensemble(runs: Sequence[SavedRun], args: Namespace) -> None:
     note(f"ensemble: {evaluate_dev(outputs)['summary']}")
     files = {key: format_predictions(*outputs[key]) for key in outputs if key[0] in LEADERBOARD}
     pack(files, args.submit)
+
+
+def check_heads(run: SavedRun) -> None:
+    """UserError unless the run has learnt all tasks of the leaderboard."""
+    decoders = run.config["decoders"]
+    if not set(LEADERBOARD) <= set(decoders):
+        raise UserError(
+            f"{run.folder}: the leaderboard wants {', '.join(LEADERBOARD)}; the run has"
+            f" {', '.join(decoders) or 'no heads'}"
+        )
 
 
 def check_whole_file(run: SavedRun, source: Path, rows: int) -> None:

@@ -6,7 +6,7 @@ https://arxiv.org/abs/1711.05101), the decay applied after the update as in the 
 
     m <- b1 m + (1 - b1) g
     v <- b2 v + (1 - b2) g^2
-    a  = lr sqrt(1 - b2^t) / (1 - b1^t)
+    a  = lr sqrt(1 - b2^t) / (1 - b1^t), or a = lr if correct_bias is False
     p <- p - a m / (sqrt(v) + eps)
     p <- p - lr weight_decay p
 """

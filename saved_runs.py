@@ -98,7 +98,10 @@ class SavedRun:
         if task.name not in self.files.get(split, {}):
             path = self.folder / "config.json"
             raise UserError(f"{path}: names no {split} file of {task.name}; give --data_dir")
-        return Path(self.files[split][task.name])
+        path = Path(self.files[split][task.name])
+        if not path.exists():
+            raise UserError(f"{path}: no such file; if the run's data has moved, give --data_dir")
+        return path
 
     def prediction_file(self, task: Task, split: str) -> Path:
         """Where the run wrote its predictions."""
@@ -192,22 +195,24 @@ def check_ensemble(runs: Sequence[SavedRun]) -> None:
             raise UserError(f"{pair}: an ensemble needs the same tasks, not {mine} and {theirs}")
         # Not on other rows either: --limit draws the same ones in every run.
         if run.limit != first.limit:
-            raise UserError(f"{pair}: had --limit {run.limit} and {first.limit}")
+            limits = (f"--limit {r.limit}" if r.limit else "all rows" for r in (run, first))
+            raise UserError(f"{pair}: an ensemble needs the same rows, not {' and '.join(limits)}")
         before = first.checksums()
         for (task, split), value in run.checksums().items():
             if before.get((task, split), value) != value:
-                raise UserError(f"{pair}: read different {split} files of {task}")
+                raise UserError(
+                    f"{pair}: an ensemble needs the same data, but they read different {split}"
+                    f" files of {task}"
+                )
 
 
 def predict_ensemble(
     runs: Sequence[SavedRun], splits: Sequence[str], data_dir: Path | None, device: str | None
 ) -> Outputs:
     """The logits of runs, averaged (scores are logits); the dev scores of each are printed."""
-    members = []
-    for run in runs:
-        outputs = run.predict(run.load_model(device), splits, data_dir)
+    members = [run.predict(run.load_model(device), splits, data_dir) for run in runs]
+    for run, outputs in zip(runs, members, strict=True):
         note(f"{run.folder}: {evaluate_dev(outputs)['summary']}")
-        members.append(outputs)
     return {
         key: (dataset, torch.stack([outputs[key][1] for outputs in members]).mean(dim=0))
         for key, (dataset, _) in members[0].items()

@@ -79,8 +79,9 @@ def attention() -> None:
     bert, r = import_module("bert"), References("attention")
     mask = torch.zeros(2, 1, 1, r.key.size(2))
     scale = "attention does not divide the scores by sqrt(head size)"
+    axis = "attention takes the softmax over the queries; it is over the keys, the last dimension"
     result = bert.eager_attention(r.query, r.key, r.value, mask, nn.Identity())
-    r.compare("attention", result, wrong_scale=scale)
+    r.compare("attention", result, wrong_scale=scale, wrong_axis=axis)
     result = bert.eager_attention(r.query, r.key, r.value, mask, tripled)
     check(not equal(result, r.expected), "attention does not apply dropout to the weights")
 
@@ -185,22 +186,24 @@ def whole_model() -> None:
 # ---------------------------------------------------------------------------- optimizer.py
 
 
-def adamw(r: References, **changes: Any) -> dict[str, Tensor]:
-    """The stored parameter and its moments after step 3."""
+def adamw(r: References, t: int, weight_decay: float) -> dict[str, Tensor]:
+    """The stored parameter and its moments after step t."""
     tensors = {name: r.tensors[name].clone() for name in ("p", "grad", "m", "v")}
-    group = {"lr": 0.1, "betas": (0.8, 0.9), "eps": 0.05, "weight_decay": 0.0, "correct_bias": True}
-    group |= changes
-    import_module("optimizer").adamw_update(*tensors.values(), t=3, group=group)
+    group = {"lr": 0.1, "betas": (0.8, 0.9), "eps": 0.05, "correct_bias": True}
+    group["weight_decay"] = weight_decay
+    import_module("optimizer").adamw_update(*tensors.values(), t=t, group=group)
     return tensors
 
 
 def adamw_update() -> None:
     """Moments, bias correction and update, without decay."""
     r = References("adamw")
-    tensors = adamw(r)
+    tensors = adamw(r, t=3, weight_decay=0.0)
     mistakes = {
         "wrong_t_minus_1": "AdamW's bias correction is off by one: it takes t - 1 for t",
         "wrong_t_plus_1": "AdamW's bias correction is off by one: it takes t + 1 for t",
+        "wrong_no_correction": "AdamW does not correct the bias of the moments in the first steps",
+        "wrong_eps": "AdamW adds eps to the corrected root; in the formulas it is sqrt(v) + eps",
     }
     r.compare("AdamW's parameter p, in place", tensors["p"], **mistakes)
     r.compare("AdamW's first moment m, in place", tensors["m"], "expected_m")
@@ -209,15 +212,14 @@ def adamw_update() -> None:
 
 def adamw_decay() -> None:
     """The decay is decoupled, scaled by the learning rate, and comes last."""
-    # Without bias correction, so that a mistake in it costs points once.
+    # After so many steps that a mistake in the bias correction does not cost points twice.
     r = References("adamw")
-    tensors = adamw(r, weight_decay=0.3, correct_bias=False)
+    tensors = adamw(r, t=10**6, weight_decay=0.3)
     mistakes = {
         "wrong_coupled": "AdamW couples the weight decay into the gradient; it must change p alone",
         "wrong_without_lr": "AdamW does not multiply the weight decay by the learning rate",
         "wrong_decay_first": "AdamW decays before the update; here the decay comes after it",
         "wrong_no_decay": "AdamW does not decay the parameter",
-        "wrong_corrected": "AdamW corrects the bias although correct_bias is False",
     }
     r.compare("AdamW with weight decay", tensors["p"], "expected_decayed", **mistakes)
 

@@ -24,6 +24,14 @@ import torch
 from checks import TESTS, Mistake, Test
 
 GRADER = ("grade.py", "checks.py")
+EXERCISES = (
+    "bert.py",
+    "optimizer.py",
+    "tasks.py",
+    "model.py",
+    "multitask_classifier.py",
+    "simcse.py",
+)
 
 
 def place(error: BaseException) -> str:
@@ -42,6 +50,8 @@ def outcome(test: Test) -> str:
         return str(mistake)
     except BaseException as error:  # sys.exit is one of these
         text = " ".join(str(error).split())[:300]
+        if isinstance(error, ModuleNotFoundError) and f"{error.name}.py" in EXERCISES:
+            return f"{error.name}.py is missing"
         if isinstance(error, NotImplementedError):
             return f"not implemented yet{place(error)}: {text}"
         return f"{type(error).__name__}{place(error)}: {text}"
@@ -82,7 +92,8 @@ def report(results: dict[Test, str]) -> dict[str, Any]:
     tests = []
     for test, text in results.items():
         score = test.points if text == "passed" else 0
-        print(f"{score:3} / {test.points:<3} {test.name}{'' if text == 'passed' else ': ' + text}")
+        shown = "" if text == "passed" and test.points else f": {text}"
+        print(f"{score:3} / {test.points:<3} {test.name}{shown}")
         entry = {"name": test.name, "score": score, "max_score": test.points, "output": text}
         tests.append({**entry, "status": "passed" if text == "passed" else "failed"})
     total = sum(test["score"] for test in tests)
@@ -108,6 +119,8 @@ def main() -> None:
     tests = {test.name: test for test in TESTS}
     if not args.folder.is_dir():
         refuse(f"{args.folder}: no such folder")
+    if not any((args.folder / name).is_file() for name in EXERCISES):
+        refuse(f"{args.folder}: has none of {', '.join(EXERCISES)}; is it the project's folder?")
     if args.json and args.json.exists():
         refuse(f"{args.json}: exists and is not overwritten; name another file")
     if args.json and not args.json.absolute().parent.is_dir():

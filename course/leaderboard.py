@@ -88,7 +88,7 @@ def prediction_file(submission: Path, name: str) -> Path | zipfile.Path:
         names = [entry for entry in archive.namelist() if PurePath(entry).name == name]
         found = [zipfile.Path(archive, entry) for entry in names]
     if len(found) != 1:
-        raise UserError(f"{submission}: {len(found) or 'no'} files {name}, expected one")
+        raise UserError(f"{submission}: has {len(found) or 'no'} {name}, expected one")
     return found[0]
 
 

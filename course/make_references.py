@@ -38,6 +38,7 @@ def attention() -> Values:
     attend = F.scaled_dot_product_attention
     values = {"query": query, "key": key, "value": value, "expected": attend(query, key, value)}
     values["wrong_scale"] = attend(query, key, value, scale=1.0)
+    values["wrong_axis"] = (query @ key.mT / 2).softmax(dim=-2) @ value
     return values
 
 
@@ -111,12 +112,14 @@ def adamw() -> Values:
     values["expected"], values["expected_m"], values["expected_v"] = adamw_step(*start, **plain)
     values["wrong_t_minus_1"] = adamw_step(*start, **{**plain, "t": 2})[0]
     values["wrong_t_plus_1"] = adamw_step(*start, **{**plain, "t": 4})[0]
-    # Decay alone: no bias correction, so that a mistake there does not count twice.
-    decay = {**options, "weight_decay": 0.3, "correct_bias": False}
+    values["wrong_no_correction"] = adamw_step(*start, **{**plain, "correct_bias": False})[0]
+    textbook = {**plain, "eps": 0.05 * np.sqrt(1 - 0.9**3)}  # eps is added to the corrected root
+    values["wrong_eps"] = adamw_step(*start, **textbook)[0]
+    # Decay after so many steps that a mistake in the bias correction does not count twice.
+    decay = {**options, "weight_decay": 0.3, "t": 10**6}
     new = adamw_step(*start, **{**decay, "weight_decay": 0.0})[0]
     values["expected_decayed"] = adamw_step(*start, **decay)[0]
     values["wrong_no_decay"] = new
-    values["wrong_corrected"] = adamw_step(*start, **{**decay, "correct_bias": True})[0]
     coupled = {**decay, "weight_decay": 0.0}
     values["wrong_coupled"] = adamw_step(p, g + 0.3 * p, m, v, **coupled)[0]
     values |= {"wrong_without_lr": new - 0.3 * new, "wrong_decay_first": new - 0.1 * 0.3 * p}

@@ -190,7 +190,8 @@ def run_script(main: Callable[[Sequence[str] | None], None]) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # escape what the terminal's encoding lacks
             stream.reconfigure(errors="backslashreplace")
-    program = Path(sys.argv[0]).name
+    path = Path(sys.argv[0])
+    program = f"python -m {path.parent.name}" if path.name == "__main__.py" else path.name
     try:
         with catch_out_of_memory():
             main(None)

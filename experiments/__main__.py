@@ -113,7 +113,10 @@ def check_args(args: argparse.Namespace, parser: ArgumentParser) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Do what the command line says."""
     args = parse_args(argv)
-    args.action(args)
+    try:
+        args.action(args)
+    except KeyboardInterrupt:  # of a run it would say "--resume", which is no flag here
+        raise KeyboardInterrupt("interrupted; the same command continues") from None
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def sweep(args: argparse.Namespace) -> None:
                 raise UserError("training diverged at all rates: give smaller --lr and --head_lr")
             records += rung_records
             rates = better_half(rung_records)
-    write_text(args.out / "sweep.md", markdown(records))
+    write_text(args.out / "sweep.md", markdown(records, args))
     plot_sweep(records, args.out / "sweep.png")
     lr, head_lr = rates[0]
     print(f"best: --lr {lr:g} --head_lr {head_lr:g}; {args.out}: sweep.md, sweep.png")
@@ -104,8 +104,7 @@ def run_trial(args: argparse.Namespace, trial: Trial) -> Record:
     path = args.out / "records" / f"{trial}.json"
     flags = ["--lr", f"{trial.lr:g}", "--head_lr", f"{trial.head_lr:g}"]
     flags += ["--limit", str(trial.limit)]
-    words = ["--option", "finetune", *args.flags, "--no_test", *flags, "--model", args.model]
-    script = ["multitask_classifier.py", *expand_recipes(words)]
+    script = [*base_command(args), "--no_test", *flags]
 
     def with_paths(runs: Path, data_dir: Path) -> list[str]:
         return [*script, "--data_dir", str(data_dir), "--run_dir", str(runs / str(trial))]
@@ -128,8 +127,15 @@ def run_trial(args: argparse.Namespace, trial: Trial) -> Record:
     return record
 
 
-def markdown(records: Sequence[Record]) -> str:
-    """sweep.md: the trials by rows and score, and the command of the best."""
+def base_command(args: argparse.Namespace) -> list[str]:
+    """The script with the flags that all trials have; it trains BERT unless these say otherwise."""
+    flags = expand_recipes(args.flags)
+    option = [] if "--option" in flags else ["--option", "finetune"]
+    return ["multitask_classifier.py", *option, *flags, "--model", args.model]
+
+
+def markdown(records: Sequence[Record], args: argparse.Namespace) -> str:
+    """sweep.md: the trials by rows and score, and a command with the best rates."""
     ranked = sorted(records, key=lambda r: (r["limit"], score(r)), reverse=True)
     tasks = list(ranked[0]["dev"])  # the best has not diverged
     rows = [["rows per file", "lr", "head lr", *(TASKS[t].title for t in tasks), "overall"]]
@@ -141,7 +147,9 @@ def markdown(records: Sequence[Record]) -> str:
         rates = [f"{record[key]:g}" for key in ("lr", "head_lr")]
         rows.append([f"{record['limit']:,}", *rates, *cells])
     lines = ["# Learning rates", "", "Written by `python -m experiments sweep`; scores on dev."]
-    lines += ["The best:", "", f"    {ranked[0]['command']}", *markdown_table(rows)]
+    best = [word for key in ("lr", "head_lr") for word in (f"--{key}", f"{ranked[0][key]:g}")]
+    command = format_command([*base_command(args), *best, "--data_dir", "DATA"])
+    lines += ["The best rates, for all rows:", "", f"    {command}", *markdown_table(rows)]
     return "\n".join([*lines, "", "![overall score](sweep.png)", ""])
 
 

@@ -19,7 +19,7 @@ from prediction import overall_score
 from report import plots
 from report.analysis import Predictions, calibrate, group_scores, worst_rows
 from report.collect import Report, collect
-from saved_runs import SavedRun
+from saved_runs import SavedRun, note
 from tasks import TASKS
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -241,6 +241,7 @@ def write_report(run: SavedRun, data_dir: Path | None, device: str | None) -> Pa
         names = sorted([*(path.name for path in draft.iterdir()), "index.html"])
         (draft / "index.html").write_text(page(report, sections, draft, names), encoding="utf-8")
         check_replaceable(folder)  # again: minutes have passed
+    note(*(f"missing from the report: {line}" for line in report.missing))
     return folder / "index.html"
 
 

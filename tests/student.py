@@ -155,6 +155,20 @@ MISTAKES = [  # function, right, wrong, the test that fails, a part of its sente
     ("embed", "self.embed_dropout(x)", "x", "embeddings", "does not apply embed_dropout"),
     (
         "adamw_update",
+        'if group["correct_bias"]:',
+        "if False:",
+        "AdamW",
+        "does not correct the bias",
+    ),
+    (
+        "adamw_update",
+        'alpha * m / (v**0.5 + group["eps"])',
+        'lr * m / (1 - beta1**t) / ((v / (1 - beta2**t)) ** 0.5 + group["eps"])',
+        "AdamW",
+        "adds eps to the corrected root",
+    ),
+    (
+        "adamw_update",
         "beta2**t) ** 0.5 / (1 - beta1**t)",
         "beta2 ** (t - 1)) ** 0.5 / (1 - beta1 ** (t - 1))",
         "AdamW",
@@ -180,13 +194,6 @@ MISTAKES = [  # function, right, wrong, the test that fails, a part of its sente
         "m.copy_",
         "p.copy_(p - lr * wd * p)\nwd = 0\nm.copy_",
         *("AdamW with weight decay", "decays before the update"),
-    ),
-    (
-        "adamw_update",
-        'if group["correct_bias"]',
-        "if True",
-        "AdamW with weight decay",
-        "correct_bias is False",
     ),
     (
         "LinearHead.forward",

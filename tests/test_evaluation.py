@@ -229,7 +229,7 @@ def test_half_a_run_is_not_submitted(runs, probe_copy, tmp_path, ask, refused):
     """Rows left out by --limit, a missing file, other data, and a run without the tasks."""
     flags = ["--submit", tmp_path / "x.zip"]
     refused([runs / "joint", *flags], "had --limit 10, but")
-    refused([runs / "lpft", *flags], "names no dev file of sst")
+    refused([runs / "lpft", *flags], "the run has cfimdb")
     other = write_data(tmp_path / "data", {"dev": 17, "test": 8})
     refused([probe_copy, *flags, "--data_dir", other], "16 rows, but")
     (probe_copy / "predictions" / "sts-test-output.csv").unlink()

@@ -237,7 +237,7 @@ def test_recorded_runs_are_skipped_and_interrupted_ones_resumed(
 
     with monkeypatch.context() as patch:
         patch.setattr(RunDir, "log", interrupt)
-        command("run", "table3", *flags, error="--resume continues", code=130)
+        command("run", "table3", *flags, error="the same command continues", code=130)
     assert list(started) == ["probe-concat-seed1"]
     assert "6 runs, 0 already recorded" in command("run", "table3", *flags)
     assert (tmp_path / "runs/probe-concat-seed1/resumed.jsonl").exists()

@@ -147,6 +147,14 @@ def test_a_common_mistake_fails_its_own_test_with_its_own_sentence(solved, hando
     assert len(sentences) == len(MISTAKES)
 
 
+def test_a_softmax_over_the_wrong_dimension_is_named(solved, handout, tmp_path):
+    """It breaks the padding, too, so it costs both tests of attention."""
+    edits = {"eager_attention": ("dim=3", "dim=2")}
+    files = {"bert.py": solve((handout / "bert.py").read_text(), "bert.py", edits=edits)}
+    [lost] = grade_all(handout, [variant(solved, tmp_path / "axis", files)])
+    assert set(lost) == TESTS["eager_attention"] and "softmax over the queries" in lost["attention"]
+
+
 HANG = "while True:\n    pass\n"
 NONSENSE = """
 import os, sys
@@ -165,9 +173,7 @@ def test_a_broken_submission_loses_only_its_own_points(solved, tmp_path):
     hanging = TESTS["adamw_update"] | TESTS["row_losses"]
     assert {name for name, text in lost.items() if "not finished after 3 s" in text} == hanging
     assert set(lost) == hanging | TESTS["contrastive_loss"]
-    assert {lost[name] for name in lost if name not in hanging} == {
-        "ModuleNotFoundError: No module named 'simcse'"
-    }
+    assert {lost[name] for name in lost if name not in hanging} == {"simcse.py is missing"}
     assert score == sum(test["max_score"] for name, test in tests.items() if name not in lost)
 
 

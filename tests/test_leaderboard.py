@@ -127,7 +127,7 @@ def test_a_submission_that_does_not_fit_is_named_and_the_rest_is_ranked(ranking,
         "count": ({**good, "sst-test-output.csv": "".join(lines[:-1])}, "199 rows, but"),
         "id": ({**good, "sts-test-output.csv": renamed}, "line 9"),
         "binary": ({**good, "para-test-output.csv": "\x00\xff"}, "line 1: the header is '\\x00"),
-        "missing": ({n: t for n, t in good.items() if "para" not in n}, "no files para-test"),
+        "missing": ({n: t for n, t in good.items() if "para" not in n}, "has no para-test"),
     }  # fmt: skip
     broken = [write_zip(tmp_path / f"{name}.zip", files) for name, (files, _) in bad.items()]
     (tmp_path / "text.zip").write_text("not a zip file")
@@ -138,7 +138,7 @@ def test_a_submission_that_does_not_fit_is_named_and_the_rest_is_ranked(ranking,
     code, rows, err = ranking(*broken, *fine, *more)
     assert code == 2 and [row["submission"] for row in rows] == list(map(str, fine))
     *named, last = err.splitlines()
-    parts = [*(part for _, part in bad.values()), "text.zip", "2 files sst-test", "gone.zip"]
+    parts = [*(part for _, part in bad.values()), "text.zip", "has 2 sst-test", "gone.zip"]
     for line, path, part in zip(named, [*broken, *more], parts, strict=True):
         assert line.startswith(f"not ranked: {path}") and part in line
     assert "8 of 10 submissions were not ranked" in last

@@ -133,7 +133,9 @@ def test_a_run_of_mean_weights_is_a_run_like_any_other(runs, tmp_path, ask, refu
     out, err = ask(runs / "first", runs / "second", "--average", mean)
     result = read_json(mean / "result.json")
     assert f"{mean} (mean of the weights): " in err and f"overall {result['overall']:.3f}" in err
-    assert json.loads(out)["overall"] != result["overall"]  # standard output is the ensemble's
+    answer = json.loads(out)
+    assert answer["average"] == {"dev": result["dev"], "overall": result["overall"]}
+    assert answer["overall"] != result["overall"]  # the ensemble's
     for file in ("model.safetensors", "heads.safetensors"):
         a, b, both = (load_file(f / "best" / file) for f in (runs / "first", runs / "second", mean))
         assert a.keys() == both.keys()
@@ -154,7 +156,7 @@ def test_runs_that_make_no_ensemble_are_refused_by_name(tiny, runs, data, tmp_pa
     refused([first, runs / "second" / ".." / "first"], first, "at least two different runs")
     refused([first, "--average", tmp_path / "mean"], first, "at least two different runs")
     refused([first, runs / "sentiment"], first, runs / "sentiment", "not sst and para, sst, sts")
-    refused([first, runs / "limited"], first, runs / "limited", "--limit 10 and None")
+    refused([first, runs / "limited"], first, runs / "limited", "not --limit 10 and all rows")
     refused([first, tmp_path / "gone", *submit], "gone: not a run folder")
     # The same file names, but other rows in one of the files.
     other = write_data(tmp_path / "data", {"train": 40, "dev": 16, "test": 8})
@@ -182,6 +184,6 @@ def test_runs_that_make_no_ensemble_are_refused_by_name(tiny, runs, data, tmp_pa
     refused([first, runs / "second", "--compare", runs / "joint"], "--compare takes one run")
     refused([first, runs / "second", *submit, *average], "not allowed with")
     # Runs that do, but whose predictions the leaderboard would not take.
-    for name, expected in {"limited": "--limit 10, but", "sentiment": "no head for para"}.items():
+    for name, expected in {"limited": "--limit 10, but", "sentiment": "the run has sst"}.items():
         copy = shutil.copytree(runs / name, tmp_path / name)
         refused([runs / name, copy, *submit], runs / name, expected)

@@ -58,7 +58,8 @@ def test_the_better_half_goes_on_to_twice_the_rows(search, tmp_path, jobs):
     winner = rungs[-1][0]
     assert f"best: --lr {winner['lr']:g} --head_lr {winner['head_lr']:g};" in out
     text = read_text(tmp_path / "out/sweep.md")
-    assert winner["command"] in text and f"| {winner['overall']:.3f} |" in text
+    assert f" --lr {winner['lr']:g} --head_lr {winner['head_lr']:g} --data_dir DATA\n" in text
+    assert f"| {winner['overall']:.3f} |" in text
     assert (tmp_path / "out/sweep.png").read_bytes().startswith(b"\x89PNG")
     # A record is that of its run, and says how to repeat it.
     name = f"lr{winner['lr']:g}-head{winner['head_lr']:g}-limit40"
