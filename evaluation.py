@@ -71,8 +71,8 @@ def evaluate_run(run: SavedRun, args: Namespace) -> None:
     """Print the dev metrics of the run's best model, in the form of `result.json`."""
     if "mlm_probability" in run.arguments:
         raise UserError(
-            f"{run.folder}: masked language modelling, whose scores are in its result.json; --text"
-            " with [MASK] asks the model"
+            f"{run.folder}: a run of mlm.py, whose scores are in its result.json; to fill in a"
+            " blank, give --text with [MASK]"
         )
     model = run.load_model(args.device)
     if model.heads:
@@ -226,7 +226,7 @@ def submit_ensemble(runs: Sequence[SavedRun], args: Namespace) -> None:
 
 def check_heads(run: SavedRun) -> None:
     """UserError unless the run has learnt all tasks of the leaderboard."""
-    decoders = run.config["decoders"]
+    decoders = run.config.get("decoders", run.files.get("dev", {}))  # older records have none
     if not set(LEADERBOARD) <= set(decoders):
         raise UserError(
             f"{run.folder}: the leaderboard wants {', '.join(LEADERBOARD)}; the run has"

@@ -167,6 +167,36 @@ def run_script(capsys, monkeypatch):
 
 
 @pytest.fixture
+def ask(run_script):
+    """`ask(*flags)`: what evaluation.py prints on standard output and on standard error."""
+
+    import evaluation
+
+    def run(*flags):
+        code, *printed = run_script(evaluation, *flags)
+        assert code == 0, printed
+        return printed
+
+    return run
+
+
+@pytest.fixture
+def refused(run_script):
+    """`refused(flags, *expected)`: evaluation.py must refuse in a line that has `expected`."""
+
+    import evaluation
+
+    def run(flags, *expected):
+        code, out, err = run_script(evaluation, *flags)
+        assert (code, out, err.count("error: ")) == (2, "", 1), err
+        line = err.splitlines()[-1]
+        assert line.startswith("evaluation.py: error: ")
+        assert all(str(part) in line for part in expected), line
+
+    return run
+
+
+@pytest.fixture
 def train(run_script, tiny, data):
     """`train(script, run_dir, *more)` is a quick run that must succeed; its standard output."""
 

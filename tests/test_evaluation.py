@@ -55,32 +55,6 @@ def probe_copy(runs, tmp_path) -> Path:
     return tmp_path / "run"
 
 
-@pytest.fixture
-def ask(run_script):
-    """`ask(*flags)`: what evaluation.py prints on standard output and on standard error."""
-
-    def run(*flags):
-        code, *printed = run_script(evaluation, *flags)
-        assert code == 0, printed
-        return printed
-
-    return run
-
-
-@pytest.fixture
-def refused(run_script):
-    """`refused(flags, *expected)`: evaluation.py must refuse in a line that has `expected`."""
-
-    def run(flags, *expected):
-        code, out, err = run_script(evaluation, *flags)
-        assert (code, out, err.count("error: ")) == (2, "", 1), err
-        line = err.splitlines()[-1]
-        assert line.startswith("evaluation.py: error: ")
-        assert all(str(part) in line for part in expected), line
-
-    return run
-
-
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_is_evaluated_to_the_same_bits(runs, ask, tmp_path, monkeypatch, name):
     """In another folder and with other threads; probing too, which cached its embeddings."""
@@ -195,6 +169,11 @@ def test_a_submission_holds_the_six_files(probe_copy, tmp_path, ask, refused):
         assert {name: archive.read(name) for name in archive.namelist()} == files
     assert len(files) == 6
     refused([probe_copy, "--submit", tmp_path / "a.zip"], "a.zip: exists and is not overwritten")
+    # An older record does not list the heads.
+    config = read_json(probe_copy / "config.json")
+    del config["decoders"]
+    write_json(probe_copy / "config.json", config)
+    assert ask(probe_copy, "--submit", tmp_path / "old.zip")[0] == f"{tmp_path / 'old.zip'}\n"
     # An older record has the path as it was typed, perhaps in another directory.
     edit_json(probe_copy / "config.json", "arguments", para_dev_out="mine.csv")
     refused([probe_copy, "--submit", tmp_path / "c.zip"], "config.json", "mine.csv")

@@ -14,7 +14,6 @@ from model_files import edit_json
 from safetensors.numpy import load_file
 from sklearn.metrics import accuracy_score
 
-import evaluation
 import multitask_classifier
 import simcse
 from datasets import Example, read_examples
@@ -49,32 +48,6 @@ def runs(tiny, data, tmp_path_factory) -> Path:
         flags = ["--option", "finetune", "--pooling", "mean", *words.split()]
         multitask_classifier.main(quick_run(tiny, data, folder / name, *flags))
     return folder
-
-
-@pytest.fixture
-def ask(run_script):
-    """`ask(*flags)`: what evaluation.py prints on standard output and on standard error."""
-
-    def run(*flags):
-        code, *printed = run_script(evaluation, *flags)
-        assert code == 0, printed
-        return printed
-
-    return run
-
-
-@pytest.fixture
-def refused(run_script):
-    """`refused(flags, *expected)`: evaluation.py must refuse in a line that has `expected`."""
-
-    def run(flags, *expected):
-        code, out, err = run_script(evaluation, *flags)
-        assert (code, out) == (2, ""), err
-        line = err.splitlines()[-1]
-        assert line.startswith("evaluation.py: error: ")
-        assert all(str(part) in line for part in expected), line
-
-    return run
 
 
 def row_logits(folder: Path, examples: list[Example], task: str) -> np.ndarray:
