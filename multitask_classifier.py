@@ -62,6 +62,8 @@ def add_supervised_flags(parser: ArgumentParser) -> None:
     add("--lr", type=cli.POSITIVE, help="peak learning rate (default: pretrain 1e-2, else 5e-5)")
     head_help = "peak rate of the heads if BERT is trained too (default: 1e-2)"
     add("--head_lr", type=cli.POSITIVE, help=head_help)
+    probe_help = "of the heads alone, with lpft (default: until dev stops improving)"
+    add("--probe_epochs", type=cli.POSITIVE_INT, metavar="EPOCHS", help=probe_help)
     rdrop_help = "weight of R-Drop: two dropout passes should agree (default: 0, one pass)"
     add("--rdrop", type=cli.NON_NEGATIVE, default=0.0, metavar="ALPHA", help=rdrop_help)
     add("--no_test", action="store_true", help="do not read or predict the test files")
@@ -124,6 +126,10 @@ def complete_supervised_args(args: Namespace, parser: ArgumentParser, name: str)
         args.lr = args.lr or DEFAULT_LR
         args.head_lr = args.head_lr or DEFAULT_HEAD_LR
     args.epochs = args.epochs or DEFAULT_EPOCHS[args.option]
+    if args.probe_epochs and args.option != "lpft":
+        parser.error("--probe_epochs is for --option lpft")
+    if args.option == "lpft" and args.final_only and not args.probe_epochs:
+        parser.error("--final_only with --option lpft needs --probe_epochs: dev may not decide")
     if args.rdrop and args.hidden_dropout_prob == 0:
         parser.error("--rdrop needs dropout: --hidden_dropout_prob above 0")
 
@@ -363,6 +369,8 @@ def train_by_option(
         if run.state is None or run.state[1]["stage"] == "probe":
             run.stage = "probe"
             probe_args = Namespace(**{**vars(args), **PROBE})
+            if args.probe_epochs:
+                probe_args.epochs, probe_args.patience = args.probe_epochs, 0
             train(probe_args, model, datasets, run, frozen=True, best_folder="probe")
         # Starting from trained heads keeps the first large, random gradients away from BERT.
         load_best(model, run.path / "probe")

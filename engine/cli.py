@@ -137,6 +137,8 @@ def add_training_flags(parser: argparse.ArgumentParser, poolings: Sequence[str])
     add("--eval_every", type=COUNT, default=0, metavar="N", help=eval_help)
     patience_help = "stop after N evaluations without a better score; 0: never"
     add("--patience", type=COUNT, default=0, metavar="N", help=patience_help)
+    final_help = "evaluate and keep only the last weights: nothing is chosen on dev"
+    add("--final_only", action="store_true", help=final_help)
 
 
 def complete_training_args(
@@ -147,6 +149,9 @@ def complete_training_args(
         parser.error(f"--use_gpu contradicts --device {args.device}; give one of them")
     if args.use_gpu:
         args.device = "cuda"
+    for flag in ("eval_every", "patience"):
+        if args.final_only and getattr(args, flag):
+            parser.error(f"--{flag} contradicts --final_only; give one of them")
     if args.run_dir is None:
         args.run_dir = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
         if args.resume:

@@ -77,13 +77,14 @@ class Trainer:
     backward: Callable[[Sequence[Any], int], Tensor]
     evaluate_model: Callable[[], dict[str, Any]]  # the largest "score" is the best
     run: RunDir  # gets the log, the best weights and the training state
-    args: Namespace  # `epochs`, `clip`, `eval_every`, `patience`, `save_every` and `seed`
+    args: Namespace  # `epochs`, `clip`, `seed`, and the flags on evaluation and saving
     best_folder: str = "best"  # for the best weights, in the run folder
 
     def __post_init__(self) -> None:
         self.peak_lrs = [group["lr"] for group in self._param_groups()]
         self.parameters = [p for group in self._param_groups() for p in group["params"]]
         self.epoch_ends = list(accumulate(map(self.mixture.epoch_steps, range(self.args.epochs))))
+        self.eval_steps = self.epoch_ends[-1:] if self.args.final_only else self.epoch_ends
         self.state = TrainState()
         self.losses: dict[str, float] = {}  # latest of each task, for the progress bar
 
@@ -143,7 +144,7 @@ class Trainer:
             # All processes have to agree on what to do next, or they would wait for each other.
             step, every = self.state.step, self.args.eval_every
             save_due, stop = distributed.any_rank(self.timer.is_due(step), self.stop.requested)
-            if step in self.epoch_ends or (every and step % every == 0):
+            if step in self.eval_steps or (every and step % every == 0):
                 self.evaluate()
             elif save_due or stop:
                 self.save()

@@ -183,3 +183,10 @@ def test_lpft_probes_until_dev_is_best_and_goes_on_from_those_heads(train, tmp_p
         assert set(entry["lr"]) == names and len(set(entry["lr"].values())) == 1
     assert read_json(tmp_path / "run/result.json")["best_epoch"] == 1
     assert not (tmp_path / "run/probe").exists()
+
+
+def test_the_stages_of_lpft_may_have_fixed_lengths(train, tmp_path):
+    flags = ["--option", "lpft", "--epochs", 1, "--probe_epochs", 5, "--final_only"]
+    train(multitask_classifier, tmp_path / "run", *flags)
+    dev = read_log(tmp_path / "run", "dev")
+    assert [(entry["stage"], entry["epoch"]) for entry in dev] == [("probe", 5), ("finetune", 1)]

@@ -61,6 +61,7 @@ WRONG = {
     "--pooling max": "--pooling: invalid choice",
     "--run_dir caf\udce9": "is not UTF-8; rename it",
     "--use_gpu --device cpu": "--use_gpu contradicts --device cpu",
+    "--final_only --patience 1": "--patience contradicts --final_only",
 }
 
 
@@ -112,6 +113,8 @@ SUPERVISED = {
     "--option both": "--option",
     "--head_lr 0": "--head_lr",
     "--option pretrain --lr 1e-3 --head_lr 1e-3": "give one of them",
+    "--option finetune --probe_epochs 3": "--probe_epochs is for --option lpft",
+    "--option lpft --final_only": "needs --probe_epochs",
 }
 CONTRADICTIONS = {
     simcse: {

@@ -79,6 +79,7 @@ class Mixture:
 def make_trainer(run_dir, *, resume=False, loss=None, scores=(), **options):
     """A trainer of `Linear` whose evaluations score `scores`, by default better each time."""
     defaults = {"epochs": 2, "clip": 1.0, "eval_every": 0, "patience": 0, "save_every": "0"}
+    defaults["final_only"] = False
     args = Namespace(run_dir=run_dir, resume=resume, seed=3, **{**defaults, **options})
     model, scores = Linear(), iter(scores)
     torch.manual_seed(args.seed)
@@ -219,6 +220,15 @@ def test_the_best_evaluation_is_kept_and_patience_ends_the_run(tmp_path):
     assert [e["score"] for e in dev] == [0.1, 0.5, 0.4, 0.5]
     expected = [(3, 1, 12), (5, 1, 20), (6, 2, 24), (9, 2, 36)]
     assert [(e["step"], e["epoch"], e["rows"]) for e in dev] == expected
+
+
+def test_with_final_only_the_last_weights_are_the_only_ones_that_are_evaluated(tmp_path):
+    trainer = make_trainer(tmp_path / "run", final_only=True, scores=[0.1, 0.9])
+    best = trainer.fit()
+    assert (best["score"], best["epoch"], best["step"]) == (0.1, 2, 10)
+    assert len(read_log(tmp_path / "run", "dev")) == 1
+    saved = read_tensors(tmp_path / "run/best/model.safetensors")
+    assert torch.equal(saved["w"], trainer.model.w)
 
 
 def test_learning_rates_follow_the_schedule_each_from_its_own_peak(tmp_path, capsys):
