@@ -185,12 +185,19 @@ def baseline(model: SentenceEncoder, dataset: TaskDataset, batch_size: int) -> t
     gold = dataset.labels.numpy()
     if dataset.task.labels.integer:
         return "majority class", majority_share(gold)
+    cosines = pair_cosines(model, dataset, batch_size, "mean")
+    return "untouched encoder", primary_metric(dataset.task.labels.metrics(cosines, gold))
+
+
+def pair_cosines(
+    model: SentenceEncoder, dataset: TaskDataset, batch_size: int, pooling: str | None = None
+) -> np.ndarray:
+    """The cosine of the two sentences' embeddings of each pair, (N,); pooling as in `embed`."""
     # The pairs again, encoded separately whatever the model's pair encoding is.
     texts = list(zip(*(example.texts for example in dataset.examples), strict=True))
     pairs = TokenizedDataset(dataset.name, dataset.path, texts, model.tokenizer)
-    vectors = embed_dataset(model, pairs, batch_size, pooling="mean").cpu()
-    cosines = torch.cosine_similarity(vectors[:, 0], vectors[:, -1], dim=-1)
-    return "untouched encoder", primary_metric(dataset.task.labels.metrics(cosines.numpy(), gold))
+    vectors = embed_dataset(model, pairs, batch_size, pooling=pooling).cpu()
+    return torch.cosine_similarity(vectors[:, 0], vectors[:, -1], dim=-1).numpy()
 
 
 # ---------------------------------------------------------------------------- leaderboard files

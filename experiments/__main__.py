@@ -1,6 +1,6 @@
 """Run the paper's tables and ours over several seeds, and report them.
 
-python -m experiments run table1 --seeds 3 --model all-MiniLM-L6-v2 --data_dir DATA
+python -m experiments run table1 --model all-MiniLM-L6-v2 --data_dir DATA
 python -m experiments report --data_dir DATA
 python -m experiments sweep --flags=@recipes/best.txt --model all-MiniLM-L6-v2 --data_dir DATA
 python -m experiments compare RUN RUN RUN --out FOLDER
@@ -45,11 +45,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("tables", nargs="+", metavar="TABLE", help=f"{', '.join(TABLES)}, or all")
     add_folders(add)
     add_run_flags(add, "experiments")
-    add("--seeds", type=POSITIVE_INT, default=3, help="seeds per cell that trains the encoder")
-    add("--probe_seeds", type=POSITIVE_INT, default=5, help="seeds per cell that freezes it")
+    add("--seeds", type=POSITIVE_INT, help="at most N seeds per cell (default: as planned, 3 to 8)")
     add = command("report", report, "write tables and plots from the records in --out")
     add("tables", nargs="*", metavar="TABLE", help="default: all that are complete")
     add_folders(add)
+    add("--seeds", type=POSITIVE_INT, help="use N seeds per cell (default: as planned)")
+    add("--mixed", action="store_true", help="allow runs of unlike commits, precisions, machines")
     add = command("sweep", sweep, "search learning rates: a grid with successive halving")
     add_folders(add, "sweep")
     add_run_flags(add, "sweep")

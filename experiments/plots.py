@@ -1,4 +1,4 @@
-"""Plots of tables, learning curves and sentence embeddings."""
+"""Plots of tables, of the claims, and of sentence embeddings."""
 
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
@@ -7,63 +7,106 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from sklearn.decomposition import PCA
 
 from datasets import read_examples
 from engine.errors import UserError
 from experiments.tables import TASK_TITLES
 from model import MultitaskBERT
-from report.plots import MARKERS, new_figure, save_figure
+from report.plots import DASHES, MARKERS, new_figure, save_figure
 from saved_runs import SavedRun
 from tasks import TASKS
 
 
-def plot_bars(table: Mapping[str, Any], baselines: Mapping[str, Any], path: Path) -> None:
-    """One panel per task: a bar per column (mean, sd over seeds), the paper's score as a line."""
-    figure, panels = new_figure(len(TASK_TITLES), width=4.5, height=4.6)
+def plot_table(table: Mapping[str, Any], baselines: Mapping[str, Any], path: Path) -> None:
+    """A panel per task: a dot for each run, joined by seed; below, the training loss."""
     columns = list(table["columns"].values())
-    for panel, (task, title) in zip(panels, TASK_TITLES.items(), strict=True):
-        for i, score in enumerate(column["scores"][task] for column in columns):
-            if score["mean"] is not None:
-                error = {"yerr": score["sd"], "capsize": 4} if score["sd"] is not None else {}
-                panel.bar(i, score["mean"], color="C3", label="ours", **error)
-            if score["paper"] is not None:
-                lines = {"color": "black", "linewidth": 2.5, "label": "paper"}
-                panel.hlines(score["paper"], i - 0.4, i + 0.4, **lines)
-        if task in baselines:
-            kind, score = baselines[task]["kind"], baselines[task]["score"]
-            panel.axhline(score, color="black", linestyle=":", linewidth=1, label=kind)
-        headings = [column["heading"] for column in columns]
-        panel.set_xticks(range(len(headings)), headings, rotation=40, ha="right")
-        panel.set(title=title, ylabel=title.split()[1])
-        panel.grid(axis="x", visible=False)
+    width = max(3.2, 1.2 + 0.55 * len(columns))
+    figure, panels = new_figure(len(TASK_TITLES), width=width, height=3.4, rows=2)
+    scores, losses = panels[: len(TASK_TITLES)], panels[len(TASK_TITLES) :]
+    for panel, (task, title) in zip(scores, TASK_TITLES.items(), strict=True):
+        plot_scores(panel, columns, task, baselines[task])
+        panel.set(title=title, ylabel="dev")
+    for panel, task in zip(losses, TASK_TITLES, strict=True):
+        plot_losses(panel, columns, task)
     # One entry for everything of a kind.
-    labels = [panel.get_legend_handles_labels() for panel in panels]
-    handles = {name: h for hs, names in labels for h, name in zip(hs, names, strict=True)}
+    for row, place in ((scores, "outside right upper"), (losses, "outside right lower")):
+        labels = [panel.get_legend_handles_labels() for panel in row]
+        handles = {name: h for hs, names in labels for h, name in zip(hs, names, strict=True)}
+        figure.legend(handles.values(), handles.keys(), loc=place)
+    save_figure(figure, path)
+
+
+def plot_scores(
+    panel: Axes, columns: Sequence[Mapping[str, Any]], task: str, known: Mapping[str, float | None]
+) -> None:
+    """Each column's runs on a task, their mean, the paper's score, and the baselines as lines."""
+    # Runs of one seed are compared with each other: a line joins them.
+    by_seed: dict[int, list[tuple[int, float]]] = {}
+    for i, column in enumerate(columns):
+        score = column["scores"][task]
+        for seed, value in zip(column["seeds"], score["values"], strict=True):
+            by_seed.setdefault(seed, []).append((i, value))
+        panel.hlines(score["mean"], i - 0.3, i + 0.3, color="black", linewidth=2, label="mean")
+        if score["paper"] is not None:
+            panel.plot(i, score["paper"], "D", color="black", fillstyle="none", label="paper")
+    for points in by_seed.values():
+        panel.plot(*zip(*points, strict=True), "o-", color="0.6", ms=3, lw=0.6, label="run")
+    for kind, style in (("untouched", "--"), ("majority", ":")):
+        if known[kind] is not None:
+            name = {"untouched": "untouched encoder", "majority": "commonest class"}[kind]
+            panel.axhline(known[kind], color="black", linestyle=style, linewidth=1, label=name)
+    headings = [column["heading"] for column in columns]
+    panel.set_xticks(range(len(headings)), headings, rotation=40, ha="right")
+    panel.grid(axis="x", visible=False)
+
+
+def plot_losses(panel: Axes, columns: Sequence[Mapping[str, Any]], task: str) -> None:
+    """The training loss of a task over each column's runs: the mean, and a band of all of them."""
+    for i, column in enumerate(columns):
+        if task in column["losses"]:
+            runs = np.array(column["losses"][task])  # (seeds, points)
+            x = (np.arange(runs.shape[1]) + 0.5) / runs.shape[1]
+            style = {"color": f"C{i}", "linestyle": DASHES[i % len(DASHES)]}
+            panel.plot(x, runs.mean(axis=0), **style, label=column["heading"])
+            panel.fill_between(x, runs.min(axis=0), runs.max(axis=0), color=f"C{i}", alpha=0.2)
+    panel.set(xlabel="share of training", ylabel="training loss")
+
+
+def plot_claims(claims: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """A forest plot: each difference with its interval and margin, and the paper's figure."""
+    figure, (panel,) = new_figure(width=10, height=1.5 + 0.36 * len(claims))
+    rows = np.arange(len(claims))
+    for y, row in zip(rows, claims, strict=True):
+        low, high = row["low"], row["high"]
+        limits = {"xmin": -row["margin"], "xmax": row["margin"], "color": "0.88", "linewidth": 11}
+        panel.hlines(y, **limits, label="margin", zorder=0)
+        panel.hlines(y, low, high, color="black")
+        # Filled: an answer was found.
+        found = not row["answer"].startswith("inconclusive")
+        fill = {
+            "fillstyle": "full" if found else "none",
+            "label": "ours" if found else "ours, inconclusive",
+        }
+        panel.plot(row["difference"], y, "o", color="black", **fill)
+        panel.plot(row["paper"], y, "D", color="C0", fillstyle="none", label="paper")
+        panel.annotate(row["answer"], (1.01, y), xycoords=("axes fraction", "data"), va="center")
+    panel.axvline(0, color="black", linewidth=0.6)
+    # Effects of a hundredth and of half a unit on one axis.
+    panel.set_xscale("symlog", linthresh=0.05, linscale=2)
+    ticks = [-0.5, -0.2, -0.05, -0.02, 0, 0.02, 0.05, 0.2, 0.5]
+    panel.set_xticks(ticks, [f"{tick:+g}" if tick else "0" for tick in ticks])
+    names = [f"{row['first']} - {row['second']}, {row['task']}" for row in claims]
+    panel.set_yticks(rows, names)
+    panel.set_ylim(len(claims) - 0.5, -0.5)
+    for y in rows[1:]:  # a line between claims
+        if claims[y]["claim"] != claims[y - 1]["claim"]:
+            panel.axhline(y - 0.5, color="0.7", linewidth=0.8)
+    panel.set_xlabel("difference on dev, with its 95% interval")
+    handles = dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
     save_figure(figure, path)
-
-
-def plot_curves(records: Mapping[str, Sequence[dict[str, Any]]], path: Path) -> bool:
-    """The overall dev score over steps, averaged over seeds; False if no cell has a curve."""
-    figure, panels = new_figure(width=9, height=5)
-    for cell, runs in records.items():
-        # LP-FT's probe is left out: its steps start from 0 again when fine-tuning begins.
-        curves = [[point for point in run["curve"] if point["stage"] != "probe"] for run in runs]
-        length = min(map(len, curves))  # early stopping may have ended some before others
-        if length > 1:  # a cell that was evaluated once has no curve
-            scores = [[point["score"] for point in curve[:length]] for curve in curves]
-            steps = [point["step"] for point in curves[0][:length]]
-            # Out of step with the colours, which repeat after as many curves.
-            number = len(panels[0].lines)
-            marker = MARKERS[(number + number // len(MARKERS)) % len(MARKERS)]
-            panels[0].plot(steps, np.mean(scores, axis=0), marker=marker, label=cell)
-    panels[0].set(xlabel="training step", ylabel="overall score, dev")
-    if not panels[0].lines:
-        return False
-    figure.legend(loc="outside right upper")
-    save_figure(figure, path)
-    return True
 
 
 def plot_map(args: Namespace) -> None:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from engine.checkpoint import read_json, read_text, write_json
@@ -27,14 +28,16 @@ from engine.errors import UserError
 from engine.run_dir import folder_lock
 from engine.trainer import progress_bar
 from experiments.tables import CELLS, TABLES
+from experiments.untouched import record_untouched
+from tasks import TASKS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-ENCODER_SEEDS = 3  # SimCSE takes the longest, so probes with more seeds share its encoders
 # After these exit codes the other jobs are not tried: the user interrupted, or the input is bad.
 FATAL_EXIT_CODES = (130, -signal.SIGINT, -signal.SIGTERM, UserError.exit_code)
 # What a record takes over from config.json, besides the command.
 CONFIG_KEYS = ("commit", "uncommitted_changes", "versions", "hardware", "started", "rows")
-CONFIG_KEYS += ("precision",)
+CONFIG_KEYS += ("precision", "model_checksum")
+CURVE_POINTS = 20  # of the loss over a run
 
 
 @dataclass(frozen=True)
@@ -51,14 +54,22 @@ class Job:
     def encoder(self) -> "Job | None":
         """The job whose best encoder this one starts from."""
         start_from = CELLS[self.cell].start_from
-        return Job(start_from, (self.seed - 1) % ENCODER_SEEDS + 1) if start_from else None
+        if not start_from:
+            return None
+        # SimCSE takes the longest, so there are fewer encoders than runs that start from one.
+        return Job(start_from, (self.seed - 1) % CELLS[start_from].seeds + 1)
 
 
-def list_jobs(tables: Sequence[str], seeds: int, probe_seeds: int) -> list[Job]:
+def planned_seeds(cell: str, seeds: int | None) -> range:
+    """The seeds of a cell, from 1; no more than `seeds`."""
+    return range(1, min(CELLS[cell].seeds, seeds or CELLS[cell].seeds) + 1)
+
+
+def list_jobs(tables: Sequence[str], seeds: int | None) -> list[Job]:
     """The jobs of some tables, each once, encoders before the jobs that start from them."""
     jobs: dict[Job, None] = {}  # a set that keeps its order
     for name in (name for table in tables for name in TABLES[table].cells):
-        for seed in range(1, (probe_seeds if CELLS[name].is_probe else seeds) + 1):
+        for seed in planned_seeds(name, seeds):
             job = Job(name, seed)
             if job.encoder:
                 jobs[job.encoder] = None
@@ -123,12 +134,13 @@ def run(args: argparse.Namespace) -> None:
     records.mkdir(parents=True, exist_ok=True)
     args.runs.mkdir(parents=True, exist_ok=True)
     with folder_lock(args.runs):  # two of these commands would run the same jobs
-        jobs = list_jobs(args.tables, args.seeds, args.probe_seeds)
+        jobs = list_jobs(args.tables, args.seeds)
         # Check all before the first hour of work.
         for job in jobs:
             check_record(job, args)
         pending = pending_jobs(jobs, args)
         print(f"{len(jobs)} runs, {len(jobs) - len(pending)} already recorded")
+        record_untouched(args)
         failed = run_jobs(pending, args)
     if failed:
         raise UserError(f"{len(failed)} of {len(pending)} runs failed ({failed[0]}, ...)")
@@ -238,6 +250,7 @@ def read_run(folder: Path) -> dict[str, Any]:
         "dev": result["dev"],
         "overall": result.get("overall"),
         "training_seconds": result["training_seconds"],
+        **learning_curves(log),
         "curve": [
             {"step": entry["step"], "score": entry["score"], "stage": entry.get("stage")}
             for entry in log
@@ -252,12 +265,35 @@ def read_run(folder: Path) -> dict[str, Any]:
     }
 
 
-def dev_predictions(paths: dict[str, str]) -> dict[str, list[float]]:
-    """Task -> the predictions in its leaderboard file for dev, in file order."""
-    predictions = {}
+def learning_curves(log: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """By task: the steps that trained its head, and the loss in twentieths of the last stage."""
+    steps = [entry for entry in log if entry["kind"] == "train"]
+    tasks = dict.fromkeys(task for entry in steps for task in entry["task"].split("+"))
+    last = [entry for entry in steps if entry.get("stage") == steps[-1].get("stage")]
+    head_steps, losses = {}, {}
+    for task in tasks:
+        head_steps[task] = sum(task in entry["task"].split("+") for entry in steps)
+        values = [entry["loss"] for entry in last if task in entry["task"].split("+")]
+        parts = np.array_split(values, min(CURVE_POINTS, len(values)))
+        losses[task] = [round(float(part.mean()), 4) for part in parts]
+    return {"head_steps": head_steps, "losses": losses}
+
+
+def dev_predictions(paths: dict[str, str]) -> dict[str, str | list[float]]:
+    """Task -> the predictions in its leaderboard file for dev, in file order.
+
+    Classes are a string of digits, which keeps a record small.
+    """
+    predictions: dict[str, str | list[float]] = {}
     for name, path in paths.items():
         task, split = name.rsplit("_", 1)
         if split == "dev":
             lines = read_text(Path(path)).splitlines()[1:]
-            predictions[task] = [round(float(line.rsplit(" , ", 1)[1]), 5) for line in lines]
+            values = [float(line.rsplit(" , ", 1)[1]) for line in lines]
+            classes = TASKS[task].labels.integer
+            predictions[task] = (
+                "".join(f"{value:.0f}" for value in values)
+                if classes
+                else [round(value, 5) for value in values]
+            )
     return predictions

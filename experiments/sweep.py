@@ -32,10 +32,9 @@ from experiments.runner import (
     threads_per_job,
 )
 from prediction import primary_metric
-from report.plots import MARKERS, new_figure, save_figure
+from report.plots import DASHES, MARKERS, new_figure, save_figure
 from tasks import TASKS
 
-DASHES = ("-", "--", ":", "-.")
 Record = dict[str, Any]
 
 

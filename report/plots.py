@@ -14,6 +14,7 @@ from report.analysis import Calibration, Curves, EmbeddingMap, Group, Prediction
 
 STYLE = Path(__file__).with_name("style.mplstyle")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+DASHES = ("-", "--", ":", "-.")
 # Edges, as the lightest colour would be lost on white.
 POINTS = {"s": 14, "edgecolor": "0.35", "linewidth": 0.3}
 CURVES = {

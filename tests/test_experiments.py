@@ -19,8 +19,8 @@ from engine.checkpoint import read_json, read_text, write_text
 from engine.errors import UserError
 from engine.run_dir import RunDir, folder_lock
 from experiments import __main__ as experiments
-from experiments import conflict, plots, report, runner
-from experiments.tables import CELLS, TABLES
+from experiments import conflict, runner, untouched
+from experiments.tables import CELLS, CLAIMS, TABLES
 from tasks import TASKS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -69,46 +69,36 @@ def test_conflict_is_summarized_over_measurements():
     assert r"| sst\|sts | -0.200 | " in text and "| 67% | 67% | 0.500 |" in text
 
 
-def test_comparisons_say_whether_seeds_separate_and_models_beat_the_majority_class():
-    gold, records = np.array([0] * 60 + [1] * 40), {}
-    for cell, seeds in {"floor": (0, 1), "good": (20, 30), "mixed": (0, 25)}.items():
-        for right in seeds:  # of class 1
-            predicted = np.where(np.arange(100) < 60 + right, gold, 0).tolist()
-            dev = {"para": {"accuracy": (60 + right) / 100}}
-            records.setdefault(cell, []).append({"dev": dev, "predictions": {"para": predicted}})
-
-    def compare(first, second):
-        row = report.compare_cells(first, second, "para", records, gold)
-        return row["seeds_separate"], row["both_at_majority"], row["difference"]
-
-    assert compare("good", "floor") == (True, False, pytest.approx(0.245))
-    assert compare("floor", "good") == (True, False, pytest.approx(-0.245))
-    assert compare("good", "mixed")[:2] == (False, False)
-    assert compare("floor", "floor") == (False, True, 0)
+def test_a_record_has_the_loss_and_the_steps_of_each_head():
+    """Of LP-FT the loss of the last stage, but the steps of both."""
+    log = [{"kind": "train", "task": "sst", "loss": 9.0, "stage": "probe"}]
+    log += [
+        {"kind": "train", "task": task, "loss": loss, "stage": "finetune"}
+        for loss in range(40)
+        for task in ("sst", "para+sts")
+    ]
+    curves = runner.learning_curves([*log, {"kind": "dev", "score": 1}])
+    assert curves["head_steps"] == {"sst": 41, "para": 40, "sts": 40}
+    assert curves["losses"]["sst"] == curves["losses"]["para"] == [2 * i + 0.5 for i in range(20)]
 
 
-def test_curves_leave_out_the_probe_of_lpft_and_cells_evaluated_once(tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(plots, "save_figure", lambda figure, path: drawn.append(figure.axes[0]))
-
-    def run(*stages):
-        return {"curve": [{"step": i, "score": i, "stage": s} for i, s in enumerate(stages)]}
-
-    once, twice = [run("finetune")], [run(None, None), run(None, None, None)]
-    lpft = [run("probe", "probe", "finetune"), run("probe", "finetune")]
-    assert plots.plot_curves({"once": once, "lpft": lpft, "twice": twice}, tmp_path / "a.png")
-    assert [line.get_label() for line in drawn[0].lines] == ["twice"]
-    assert not plots.plot_curves({"once": once}, tmp_path / "a.png")
+def test_the_threshold_is_the_best_one():
+    rng = np.random.default_rng(0)
+    gold = rng.integers(0, 2, 60)
+    scores = np.round(gold * 0.3 + rng.normal(size=60) * 0.4, 1)  # with ties
+    threshold = untouched.best_threshold(scores, gold)
+    accuracies = [((scores >= t) == gold).mean() for t in [*scores, 9]]
+    assert ((scores >= threshold) == gold).mean() == max(accuracies)
 
 
 def test_probes_share_the_encoders_in_turn():
     """Each encoder is trained once, and before the jobs that start from it."""
-    jobs = runner.list_jobs(["table1"], 3, 5)
+    jobs = runner.list_jobs(["table1"], None)
     probes = [job for job in jobs if job.cell == "probe-simcse"]
-    assert [job.encoder.seed for job in probes] == [1, 2, 3, 1, 2]
-    assert [job.seed for job in jobs if job.cell == "simcse"] == [1, 2, 3]
+    assert [job.encoder.seed for job in probes] == [1, 2, 3, 4, 1, 2, 3, 4]
+    assert [job.seed for job in jobs if job.cell == "simcse"] == [1, 2, 3, 4]
     assert all(jobs.index(job.encoder) < jobs.index(job) for job in probes)
-    assert set(runner.list_jobs(["table1"], 1, 2)) < set(jobs)  # more seeds only add jobs
+    assert set(runner.list_jobs(["table1"], 2)) < set(jobs)  # more seeds only add jobs
 
 
 def test_a_record_has_the_flags_of_a_recipe_and_not_its_name(tmp_path):
@@ -116,7 +106,7 @@ def test_a_record_has_the_flags_of_a_recipe_and_not_its_name(tmp_path):
     write_text(tmp_path / "r.txt", "--option finetune  # a comment\n--epochs 9\n")
     args = experiments.parse_args(["run", "table1", f"--flags=@{tmp_path / 'r.txt'} --limit 5"])
     command = runner.recorded_command(runner.Job("simcse", 1), args)
-    assert "simcse.py --option finetune --epochs 9 --limit 5 --batch_size 32" in command
+    assert "simcse.py --option finetune --epochs 9 --limit 5 --final_only" in command
 
 
 def test_flags_of_a_cell_override_those_for_all():
@@ -124,6 +114,14 @@ def test_flags_of_a_cell_override_those_for_all():
     command = runner.build_command(runner.Job("probe", 3), args, args.runs, args.data_dir)
     parsed = multitask_classifier.parse_args(command[1:])
     assert (parsed.option, parsed.epochs, parsed.seed) == ("pretrain", 10, 3)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_the_command_of_each_cell_is_valid(cell):
+    args = experiments.parse_args(["run", "table1", "--data_dir", str(SAMPLE)])
+    command = runner.build_command(runner.Job(cell, 1), args, args.runs, args.data_dir)
+    script = importlib.import_module(Path(command[0]).stem)
+    assert script.parse_args(command[1:]).seed == 1
 
 
 def test_a_script_is_a_process_with_its_own_log(tmp_path):
@@ -165,63 +163,98 @@ def grid(tiny, tmp_path, monkeypatch):
 
     monkeypatch.setattr(runner, "start_process", start_process)
     flags = ["--model", tiny, "--data_dir", tmp_path / "data", "--out", tmp_path / "results"]
-    flags += ["--runs", tmp_path / "runs", "--seeds", 1, "--probe_seeds", 2]
+    flags += ["--runs", tmp_path / "runs", "--seeds", 2]
     return [*flags, "--flags=--epochs 1 --batch_size 16 --precision fp32 --limit 24"], started
 
 
-def test_every_table_runs_and_is_reported(grid, tmp_path, command):
+# The others are of a recipe: their cells set a --limit of their own.
+PAPER = ["table1", "table2", "table3", "temperature", "methods", "sts"]
+
+
+def test_the_tables_run_and_are_reported(grid, tmp_path, command):
     flags, started = grid
-    command("run", "all", *flags)
-    assert {name.rsplit("-seed", 1)[0] for name in started} == set(CELLS)
+    command("run", *PAPER, *flags)
+    cells = {cell for table in PAPER for cell in TABLES[table].cells}
+    assert {name.rsplit("-seed", 1)[0] for name in started} == {*cells, "simcse", "simcse-t0.05"}
     assert started["probe-simcse-seed2"] == str(tmp_path / "runs/simcse-seed2/best")
     out = tmp_path / "results"
-    reported = ["report", "--data_dir", tmp_path / "data", "--out", out]
+    reported = ["report", "--data_dir", tmp_path / "data", "--out", out, "--seeds", 2]
     command(*reported)
 
     results = read_json(out / "tables.json")
-    assert set(results["tables"]) == set(TABLES) and list(results["conflict"]) == ["finetune"]
-    assert results["baselines"]["sts"]["kind"] == "untouched encoder"
-    pearson = {
-        cell: [read_json(p)["dev"]["sts"]["pearson"] for p in out.glob(f"records/{cell}-seed*")]
-        for cell in ("probe", "mean-cosine", "mean-dot")
-    }
-    mean, sd = np.mean(pearson["probe"]), np.std(pearson["probe"], ddof=1)
+    assert list(results["tables"]) == PAPER and list(results["conflict"]) == ["finetune", "lpft"]
+    records = {path.stem: read_json(path) for path in out.glob("records/*.json")}
+
+    def pearson(cell):
+        return [records[f"{cell}-seed{seed}"]["dev"]["sts"]["pearson"] for seed in (1, 2)]
+
+    mean, sd = np.mean(pearson("probe")), np.std(pearson("probe"), ddof=1)
     score = results["tables"]["table1"]["columns"]["probe"]["scores"]["sts"]
-    assert score == pytest.approx({"mean": mean, "sd": sd, "seeds": 2, "paper": 0.304}, abs=1e-6)
-    overall = [read_json(path)["overall"] for path in out.glob("records/probe-seed*")]
-    score = results["tables"]["table1"]["columns"]["probe"]["scores"]["overall"]
-    assert score["mean"] == pytest.approx(np.mean(overall), abs=1e-6)
-    rows = results["tables"]["ablation"]["comparisons"]
-    [row] = [row for row in rows if (row["first"], row["task"]) == ("mean-cosine", "sts")]
-    expected = np.mean(pearson["mean-cosine"]) - np.mean(pearson["mean-dot"])
+    assert score["values"] == pytest.approx(pearson("probe"), abs=1e-6)
+    assert (score["mean"], score["sd"], score["paper"]) == pytest.approx(
+        (mean, sd, 0.304), abs=1e-6
+    )
+    rows = results["tables"]["sts"]["comparisons"]
+    [row] = [
+        r
+        for r in rows
+        if (r["first"], r["second"], r["task"]) == ("mean-cosine", "mean-dot", "sts")
+    ]
+    expected = np.mean(pearson("mean-cosine")) - np.mean(pearson("mean-dot"))
     assert row["difference"] == pytest.approx(expected, abs=1e-3)  # of rounded predictions
     assert row["low"] <= row["difference"] <= row["high"]
+    before = read_json(out / "untouched.json")["dev"]["sts"]["pearson"]
+    assert results["baselines"]["sts"]["untouched"] == pytest.approx(before, abs=1e-6)
+    assert len(results["claims"]) == sum(len(claim.contrasts) for claim in CLAIMS)
 
-    text, tex = read_text(out / "tables.md"), read_text(out / "ablation.tex")
+    text, tex = read_text(out / "tables.md"), read_text(out / "sts.tex")
     assert f"| {mean:.3f} ± {sd:.3f} |" in text
-    assert f"| Cosine for STS - Mean pooling | sts | {row['difference']:+.3f} |" in text
-    assert f"Cosine for STS - Mean pooling & sts & ${row['difference']:+.3f}$ & " in tex
-    assert "| in the paper |  | 0.386 | 0.390 | 0.494 | 0.487 |" in text
-    assert f"| overall |  | {np.mean(overall):.3f} ± {np.std(overall, ddof=1):.3f} |" in text
+    assert f"| Cosine - Mean pooling | sts | {row['difference']:+.3f} |" in text
+    assert f"Cosine - Mean pooling & sts & ${row['difference']:+.3f}$ & " in tex
+    assert "| in the paper |  |  | 0.386 | 0.390 | 0.494 | 0.487 |" in text
     assert "train: sst 24, para 24, sts 24; dev: sst 24, para 24, sts 24." in text
     assert "bundled all-MiniLM" not in text  # the model is another one
     images = re.findall(r"\]\((.*\.png)\)", text)
-    expected = [*TABLES, "conflict-finetune-layers", "conflict-finetune-steps"]
-    assert {f"{name}.png" for name in expected} < set(images)
+    assert {"claims.png", *(f"{name}.png" for name in PAPER)} < set(images)
     assert all((out / image).read_bytes().startswith(b"\x89PNG") for image in images)
     # No sentence of the data is in a record.
     examples, _, _ = read_examples(SAMPLE / "ids-sst-dev.csv", TASKS["sst"], limit=24)
     recorded = "".join(map(read_text, out.rglob("*.json")))
     assert not any(example.texts[0] in recorded for example in examples)
+    check_refusals(command, reported, tmp_path)
 
-    # Labels, or a cell, that have changed since a record was made are noticed.
-    dev, original = tmp_path / "data/quora-dev.csv", read_text(tmp_path / "data/quora-dev.csv")
-    write_text(dev, original.replace("\t1.0\n", "\t0\n"))
-    command(*reported, error="quora-dev.csv: wrong data: the record of ")
-    write_text(dev, original)
-    path = out / "records/simcse-seed1.json"
-    write_text(path, read_text(path).replace("--temperature 1", "--temperature 2"))
-    command(*reported, error="its cell is now `--batch_size 32 --temperature 1`")
+
+def check_refusals(command, reported, tmp_path):
+    """Records that do not fit each other, the data or the tables of today are refused by name."""
+    out = tmp_path / "results"
+
+    def spoil(path, old, new, error, *flags):
+        original = read_text(path)
+        assert old in original
+        write_text(path, original.replace(old, new))
+        command(*reported, *flags, error=error)
+        write_text(path, original)
+
+    dev = tmp_path / "data/quora-dev.csv"
+    spoil(dev, "\t1.0\n", "\t0\n", "quora-dev.csv: wrong data: the record of ")
+    probe = out / "records/probe-seed1.json"
+    spoil(probe, "--epochs 10", "--epochs 9", "its cell is now `--no_test --final_only --option")
+    spoil(probe, '"float32"', '"bfloat16"', "runs of unlike commits, precisions or machines")
+    spoil(probe, '"seed": 1', '"seed": 3', "probe: planned with 2 seeds, but recorded: 2;")
+    spoil(out / "untouched.json", '"predictions"', '"x"', "damaged or not the record of the untou")
+    command(*reported[:-1], 3, error="planned with 3 seeds, but recorded: 1, 2; run it again")
+    (out / "untouched.json").rename(out / "moved.json")
+    command(*reported, error="untouched.json: no such file")
+    (out / "moved.json").rename(out / "untouched.json")
+    original = read_text(probe)
+    write_text(probe, original.replace('"float32"', '"bfloat16"'))
+    command(*reported, "--mixed")
+    assert "**Mixed runs**: " in read_text(out / "tables.md")
+    other = ["--model", "all-MiniLM-L6-v2", "--data_dir", tmp_path / "data", "--out", out]
+    error = "untouched.json: of another --model or --limit"
+    command("run", "table3", *other, "--runs", tmp_path / "other", error="made by")
+    shutil.rmtree(out / "records")
+    command("run", "table3", *other, "--runs", tmp_path / "other", error=error)
 
 
 def test_recorded_runs_are_skipped_and_interrupted_ones_resumed(
@@ -239,10 +272,10 @@ def test_recorded_runs_are_skipped_and_interrupted_ones_resumed(
         patch.setattr(RunDir, "log", interrupt)
         command("run", "table3", *flags, error="the same command continues", code=130)
     assert list(started) == ["probe-concat-seed1"]
-    assert "6 runs, 0 already recorded" in command("run", "table3", *flags)
+    assert "8 runs, 0 already recorded" in command("run", "table3", *flags)
     assert (tmp_path / "runs/probe-concat-seed1/resumed.jsonl").exists()
     started.clear()
-    assert "6 runs, 6 already recorded" in command("run", "table3", *flags)
+    assert "8 runs, 8 already recorded" in command("run", "table3", *flags)
     assert not started
     # A record that is lost is written again, from the finished run.
     lost = tmp_path / "results/records/probe-seed1.json"
@@ -257,19 +290,18 @@ def test_recorded_runs_are_skipped_and_interrupted_ones_resumed(
     assert "made with other" in command("run", "table3", *other, error="exit code 2")
 
     # With these records, `report` shows the one complete table, and names no other.
-    reported = ["--data_dir", tmp_path / "data", "--out", tmp_path / "results"]
+    reported = ["--data_dir", tmp_path / "data", "--out", tmp_path / "results", "--seeds", 2]
     command("report", *reported)
     assert list(read_json(tmp_path / "results/tables.json")["tables"]) == ["table3"]
     text = read_text(tmp_path / "results/tables.md")
-    assert "not run" not in text and "SimCSE, probe" not in text
-    command("report", "table1", *reported)
-    assert "| SimCSE, probe |  |  |  | not run |" in read_text(tmp_path / "results/tables.md")
+    assert "SimCSE, probe" not in text and "The paper's claims" not in text
+    command("report", "table1", *reported, error="probe-simcse: planned with 2 seeds, but")
 
 
 def test_jobs_whose_encoder_failed_are_skipped(grid, tmp_path, command, monkeypatch):
     """Others run. And an encoder is trained again if a job needs it and its folder is gone."""
     flags, started = grid
-    flags[flags.index("--probe_seeds") + 1] = 1
+    flags[flags.index("--seeds") + 1] = 1
     start = runner.start_process
     fail = lambda command, *rest: 1 if command[0] == "simcse.py" else start(command, *rest)  # noqa: E731
     with monkeypatch.context() as patch:
@@ -341,22 +373,6 @@ def test_bad_usage(command, tmp_path):
     write_text(tmp_path / "records/x.json", '{"cell": "probe"}')
     for flags, expected in BAD_USAGE.items():
         assert command(*flags.format(tmp=tmp_path).split(), error=expected).count("\n") == 1
-
-
-def test_the_committed_records_are_readable_and_complete():
-    records = report.load_records(RESULTS)
-    assert set(records) == set(CELLS)
-    assert report.select_tables([], records) == list(TABLES)
-
-
-@pytest.mark.skipif("MINBERT_DATA" not in os.environ, reason="needs the course's data")
-def test_the_committed_tables_are_those_of_the_records(tmp_path, command):
-    """One table is enough: the others are computed in the same way."""
-    shutil.copytree(RESULTS / "records", tmp_path / "records")
-    command("report", "table3", "--data_dir", os.environ["MINBERT_DATA"], "--out", tmp_path)
-    computed, committed = read_json(tmp_path / "tables.json"), read_json(RESULTS / "tables.json")
-    committed["tables"] = {"table3": committed["tables"]["table3"]}
-    assert flatten(computed) == pytest.approx(flatten(committed), abs=1e-4)
 
 
 def flatten(value, path=""):
