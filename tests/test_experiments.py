@@ -2,7 +2,6 @@
 
 import importlib
 import itertools
-import os
 import re
 import shutil
 import signal
