@@ -114,32 +114,12 @@ class CosineHead(nn.Module):
         return self.dense(F.cosine_similarity(u, v, dim=-1)[:, None])
 
 
-class MLPHead(nn.Module):
-    """logits = W2 dropout(gelu(W1 [u; v; |u - v|; u * v])): the features of InferSent and SBERT.
-
-    (Conneau et al. 2017, https://arxiv.org/abs/1705.02364.) The bias starts as in `LinearHead`.
-    """
-
-    num_embeddings = 2
-
-    def __init__(self, width: int, task: Task, dropout: float):
-        super().__init__()
-        self.hidden = nn.Linear(4 * width, width)
-        self.output = LinearHead(width, task, dropout)
-
-    def forward(self, u: Tensor, v: Tensor) -> Tensor:
-        """u, v (B, D) -> logits (B, C)."""
-        features = torch.cat([u, v, (u - v).abs(), u * v], dim=-1)  # (B, 4 D)
-        return self.output(F.gelu(self.hidden(features)))
-
-
 # Each --{task}_decoder has these as its choices.
 HEADS: dict[str, type[nn.Module]] = {
     "linear": LinearHead,
     "concat": ConcatHead,
     "dot": DotHead,
     "cosine": CosineHead,
-    "mlp": MLPHead,
 }
 
 

@@ -56,7 +56,7 @@ JOBS = {
     "probe": "--option pretrain --sampling annealed",
     "bf16": "--option finetune --precision bf16",
     "accumulate": "--option finetune --sampling proportional --accumulate 2 --rdrop 1",
-    "lpft": "--option lpft --pair_encoding joint --sts_encoding separate --sts_decoder mlp",
+    "lpft": "--option lpft --pair_encoding joint --sts_encoding separate --sts_decoder concat",
     "pcgrad": "--option finetune --surgery pcgrad --measure_conflict 3",
     "classifier": "--option finetune --eval_every 2 --patience 1",
     "simcse": "--limit 24 --accumulate 2",
