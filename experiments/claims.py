@@ -33,21 +33,22 @@ def difference(
 ) -> np.ndarray:
     """First minus second, paired by seed: (units, N), a unit being a seed or a shared encoder.
 
-    A second cell of one run, the untouched encoder, is compared with every run of the first.
+    A cell with more seeds than the other lends those that both have; the untouched encoder is
+    compared with every run.
     """
     runs, others = records[first], records[second]
-    if len(others) > 1 and [run["seed"] for run in runs] != [run["seed"] for run in others]:
-        seeds = (", ".join(str(run["seed"]) for run in cell) for cell in (runs, others))
-        raise UserError(f"{first} and {second}: not paired, seeds {' and '.join(seeds)}")
-    ours, theirs = (
-        row_values(gold, np.stack([predictions(run, task) for run in cell]), metric)
-        for cell in (runs, others)
-    )
+    if second != "untouched":
+        common = {run["seed"] for run in runs} & {run["seed"] for run in others}
+        runs, others = ([r for r in cell if r["seed"] in common] for cell in (runs, others))
     # Runs that start from one SimCSE encoder share its luck, whichever of the cells they are in.
     cell = next((c for c in (first, second) if c in CELLS and CELLS[c].start_from), first)
     units = [Job(cell, run["seed"]).encoder or run["seed"] for run in runs]
     if len(set(units)) < 2:
-        raise UserError(f"{first} and {second}: an interval needs two independent runs or more")
+        raise UserError(f"{first} and {second}: no two seeds in common, and an interval needs them")
+    ours, theirs = (
+        row_values(gold, np.stack([predictions(run, task) for run in cell]), metric)
+        for cell in (runs, others)
+    )
     return average_groups(ours - theirs, units)
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from engine.errors import UserError
 from engine.stats import holm
 from experiments import claims
 from experiments.stats import (
@@ -163,6 +164,29 @@ def test_an_effect_without_any_spread_is_certain():
     zero = crossed_effect(np.zeros((3, 5)))
     assert zero.interval() == (0, 0) and zero.p_difference() == 1 and zero.p_equivalence(0.1) == 0
     assert crossed_effect(np.ones((3, 5))).p_difference() == 0
+
+
+def record(seed, predicted):
+    return {"seed": seed, "predictions": {"sst": "".join(map(str, predicted))}}
+
+
+def test_cells_are_paired_by_seed_and_by_encoder():
+    """Of seeds that both cells have; SimCSE's four encoders are four units, whatever the seeds."""
+    gold = np.arange(40) % 5
+    rng = np.random.default_rng(0)
+    wrong = {seed: rng.random(40) < 0.1 * seed for seed in range(1, 9)}
+    runs = [record(seed, np.where(wrong[seed], (gold + 1) % 5, gold)) for seed in wrong]
+    perfect = [record(seed, gold) for seed in (2, 3, 5, 6)]
+    cells = {"finetune": runs, "lpft": perfect, "finetune-simcse": runs, "probe": runs[6:]}
+    cells["untouched"] = [{"predictions": {"sst": "0" * 40}}]
+    values = claims.difference(cells, "lpft", "finetune", "sst", gold, "accuracy")
+    np.testing.assert_array_equal(values, [wrong[seed] for seed in (2, 3, 5, 6)])
+    values = claims.difference(cells, "lpft", "finetune-simcse", "sst", gold, "accuracy")
+    np.testing.assert_array_equal(values, [wrong[5], (1.0 * wrong[2] + wrong[6]) / 2, wrong[3]])
+    values = claims.difference(cells, "lpft", "untouched", "sst", gold, "accuracy")
+    np.testing.assert_array_equal(values, [gold != 0] * 4)
+    with pytest.raises(UserError, match="probe and lpft: no two seeds in common"):
+        claims.difference(cells, "probe", "lpft", "sst", gold, "accuracy")
 
 
 def row(expected="above 0", difference=0.1, p=1.0, margin=1.0, majority=False):
