@@ -75,3 +75,13 @@ def similarity_metrics(embeddings: Tensor, gold: Tensor) -> dict[str, float | No
         "alignment": alignment(u[positive], v[positive]) if positive.any() else None,
         "uniformity": uniformity(embeddings.flatten(0, 1)),
     }
+
+
+def linear_cka(x: Tensor, y: Tensor) -> float:
+    """Linear centred kernel alignment of two representations of N rows, (N, D) and (N, E).
+
+    ||Y'X||^2 / (||X'X|| ||Y'Y||) with centred columns and Frobenius norms: from 0 to 1, and the
+    same if either is rotated or scaled (Kornblith et al. 2019, https://arxiv.org/abs/1905.00414).
+    """
+    x, y = (v.double() - v.double().mean(dim=0) for v in (x, y))
+    return ((y.T @ x).norm() ** 2 / ((x.T @ x).norm() * (y.T @ y).norm())).item()

@@ -6,6 +6,7 @@ python -m experiments sweep --flags=@recipes/best.txt --model all-MiniLM-L6-v2 -
 python -m experiments compare RUN RUN RUN --out FOLDER
 python -m experiments conflict RUN
 python -m experiments map RUN
+python -m experiments transfer RUN RUN RUN --data_dir DATA
 """
 
 import argparse
@@ -14,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.cli import POSITIVE, POSITIVE_INT, ArgumentParser, run_script
+from engine.cli import POSITIVE, POSITIVE_INT, ArgumentParser, number, run_script
 from experiments.compare import compare_runs
 from experiments.conflict import report_run
 from experiments.plots import plot_map
@@ -22,6 +23,7 @@ from experiments.report import report
 from experiments.runner import run
 from experiments.sweep import sweep
 from experiments.tables import TABLES
+from experiments.transfer import transfer
 
 # Set by the command itself.
 RESERVED_FLAGS = {
@@ -33,7 +35,7 @@ RESERVED_FLAGS = {
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line, checked; `action` is the function that does what it says."""
     parser = ArgumentParser(__doc__, prog="python -m experiments")
-    names = "run|report|sweep|compare|conflict|map"
+    names = "run|report|sweep|compare|conflict|map|transfer"
     commands = parser.add_subparsers(required=True, metavar=names, help="what to do")
 
     def command(name: str, action: Callable, help: str) -> Callable[..., Any]:
@@ -65,6 +67,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("run", type=Path, help="a run folder")
     add("--data_dir", type=Path, help="folder of the dev files (default: the run's own files)")
     add("--limit", type=POSITIVE_INT, help="use a fixed random subset of N rows per file")
+    add = command("transfer", transfer, "scores out of domain, with heads and without")
+    add("runs", nargs="+", type=Path, metavar="RUN", help="run folders named METHOD-seedN")
+    add_folders(add, "transfer")
+    add("--limit", type=number(int, 100), help="use a fixed random subset of N rows per file")
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], help="(default: each run's)")
+    for method in ("finetune", "probe", "lpft"):
+        add(f"--{method}", default=method, metavar="METHOD", help="compared as by Kumar et al.")
     args = parser.parse_args(argv)
     check_args(args, parser)
     return args

@@ -35,8 +35,7 @@ def score_rows(
         known = baselines.get(task, {"majority": None, "untouched": None})
         before = [number(known[kind]) for kind in ("majority", "untouched")]
         scores = [column["scores"][task] for column in columns]
-        shown = [number(s["mean"]) + number(s["sd"], f" {plus_minus} ") for s in scores]
-        rows.append([title, *before, *shown])
+        rows.append([title, *before, *(score_text(score, plus_minus) for score in scores)])
         # The paper's own score below ours, where it has one.
         if any(score["paper"] is not None for score in scores):
             rows.append(["in the paper", "", "", *(number(score["paper"]) for score in scores)])
@@ -46,6 +45,11 @@ def score_rows(
 def number(value: float | None, before: str = "") -> str:
     """A score with three decimals; nothing for None."""
     return "" if value is None else f"{before}{value:.3f}"
+
+
+def score_text(score: Mapping[str, float | None], plus_minus: str) -> str:
+    """Mean and standard deviation over seeds."""
+    return number(score["mean"]) + number(score["sd"], f" {plus_minus} ")
 
 
 def interval(row: Mapping[str, Any]) -> str:
