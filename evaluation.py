@@ -124,7 +124,7 @@ def compare_runs(first: SavedRun, args: Namespace) -> None:
         values = " - ".join(f"{primary_metric(scores):.4f}" for scores in metrics)
         titles.append(f"{task.name} {next(iter(metrics[0]))}, {len(gold):,} rows: {values}")
         correlation = not task.labels.integer
-        results.append(compare(gold, a[None], b[None], correlation))  # one seed each
+        results.append(compare(gold, a, b, correlation))
     for title, result, p in zip(titles, results, holm([r.p for r in results]), strict=True):
         print(
             f"{title} = {result.difference:+.4f}, 95% interval {result.low:+.4f} to"

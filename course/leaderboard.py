@@ -111,7 +111,7 @@ def is_tied(better: Submission, worse: Submission, gold: Sequence[Gold]) -> bool
     parts = []
     for g in gold:
         name, labels = g.task.name, g.task.labels
-        pair = (s.predictions[name][None] for s in (better, worse))
+        pair = (s.predictions[name] for s in (better, worse))
         c = compare(g.labels, *pair, correlation=not labels.integer)
         # Pearson's r counts as (r + 1) / 2: half of a difference.
         zero = labels.course_score(0.0)

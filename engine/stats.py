@@ -30,26 +30,26 @@ def compare(
     correlation: bool,
     resamples: int = 9999,
 ) -> Comparison:
-    """Compare two models on the same rows, each trained with one or several seeds.
+    """Compare two models on the same rows.
 
-    The interval is a percentile bootstrap over rows. The test is a paired permutation test for
-    accuracy (with one seed, McNemar's) and the bootstrap itself for a correlation. Neither includes
-    the variance between seeds.
+    The interval is a percentile bootstrap over rows. The test is McNemar's, as a permutation test,
+    for accuracy, and the bootstrap itself for a correlation. Neither says anything about other
+    seeds: for that, see `experiments/stats.py`.
 
-    gold: (N,); first, second: predictions (seeds, N). correlation: compare Pearson's r, else
-    accuracy, averaged over seeds. A correlation gets at most 1,999 resamples.
+    gold, first, second: labels and predictions, (N,). correlation: compare Pearson's r, else
+    accuracy. A correlation gets at most 1,999 resamples.
     """
     rng = np.random.default_rng(0)
     if correlation:
         return _compare_correlations(gold, first, second, min(resamples, 1999), rng)
-    # What each row adds to the difference. Only a few values occur, so a resample of all rows is a
-    # draw of how often each value does: hundreds of times faster than drawing rows.
-    shares = np.mean(first == gold, axis=0) - np.mean(second == gold, axis=0)
-    values, counts = np.unique(shares.round(12), return_counts=True)
+    # What each row adds to the difference: -1, 0 or 1. So a resample of all rows is a draw of how
+    # often each occurs: hundreds of times faster than drawing rows.
+    values = np.array([-1, 0, 1])
+    counts = np.bincount((first == gold).astype(int) - (second == gold) + 1, minlength=3)
     difference = values @ counts / len(gold)
     resampled = rng.multinomial(len(gold), counts / len(gold), size=resamples) @ values / len(gold)
-    # The permutation test exchanges the models' answers to a row: its share changes sign.
-    flipped = rng.binomial(counts, 0.5, size=(resamples, len(counts)))
+    # The permutation test exchanges the models' answers to a row: its value changes sign.
+    flipped = rng.binomial(counts, 0.5, size=(resamples, 3))
     permuted = (counts - 2 * flipped) @ values / len(gold)
     extreme = np.sum(np.abs(permuted) >= abs(difference) - 1e-12)
     low, high = np.quantile(resampled, [0.025, 0.975])
@@ -67,11 +67,12 @@ def _compare_correlations(
     """`compare` for Pearson's r."""
     from scipy import stats  # half a second
 
-    def difference(gold: np.ndarray, *predicted: np.ndarray, axis: int = -1) -> np.ndarray:
-        r = [pearson(gold, row, axis) for row in predicted]
-        return np.mean(r[: len(first)], axis=0) - np.mean(r[len(first) :], axis=0)
+    def difference(
+        gold: np.ndarray, first: np.ndarray, second: np.ndarray, axis: int = -1
+    ) -> np.ndarray:
+        return pearson(gold, first, axis) - pearson(gold, second, axis)
 
-    samples = (gold, *first, *second)
+    samples = (gold, first, second)
     options = {"n_resamples": resamples, "batch": 64, "rng": rng, "vectorized": True}
     bootstrap = stats.bootstrap(samples, difference, paired=True, method="percentile", **options)
     resampled = bootstrap.bootstrap_distribution

@@ -5,7 +5,6 @@ python -m experiments report --data_dir DATA
 python -m experiments sweep --flags=@recipes/best.txt --model all-MiniLM-L6-v2 --data_dir DATA
 python -m experiments compare RUN RUN RUN --out FOLDER
 python -m experiments conflict RUN
-python -m experiments map RUN
 python -m experiments transfer RUN RUN RUN --data_dir DATA
 """
 
@@ -18,7 +17,6 @@ from typing import Any
 from engine.cli import POSITIVE, POSITIVE_INT, ArgumentParser, number, run_script
 from experiments.compare import compare_runs
 from experiments.conflict import report_run
-from experiments.plots import plot_map
 from experiments.report import report
 from experiments.runner import run
 from experiments.sweep import sweep
@@ -35,7 +33,7 @@ RESERVED_FLAGS = {
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line, checked; `action` is the function that does what it says."""
     parser = ArgumentParser(__doc__, prog="python -m experiments")
-    names = "run|report|sweep|compare|conflict|map|transfer"
+    names = "run|report|sweep|compare|conflict|transfer"
     commands = parser.add_subparsers(required=True, metavar=names, help="what to do")
 
     def command(name: str, action: Callable, help: str) -> Callable[..., Any]:
@@ -63,10 +61,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--out", type=Path, default=Path("comparison"), help="new folder for table and plot")
     add = command("conflict", report_run, "plot the gradient conflict that a run logged")
     add("run", type=Path, help="folder of a run with --measure_conflict")
-    add = command("map", plot_map, "plot a run's dev sentence embeddings by PCA")
-    add("run", type=Path, help="a run folder")
-    add("--data_dir", type=Path, help="folder of the dev files (default: the run's own files)")
-    add("--limit", type=POSITIVE_INT, help="use a fixed random subset of N rows per file")
     add = command("transfer", transfer, "scores out of domain, with heads and without")
     add("runs", nargs="+", type=Path, metavar="RUN", help="run folders named METHOD-seedN")
     add_folders(add, "transfer")

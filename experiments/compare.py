@@ -62,7 +62,7 @@ def read_scores(runs: Sequence[SavedRun], data_dir: Path | None) -> list[Score]:
             metric, score = next(iter(metrics)), primary_metric(metrics)
             interval, comparison = score_interval(score, len(gold), correlation), None
             if run is not runs[0]:
-                comparison = compare(gold, predicted[None], predictions[0][None], correlation)
+                comparison = compare(gold, predicted, predictions[0], correlation)
             row = (task, str(run.folder), metric, len(gold), score, interval, comparison)
             scores.append(Score(*row))
     for run in runs[1:]:

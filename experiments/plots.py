@@ -1,22 +1,14 @@
-"""Plots of tables, of the claims, and of sentence embeddings."""
+"""Plots of tables and of the paper's claims."""
 
-from argparse import Namespace
 from collections.abc import Mapping, Sequence
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from sklearn.decomposition import PCA
 
-from datasets import read_examples
-from engine.errors import UserError
 from experiments.tables import TASK_TITLES
-from model import MultitaskBERT
-from report.plots import DASHES, MARKERS, new_figure, save_figure
-from saved_runs import SavedRun
-from tasks import TASKS
+from report.plots import DASHES, new_figure, save_figure
 
 
 def plot_table(table: Mapping[str, Any], baselines: Mapping[str, Any], path: Path) -> None:
@@ -107,30 +99,3 @@ def plot_claims(claims: Sequence[Mapping[str, Any]], path: Path) -> None:
     handles = dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
     save_figure(figure, path)
-
-
-def plot_map(args: Namespace) -> None:
-    """Write map.png into a run: two principal components of its dev sentences, colored by task."""
-    run = args.run
-    saved, model = SavedRun(run), MultitaskBERT.from_pretrained(run)
-    vectors: dict[str, np.ndarray] = {}
-    for task in saved.files.get("dev", {}):  # not of its heads: a SimCSE run has none
-        path = saved.data_file(TASKS[task], "dev", args.data_dir)
-        examples, _, _ = read_examples(path, TASKS[task], limit=args.limit)
-        vectors[task] = model.encode([text for example in examples for text in example.texts])
-    if sum(map(len, vectors.values())) < 3:
-        raise UserError(f"{run}: fewer than three dev sentences; a map needs more")
-    # One projection for all tasks, or their clouds could not be compared.
-    pca = PCA(2, random_state=0).fit(np.concatenate(list(vectors.values())))
-    figure, (panel,) = new_figure(width=8, height=7)
-    for marker, (task, embeddings) in zip(cycle(MARKERS), vectors.items(), strict=False):
-        label = f"{task} ({len(embeddings):,} sentences)"
-        panel.scatter(*pca.transform(embeddings).T, s=6, alpha=0.5, marker=marker, label=label)
-    names = [
-        f"principal component {i} ({share:.0%} of the variance)"
-        for i, share in enumerate(pca.explained_variance_ratio_, start=1)
-    ]
-    panel.set(title=f"{run.name}: dev sentences", xlabel=names[0], ylabel=names[1])
-    figure.legend(loc="outside lower center", ncols=2, markerscale=3)
-    save_figure(figure, run / "map.png")
-    print(run / "map.png")

@@ -12,7 +12,6 @@ import pytest
 from scipy import stats
 
 import multitask_classifier
-import simcse
 from datasets import read_examples
 from engine.checkpoint import read_json, read_text, write_text
 from engine.errors import UserError
@@ -330,20 +329,13 @@ def test_interruption_bad_input_and_a_second_command_stop_and_other_failures_do_
     assert next(codes, None) is None
 
 
-def test_plots_of_one_run(train, command, tmp_path):
+def test_the_conflict_of_one_run(train, command, tmp_path):
     run = tmp_path / "run"
     conflict_flags = ["--option", "finetune", "--measure_conflict", 3, "--epochs", 1, "--no_test"]
     train(multitask_classifier, run, *conflict_flags)
     out = command("conflict", run)
     assert r"| sst\|sts |" in out and "disattenuated cosine" in out
-    assert f"{run}/map.png" in command("map", run)  # of the run's own files
-    command("map", run, "--data_dir", SAMPLE, "--limit", 9)
-    command("map", run, "--data_dir", tmp_path, error=f"{tmp_path}/ids-sst-dev.csv: no such file")
-    triples = tmp_path / "triples.csv"
-    triples.write_text("sent0,sent1,hard_neg\n" + "a film,a plot,a cat\n" * 8)
-    train(simcse, tmp_path / "simcse", "--nli", triples)
-    assert "map.png" in command("map", tmp_path / "simcse")  # of STS: it has no heads
-    for name in ("conflict-layers.png", "conflict-steps.png", "map.png"):
+    for name in ("conflict-layers.png", "conflict-steps.png"):
         assert (run / name).read_bytes().startswith(b"\x89PNG")
 
     lines = read_text(run / "log.jsonl").splitlines(keepends=True)
@@ -354,7 +346,7 @@ def test_plots_of_one_run(train, command, tmp_path):
 
 
 BAD_USAGE = {
-    "": "run|report|sweep|compare|conflict|map",
+    "": "run|report|sweep|compare|conflict|transfer",
     "run table9": "table9: no such table; there are table1, table2",
     "run table1 --seeds 0": "--seeds",
     "run table1 --flags='x": "--flags",
@@ -363,7 +355,6 @@ BAD_USAGE = {
     "report --out nowhere": "no records; first: python -m experiments run",
     "report --out {tmp}": "x.json: damaged or not a record of a run",
     "conflict nowhere": "nowhere/log.jsonl: no such file",
-    "map nowhere": "nowhere",
     "run table1 --out {tmp}/records/x.json": "Not a directory",
 }
 
