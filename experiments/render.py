@@ -85,6 +85,18 @@ def claim_rows(claims: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     return rows
 
 
+def bootstrap_note(claims: Sequence[Mapping[str, Any]]) -> str:
+    """How the t intervals compare with a bootstrap, in a sentence."""
+    widths = [(r["bootstrap"], r["high"] - r["low"]) for r in claims if "bootstrap" in r]
+    ratios = [(high - low) / width for (low, high), width in widths if width > 0]
+    if not ratios:
+        return "No claim has the eight runs that a bootstrap over runs needs."
+    return (
+        f"For the {len(ratios)} differences with eight runs or more, the intervals of a pigeonhole"
+        f" bootstrap (Owen 2007) are {min(ratios):.2f} to {max(ratios):.2f} times as wide."
+    )
+
+
 def run_rows(table: Mapping[str, Any]) -> list[list[str]]:
     """Where the columns of a table come from, with a header."""
     # From this table anybody can run a column again.
@@ -118,7 +130,7 @@ def markdown(results: Mapping[str, Any]) -> str:
         lines += ["", BUNDLED_NOTE]
     if results["claims"]:
         lines += ["", "## The paper's claims", *markdown_table(claim_rows(results["claims"]))]
-        lines += ["", "![differences with intervals](claims.png)"]
+        lines += ["", bootstrap_note(results["claims"]), "", "![differences](claims.png)"]
     for name, table in results["tables"].items():
         lines += ["", f"## {table['title']}"]
         lines += markdown_table(score_rows(table, results["baselines"], "±"))

@@ -10,6 +10,7 @@ TASK_TITLES = {"sst": "SST accuracy", "para": "Quora accuracy", "sts": "STS Pear
 FINAL = "--no_test --final_only"
 FINE_TUNE = f"{FINAL} --option finetune"
 LINEAR_PROBE = f"{FINAL} --option pretrain"  # the course's word for training only the heads
+PROBE_SHORT = f"{LINEAR_PROBE} --epochs 3"  # as many steps of the heads as in fine-tuning
 PROBE = f"{LINEAR_PROBE} --epochs 10"  # until the heads have converged
 CONCAT = "--para_decoder concat --sts_decoder concat"
 SIMCSE = "--final_only --batch_size 32 --epochs 3 --lr 5e-5"
@@ -44,8 +45,8 @@ CELLS: dict[str, Cell] = {
     "finetune-simcse": Cell(FINE_TUNE, start_from="simcse"),
     "finetune-simcse-t0.05": Cell(FINE_TUNE, start_from="simcse-t0.05"),
     "finetune-concat": Cell(f"{FINE_TUNE} {CONCAT}"),
-    # As many steps of the heads as in fine-tuning, and until they have converged.
-    "probe-short": Cell(f"{LINEAR_PROBE} --epochs 3"),
+    "probe-short": Cell(PROBE_SHORT),
+    "probe-short-simcse": Cell(PROBE_SHORT, start_from="simcse"),
     "probe": Cell(PROBE),
     "probe-simcse": Cell(PROBE, start_from="simcse"),
     "probe-simcse-t0.05": Cell(PROBE, start_from="simcse-t0.05"),
@@ -224,6 +225,15 @@ TABLES: dict[str, Table] = {
             Column("probe-simcse-t0.05", "Probe, t = 0.05", ("probe-simcse",)),
             Column("finetune-simcse", "Fine-tune, t = 1"),
             Column("finetune-simcse-t0.05", "Fine-tune, t = 0.05", ("finetune-simcse",)),
+        ),
+    ),
+    "probes": Table(
+        "Linear probes: as many steps as fine-tuning, and converged",
+        (
+            Column("probe-short", "Probe, short"),
+            Column("probe", "Probe", ("probe-short",)),
+            Column("probe-short-simcse", "SimCSE, probe, short", ("probe-short",)),
+            Column("probe-simcse", "SimCSE, probe", ("probe",)),
         ),
     ),
     "methods": Table(

@@ -166,7 +166,7 @@ def grid(tiny, tmp_path, monkeypatch):
 
 
 # The others are of a recipe: their cells set a --limit of their own.
-PAPER = ["table1", "table2", "table3", "temperature", "methods", "sts"]
+PAPER = ["table1", "table2", "table3", "temperature", "probes", "methods", "sts"]
 
 
 def test_the_tables_run_and_are_reported(grid, tmp_path, command):
