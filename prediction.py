@@ -185,18 +185,16 @@ def baseline(model: SentenceEncoder, dataset: TaskDataset, batch_size: int) -> t
     gold = dataset.labels.numpy()
     if dataset.task.labels.integer:
         return "majority class", majority_share(gold)
-    cosines = pair_cosines(model, dataset, batch_size, "mean")
+    cosines = mean_cosines(model, dataset, batch_size)
     return "untouched encoder", primary_metric(dataset.task.labels.metrics(cosines, gold))
 
 
-def pair_cosines(
-    model: SentenceEncoder, dataset: TaskDataset, batch_size: int, pooling: str | None = None
-) -> np.ndarray:
-    """The cosine of the two sentences' embeddings of each pair, (N,); pooling as in `embed`."""
+def mean_cosines(model: SentenceEncoder, dataset: TaskDataset, batch_size: int) -> np.ndarray:
+    """The cosine of the two sentences' mean-pooled embeddings, of each pair, (N,)."""
     # The pairs again, encoded separately whatever the model's pair encoding is.
     texts = list(zip(*(example.texts for example in dataset.examples), strict=True))
     pairs = TokenizedDataset(dataset.name, dataset.path, texts, model.tokenizer)
-    vectors = embed_dataset(model, pairs, batch_size, pooling=pooling).cpu()
+    vectors = embed_dataset(model, pairs, batch_size, pooling="mean").cpu()
     return torch.cosine_similarity(vectors[:, 0], vectors[:, -1], dim=-1).numpy()
 
 

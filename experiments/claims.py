@@ -1,6 +1,6 @@
 """The paper's claims, judged: differences between cells, tested and compared with a margin."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -8,7 +8,6 @@ import numpy as np
 from engine.errors import UserError
 from engine.stats import SIGNIFICANCE, holm
 from experiments.records import Record, Records, predictions
-from experiments.runner import Job
 from experiments.stats import (
     average_groups,
     crossed_effect,
@@ -16,116 +15,122 @@ from experiments.stats import (
     row_values,
     superiority,
 )
-from experiments.tables import CELLS, CLAIMS, MARGINS, Contrast
+from experiments.tables import CELLS, CLAIMS, MARGINS, Claim, paper_difference
 from prediction import majority_share, primary_metric
 from tasks import TASKS
 
 BOOTSTRAP_UNITS = 8  # with fewer runs a bootstrap over them is too narrow
 
 
-def difference(
-    records: Records,
-    first: str,
-    second: str,
-    task: str,
-    gold: np.ndarray,
-    metric: str,
-) -> np.ndarray:
-    """First minus second, paired by seed: (units, N), a unit being a seed or a shared encoder.
-
-    A cell with more seeds than the other lends those that both have; the untouched encoder is
-    compared with every run.
-    """
+def pair_runs(records: Records, first: str, second: str) -> tuple[list[Record], list[Record]]:
+    """The runs of two cells with the seeds that both have; the untouched encoder has no seed."""
     runs, others = records[first], records[second]
-    if second != "untouched":
-        common = {run["seed"] for run in runs} & {run["seed"] for run in others}
-        runs, others = ([r for r in cell if r["seed"] in common] for cell in (runs, others))
-    # Runs that start from one SimCSE encoder share its luck, whichever of the cells they are in.
-    cell = next((c for c in (first, second) if c in CELLS and CELLS[c].start_from), first)
-    units = [Job(cell, run["seed"]).encoder or run["seed"] for run in runs]
-    if len(set(units)) < 2:
-        raise UserError(f"{first} and {second}: no two seeds in common, and an interval needs them")
-    ours, theirs = (
-        row_values(gold, np.stack([predictions(run, task) for run in cell]), metric)
-        for cell in (runs, others)
+    if second == "untouched":
+        return runs, others
+    common = {run["seed"] for run in runs} & {run["seed"] for run in others}
+    if len(common) < 2:
+        raise UserError(f"{first} and {second}: an interval needs two seeds that both have")
+    return tuple([run for run in cell if run["seed"] in common] for cell in (runs, others))
+
+
+def paired_differences(
+    cells: tuple[list[Record], list[Record]], task: str, gold: np.ndarray, metric: str
+) -> np.ndarray:
+    """The first cell's values minus the second's, row by row, in independent units: (U, N).
+
+    A unit is a seed; or a SimCSE encoder, averaged over the runs that start from it.
+    """
+    first, second = (
+        row_values(gold, np.stack([predictions(run, task) for run in runs]), metric)
+        for runs in cells
     )
-    return average_groups(ours - theirs, units)
+    # Runs that start from the same encoder are not independent, in whichever cell they are.
+    chained = [runs for runs in cells if runs[0]["cell"] in cells_with_encoders()]
+    units = [run["model_checksum"] for run in chained[0]] if chained else range(len(cells[0]))
+    return average_groups(first - second, list(units))
+
+
+def cells_with_encoders() -> set[str]:
+    """The cells that start from the encoder of another."""
+    return {name for name, cell in CELLS.items() if cell.start_from}
 
 
 def compare_cells(
     records: Records, first: str, second: str, task: str, gold: np.ndarray
 ) -> dict[str, Any]:
     """A difference with its interval, as tables show it: in accuracy or Pearson's r."""
+    cells = pair_runs(records, first, second)
     metric = "accuracy" if TASKS[task].labels.integer else "pearson"
-    values = difference(records, first, second, task, gold, metric)
+    values = paired_differences(cells, task, gold, metric)
     effect = crossed_effect(values)
     low, high = effect.interval()
-    scores = [[primary_metric(r["dev"][task]) for r in records[cell]] for cell in (first, second)]
-    row = {"first": first, "second": second, "task": task, "units": len(values)}
-    row |= {"difference": effect.estimate, "low": low, "high": high, "df": effect.df}
-    row |= {"detectable": effect.detectable(), "superiority": superiority(*scores)}
-    if len(values) >= BOOTSTRAP_UNITS:
-        row["bootstrap"] = pigeonhole_interval(values)
-    return row
+    return {
+        **{"first": first, "second": second, "task": task, "n": len(values)},
+        **{"difference": effect.estimate, "low": low, "high": high, "df": effect.df},
+        "detectable": effect.detectable(),
+        "superiority": superiority(*([primary_metric(r["dev"][task]) for r in c] for c in cells)),
+    }
 
 
 def judge_claims(records: Records, gold: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
-    """All contrasts of `CLAIMS`, with p-values corrected over the whole list, and answers."""
+    """All differences of `CLAIMS`, with p-values corrected over all of their tests, and answers."""
     rows = [
-        {"claim": claim.text, **judge_contrast(records, contrast, gold[contrast.task])}
+        {"claim": claim.text, **judge_difference(records, claim, names, gold[names[-1]])}
         for claim in CLAIMS
-        for contrast in claim.contrasts
+        for names in claim.contrasts
     ]
-    # No difference, and one of the margin or more, cannot both be true: a contrast gives at most
-    # one chance of error, and each list may have the whole level (Goeman et al. 2010).
-    for key in ("p", "p_margin"):
-        for row, p in zip(rows, holm([row[key] for row in rows]), strict=True):
-            row[f"{key}_corrected"] = p
+    keys = [(row, key) for row in rows for key in ("p", "p_margin")]
+    for (row, key), p in zip(keys, holm([row[key] for row, key in keys]), strict=True):
+        row[f"{key}_corrected"] = p
     for row in rows:
         row["answer"] = answer(row)
     return rows
 
 
-def judge_contrast(records: Records, contrast: Contrast, gold: np.ndarray) -> dict[str, Any]:
-    """A contrast's difference, and its tests on the scale of the margin, accuracy or Fisher's z.
+def judge_difference(
+    records: Records, claim: Claim, names: tuple[str, str, str], gold: np.ndarray
+) -> dict[str, Any]:
+    """One of a claim's differences, and its tests on the margin's scale, accuracy or Fisher's z.
 
-    p: of no difference; p_margin: of a difference of the margin or more, either way, or, if the
-    paper says that there is no gain, of such a gain.
+    p: of the null hypothesis of no difference; p_margin: of a difference of at least the margin in
+    size or, if the paper denies a gain, of a gain of at least the margin.
     """
-    cells = contrast.cell, contrast.reference, contrast.task, gold
-    metric = "accuracy" if TASKS[contrast.task].labels.integer else "fisher_z"
-    effect = crossed_effect(difference(records, *cells, metric))
-    margin, no_gain = MARGINS[metric], contrast.expected == "not above 0"
-    ours, theirs = (
-        mean_score(records[c], contrast.task) for c in (contrast.cell, contrast.reference)
-    )
-    scale = 1 - theirs**2 if metric == "fisher_z" else 1  # dr is about (1 - r^2) dz
-    return {
-        **compare_cells(records, *cells),
-        "expected": contrast.expected,
-        "paper": contrast.paper,
-        "at_majority": metric == "accuracy" and max(ours, theirs) < majority_share(gold) + margin,
+    first, second, task = names
+    cells = pair_runs(records, first, second)
+    steps = [runs[0]["head_steps"][task] for runs in cells]
+    if steps[0] != steps[1]:
+        raise UserError(
+            f"{first} and {second}: unlike numbers of steps of the {task} head ({steps[0]} and"
+            f" {steps[1]}), which a claim may not compare; leave --epochs out of --flags"
+        )
+    metric = "accuracy" if TASKS[task].labels.integer else "fisher_z"
+    values = paired_differences(cells, task, gold, metric)
+    effect, margin = crossed_effect(values), MARGINS[metric]
+    means = [np.mean([primary_metric(run["dev"][task]) for run in runs]) for runs in cells]
+    # Neither has learnt anything that could differ.
+    at_majority = metric == "accuracy" and max(means) < majority_share(gold) + margin
+    scale = 1 - means[1] ** 2 if metric == "fisher_z" else 1  # dr is about (1 - r^2) dz
+    row = {
+        **compare_cells(records, first, second, task, gold),
+        **{"paper": paper_difference(*names), "no_gain": claim.no_gain, "margin": margin * scale},
+        **{"at_majority": bool(at_majority), "above": effect.estimate > 0},
         "p": effect.p_difference(),
-        "margin": margin * scale,
-        "p_margin": effect.p_below(margin) if no_gain else effect.p_equivalence(margin),
+        "p_margin": effect.p_below(margin) if claim.no_gain else effect.p_equivalence(margin),
     }
-
-
-def mean_score(runs: Sequence[Record], task: str) -> float:
-    """The mean of the runs' primary metric on a task."""
-    return float(np.mean([primary_metric(run["dev"][task]) for run in runs]))
+    if len(values) >= BOOTSTRAP_UNITS:
+        shown = "accuracy" if metric == "accuracy" else "pearson"
+        row["bootstrap"] = pigeonhole_interval(paired_differences(cells, task, gold, shown))
+    return row
 
 
 def answer(row: Mapping[str, Any]) -> str:
-    """What a contrast, with its corrected p-values, says of its claim."""
-    different = row["p_corrected"] < SIGNIFICANCE
+    """What a difference, with its corrected p-values, says of its claim."""
     within = row["p_margin_corrected"] < SIGNIFICANCE
-    above = row["difference"] > 0
-    if row["at_majority"]:  # neither has learnt anything that could differ
-        return "inconclusive, both at the commonest class"
-    if row["expected"] == "not above 0":
-        return "holds" if within else "fails" if different and above else "inconclusive"
-    if different:
-        agrees = above == (row["expected"] == "above 0")
+    if row["at_majority"]:
+        return "inconclusive, both at the majority class"
+    if row["p_corrected"] < SIGNIFICANCE:
+        agrees = not row["above"] if row["no_gain"] else row["above"] == (row["paper"] > 0)
         return ("holds" if agrees else "fails") + (", within the margin" if within else "")
-    return "no difference within the margin" if within else "inconclusive"
+    if within:
+        return "holds" if row["no_gain"] else "no difference within the margin"
+    return "inconclusive"

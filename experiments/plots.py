@@ -47,7 +47,7 @@ def plot_scores(
         panel.plot(*zip(*points, strict=True), "o-", color="0.6", ms=3, lw=0.6, label="run")
     for kind, style in (("untouched", "--"), ("majority", ":")):
         if known[kind] is not None:
-            name = {"untouched": "untouched encoder", "majority": "commonest class"}[kind]
+            name = {"untouched": "untouched encoder", "majority": "majority class"}[kind]
             panel.axhline(known[kind], color="black", linestyle=style, linewidth=1, label=name)
     headings = [column["heading"] for column in columns]
     panel.set_xticks(range(len(headings)), headings, rotation=40, ha="right")

@@ -12,42 +12,39 @@ from engine.checkpoint import read_json
 from engine.errors import UserError, reading
 from experiments.runner import expand_recipes, planned_seeds
 from experiments.tables import CELLS, TASK_TITLES
-from prediction import primary_metric
 from tasks import TASKS
 
 Record = dict[str, Any]
 Records = dict[str, list[Record]]  # cell -> its runs, by seed
-ROUNDING_TOLERANCE = 1e-3  # predictions are rounded in a record
 
 
 def load_records(out: Path) -> Records:
-    """The records in `out` by cell, in the order of their seeds."""
+    """The records in `out` by cell, in the order of their seeds, and that of the untouched encoder.
+
+    UserError if there are none, or if a cell has been changed since.
+    """
     records: Records = {}
     for path in sorted((out / "records").glob("*.json")):
         record = read_json(path)
         with reading(path, "a record of a run"):
             cell, command, _ = record["cell"], record["command"], record["predictions"]
-            # A cell of the same name may have been changed since.
-            flags = shlex.join(expand_recipes(shlex.split(CELLS[cell].flags)))
-            if flags not in command:
-                raise UserError(
-                    f"{path}: made by `{command}`, but its cell is now `{flags}`; run it again"
-                )
+        flags = shlex.join(expand_recipes(shlex.split(CELLS[cell].flags))) if cell in CELLS else ""
+        if f" {flags} --model " not in command:
+            raise UserError(
+                f"{path}: made by `{command}`, but its cell is now `{flags}`; delete it, or run it"
+                " again"
+            )
         records.setdefault(cell, []).append(record)
     if not records:
         raise UserError(f"{out / 'records'}: no records; first: python -m experiments run TABLE")
-    return {cell: sorted(runs, key=lambda run: run["seed"]) for cell, runs in records.items()}
-
-
-def load_untouched(out: Path) -> Record:
-    """What the encoder scores without training; UserError if it was not measured."""
     path = out / "untouched.json"
     if not path.exists():
         raise UserError(f"{path}: no such file, the baseline of every table: run a table again")
-    record = read_json(path)
     with reading(path, "the record of the untouched encoder"):
-        _ = record["dev"]["para"], record["dev"]["sts"], record["predictions"]
-    return record
+        untouched = read_json(path)
+        _ = untouched["dev"]["para"], untouched["dev"]["sts"], untouched["predictions"]
+    runs = {cell: sorted(runs, key=lambda run: run["seed"]) for cell, runs in records.items()}
+    return {**runs, "untouched": [untouched]}
 
 
 def select_seeds(records: Records, cells: Sequence[str], seeds: int | None) -> Records:
@@ -66,25 +63,43 @@ def select_seeds(records: Records, cells: Sequence[str], seeds: int | None) -> R
     return selected
 
 
+def encoders_of(cells: Sequence[str]) -> list[str]:
+    """The cells from whose encoders some cells start."""
+    return sorted({CELLS[cell].start_from for cell in cells} - {None})
+
+
 def origin(run: Record) -> str:
     """What has to be the same for scores to be comparable: commit, precision, kind of machine."""
-    # "+": made with changes that were not committed.
-    commit = (run["commit"] or "unknown")[:7] + ("+" if run.get("uncommitted_changes") else "")
+    commit = (run["commit"] or "unknown")[:7]
+    changed = " with uncommitted changes" if run.get("uncommitted_changes") else ""
     hardware = run["hardware"]
     machine = hardware["gpu"] or f"{hardware['machine']} {hardware['cpu']}"
-    return f"{commit}, {run['precision']}, {machine}"
+    return f"{commit}{changed}, {run['precision']}, {machine}"
 
 
-def check_alike(title: str, records: Records, mixed: bool) -> list[str]:
-    """The origins of all runs of a table; UserError if they differ, unless `mixed`."""
-    runs = [run for runs in records.values() for run in runs]
-    origins = list(dict.fromkeys(origin(run) for run in runs))
-    if len(origins) > 1 and not mixed:
+def check_alike(title: str, cells: Sequence[str], records: Records, mixed: bool) -> list[str]:
+    """The origins of all runs of some cells, and of the encoders that they start from.
+
+    UserError if they differ, unless `mixed`, or if data or model do.
+    """
+    runs = [run for cell in (*cells, *encoders_of(cells)) for run in records.get(cell, [])]
+    (untouched,) = records["untouched"]
+    examples = {origin(run): run for run in runs}  # one run of each
+    if len(examples) > 1 and not mixed:
+        (one, run), (two, other), *_ = examples.items()
         raise UserError(
-            f"{title}: runs of unlike commits, precisions or machines ({origins[0]}; {origins[1]});"
-            " run them again, or give --mixed"
+            f"{title}: {run['cell']}, seed {run['seed']}, is of {one}, but {other['cell']}, seed"
+            f" {other['seed']}, of {two}; run one of them again, or give --mixed"
         )
-    return origins
+    data: dict[str, str] = {}
+    for run in runs:
+        for file, checksum in run["data"].items():
+            if data.setdefault(file, checksum) != checksum:
+                raise UserError(f"{title}: {run['cell']} was trained on another {file}")
+        chained = CELLS[run["cell"]].start_from
+        if not chained and run["model_checksum"] != untouched["model_checksum"]:
+            raise UserError(f"{title}: {run['cell']} and untouched.json have different models")
+    return list(examples)
 
 
 def predictions(run: Record, task: str) -> np.ndarray:
@@ -92,26 +107,18 @@ def predictions(run: Record, task: str) -> np.ndarray:
     return np.array(list(map(float, run["predictions"][task])))  # of classes: a string of digits
 
 
-def load_gold(runs: Sequence[Record], data_dir: Path) -> dict[str, np.ndarray]:
+def load_gold(records: Records, data_dir: Path) -> dict[str, np.ndarray]:
     """Task -> the labels of the dev rows that the runs were evaluated on, (N,).
 
-    UserError if the rows in `data_dir` do not reproduce the recorded scores.
+    UserError if a file in `data_dir` is not the one that they read, or has other rows.
     """
-    gold: dict[str, np.ndarray] = {}
-    for task in TASK_TITLES:
-        for run in [run for run in runs if task in run["predictions"]]:
-            predicted = predictions(run, task)
-            path, labels = data_dir / TASKS[task].file("dev"), TASKS[task].labels
+    gold, checksums = {}, {}
+    for run in [run for runs in records.values() for run in runs]:
+        for task in [task for task in TASK_TITLES if task in run["predictions"]]:
+            count, path = len(run["predictions"][task]), data_dir / TASKS[task].file("dev")
             if task not in gold:
-                examples, _, _ = read_examples(path, TASKS[task], limit=len(predicted))
+                examples, _, checksums[task] = read_examples(path, TASKS[task], limit=count)
                 gold[task] = np.array([example.label for example in examples])
-            name = f"{run['cell']}, seed {run['seed']}," if "cell" in run else "untouched.json"
-            what = f"{path}: wrong data: the record of {name}"
-            if len(predicted) != len(gold[task]):
-                raise UserError(f"{what} has {len(predicted)} rows of {task}")
-            # The score again: other rows, or another order of them, would not give it.
-            score = primary_metric(labels.metrics(predicted, gold[task]))
-            recorded = primary_metric(run["dev"][task])
-            if abs(score - recorded) > ROUNDING_TOLERANCE:
-                raise UserError(f"{what} scored {recorded:.4f} on {task}, here {score:.4f}")
+            if run["data"][path.name] != checksums[task] or count != len(gold[task]):
+                raise UserError(f"{path}: not the file that {run['cell']} was evaluated on")
     return gold

@@ -8,18 +8,24 @@ from experiments.conflict import conflict_markdown
 from experiments.tables import CELLS, MARGINS, TASK_TITLES
 
 NOTES = f"""Scores: mean ± standard deviation over seeds, on dev; overall is the course's score, the
-mean of both accuracies and of (Pearson + 1) / 2. Baselines: the commonest class, and the untouched
+mean of both accuracies and of (Pearson + 1) / 2. Baselines: the majority class, and the untouched
 encoder, that is the cosine of its mean-pooled sentence vectors (for Quora with the threshold that
 is best on training pairs) without any training.
 
-Differences: their 95% intervals hold for other seeds and for other dev rows, as both are crossed
-random effects (Satterthwaite's t; `experiments/stats.py`). Runs are paired by seed; those that
-start from the same SimCSE encoder count as one. Superiority: how often a run of the first scores
-higher than one of the second. Detectable: the true difference that so many runs would find four
-times out of five. Only the claims have p-values, Holm-corrected over the list of them, which was
-fixed before the runs; all other differences are exploration. p (margin) tests that the difference
-is {MARGINS["accuracy"]} of accuracy or {MARGINS["fisher_z"]} of Fisher's z or more; correlations
-are tested on that scale."""
+Comparisons: runs are paired by seed, and evaluated on the same dev rows. Seeds and rows are crossed
+random effects: a 95% interval includes the variance of both (t, with Satterthwaite's degrees of
+freedom), but says nothing of other training data or settings. n: how many independent pairs there
+are; the mean of runs that start from the same SimCSE encoder counts as one. With n = 2 intervals
+are too narrow. Superiority: the share of pairs of runs in which the first scores higher.
+Detectable: the smallest true difference that so many runs find with 80% power, at the uncorrected
+level of 5%.
+
+Only the claims have p-values, corrected by Holm's method over all of them; the claims were fixed
+before the runs, and all other differences are exploration. A small p means that there is a
+difference. A small p (margin) means that it is smaller than {MARGINS["accuracy"]} of accuracy or
+{MARGINS["fisher_z"]} of Fisher's z or, where the paper denies a gain, that there is no gain of that
+size. Correlations are tested on the scale of z. Where both are within the margin of the majority
+class, neither has learnt anything that could differ."""
 BUNDLED_NOTE = """**The model is the bundled all-MiniLM-L6-v2, which had been tuned on sentence
 pairs before (NLI's and Quora's among them) with mean pooling and the cosine, not through its
 pooler. Figures of the paper are for plain BERT-base.**"""
@@ -30,7 +36,7 @@ def score_rows(
 ) -> list[list[str]]:
     """The cells of a table as text: a header, then for each task our scores and the paper's."""
     columns = list(table["columns"].values())
-    rows = [["", "commonest class", "untouched", *(column["heading"] for column in columns)]]
+    rows = [["", "majority class", "untouched", *(column["heading"] for column in columns)]]
     for task, title in {**TASK_TITLES, "overall": "overall"}.items():
         known = baselines.get(task, {"majority": None, "untouched": None})
         before = [number(known[kind]) for kind in ("majority", "untouched")]
@@ -59,20 +65,20 @@ def interval(row: Mapping[str, Any]) -> str:
 
 def comparison_rows(table: Mapping[str, Any]) -> list[list[str]]:
     """The differences of a table as text, with a header."""
-    rows = [["difference", "task", "", "95% interval", "superiority", "detectable", "runs"]]
+    rows = [["comparison", "task", "difference", "95% interval", "superiority", "detectable", "n"]]
     headings = {cell: column["heading"] for cell, column in table["columns"].items()}
     headings["untouched"] = "untouched"
     for row in table["comparisons"]:
         names = f"{headings[row['first']]} - {headings[row['second']]}"
         figures = [f"{row['difference']:+.3f}", interval(row), f"{row['superiority']:.2f}"]
-        rows.append([names, row["task"], *figures, f"{row['detectable']:.3f}", str(row["units"])])
+        rows.append([names, row["task"], *figures, f"{row['detectable']:.3f}", str(row["n"])])
     return rows
 
 
 def claim_rows(claims: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """The paper's claims and our answers as text, with a header; a claim is named once."""
-    rows = [["the paper's claim", "difference", "task", "answer", "ours", "95% interval"]]
-    rows[0] += ["paper", "p", "p (margin)", "superiority", "detectable", "runs"]
+    rows = [["the paper's claim", "comparison", "task", "answer", "difference", "95% interval"]]
+    rows[0] += ["paper", "p", "p (margin)", "superiority", "detectable", "n"]
     previous = None
     for row in claims:
         claim = "" if row["claim"] == previous else row["claim"]
@@ -80,9 +86,14 @@ def claim_rows(claims: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         names = f"{row['first']} - {row['second']}"
         figures = [f"{row['difference']:+.3f}", interval(row), f"{row['paper']:+.3f}"]
         figures += [format_p(row["p_corrected"]), format_p(row["p_margin_corrected"])]
-        figures += [f"{row['superiority']:.2f}", f"{row['detectable']:.3f}", str(row["units"])]
+        figures += [f"{row['superiority']:.2f}", f"{row['detectable']:.3f}", str(row["n"])]
         rows.append([claim, names, row["task"], row["answer"], *figures])
     return rows
+
+
+def origins_note(origins: Sequence[str]) -> str:
+    """Where the runs of a table come from, in a sentence."""
+    return f"{'**Mixed runs**' if len(origins) > 1 else 'All runs'}: {'; '.join(origins)}."
 
 
 def bootstrap_note(claims: Sequence[Mapping[str, Any]]) -> str:
@@ -130,19 +141,14 @@ def markdown(results: Mapping[str, Any]) -> str:
         lines += ["", BUNDLED_NOTE]
     if results["claims"]:
         lines += ["", "## The paper's claims", *markdown_table(claim_rows(results["claims"]))]
-        lines += ["", bootstrap_note(results["claims"]), "", "![differences](claims.png)"]
+        lines += ["", bootstrap_note(results["claims"]), origins_note(results["claim_origins"])]
+        lines += ["", "![differences](claims.png)"]
     for name, table in results["tables"].items():
         lines += ["", f"## {table['title']}"]
         lines += markdown_table(score_rows(table, results["baselines"], "±"))
         lines += markdown_table(comparison_rows(table)) if table["comparisons"] else []
         lines += markdown_table(run_rows(table))
-        mixed = "**Mixed runs**: " if len(table["origins"]) > 1 else "All runs: "
-        lines += [
-            "",
-            f"{mixed}{'; '.join(table['origins'])}.",
-            "",
-            f"![{table['title']}]({name}.png)",
-        ]
+        lines += ["", origins_note(table["origins"]), "", f"![{table['title']}]({name}.png)"]
     for cell, summary in results["conflict"].items():
         lines += ["", f"## Gradient conflict: `{CELLS[cell].flags}`", ""]
         lines.append(conflict_markdown(summary))

@@ -22,25 +22,22 @@ from experiments.records import (
     check_alike,
     load_gold,
     load_records,
-    load_untouched,
     select_seeds,
 )
 from experiments.render import latex, markdown
-from experiments.tables import CLAIMS, TABLES, TASK_TITLES, Column, Table
+from experiments.tables import CELLS, CLAIMS, PAPER, TABLES, TASK_TITLES, Column, Table
 from prediction import majority_share, primary_metric
 
 
 def report(args: argparse.Namespace) -> None:
     """Write tables, plots and tables.json into --out, from the records in it."""
-    records, untouched = load_records(args.out), load_untouched(args.out)
-    names = select_tables(args.tables, records)
+    records = load_records(args.out)
+    names = select_tables(args.tables, records, args.seeds)
     cells = list(dict.fromkeys(cell for name in names for cell in TABLES[name].cells))
-    records = select_seeds(records, cells, args.seeds)
-    gold = load_gold(
-        [untouched, *(run for runs in records.values() for run in runs)], args.data_dir
-    )
-    results = json.dumps(summarize(names, records, untouched, gold, args.mixed))
-    # Rounded, figures are equal on every machine.
+    selected = {**select_seeds(records, cells, args.seeds), "untouched": records["untouched"]}
+    gold = load_gold(selected, args.data_dir)
+    results = json.dumps(summarize(names, {**records, **selected}, gold, args.mixed))
+    # Without digits that differ between machines.
     results = json.loads(results, parse_float=lambda text: round(float(text), 6))
     write_json(args.out / "tables.json", results)
     # All of them are made from tables.json alone, so they cannot disagree.
@@ -55,38 +52,41 @@ def report(args: argparse.Namespace) -> None:
     print(f"{args.out}: tables.json, tables.md, {', '.join(f'{n}.tex' for n in names)}, and plots")
 
 
-def select_tables(names: Sequence[str], records: Records) -> list[str]:
-    """The named tables; without names, those whose columns all have records."""
+def select_tables(names: Sequence[str], records: Records, seeds: int | None) -> list[str]:
+    """The named tables; without names, those whose columns all have records.
+
+    UserError if there is none, or if no cell of them is planned with so many seeds.
+    """
     # A table with a column that was never run would look finished.
     tables = list(names) or [n for n, table in TABLES.items() if set(table.cells) <= set(records)]
     if not tables:
         raise UserError("no table has all of its columns recorded; name one to see what is missing")
+    most = max(CELLS[cell].seeds for name in tables for cell in TABLES[name].cells)
+    if seeds and seeds > most:
+        raise UserError(f"--seeds {seeds}: no cell of {', '.join(tables)} has more than {most}")
     return tables
 
 
 def summarize(
-    names: Sequence[str],
-    records: Records,
-    untouched: Record,
-    gold: Mapping[str, np.ndarray],
-    mixed: bool,
+    names: Sequence[str], records: Records, gold: Mapping[str, np.ndarray], mixed: bool
 ) -> dict[str, Any]:
     """Everything that tables.json holds."""
-    runs = [run for runs in records.values() for run in runs]
+    cells = list(dict.fromkeys(cell for name in names for cell in TABLES[name].cells))
+    runs = [run for cell in cells for run in records[cell]]
     rows = {
         split: {task: sorted({run["rows"][split].get(task, 0) for run in runs}) for task in gold}
         for split in ("train", "dev")
     }
-    measured = {cell: [run["conflict"] for run in runs] for cell, runs in records.items()}
-    judged = {cell for claim in CLAIMS for c in claim.contrasts for cell in (c.cell, c.reference)}
+    measured = {cell: [run["conflict"] for run in records[cell]] for cell in cells}
+    judged = {cell for claim in CLAIMS for *pair, _ in claim.contrasts for cell in pair}
+    # All or none: their p-values are corrected over the whole list.
+    complete = judged <= set(cells) and min(len(records[cell]) for cell in judged) > 1
     return {
         "rows": rows,
-        "baselines": baselines(untouched, gold),
-        "tables": {
-            name: summarize_table(TABLES[name], records, untouched, gold, mixed) for name in names
-        },
-        # All or none: their p-values are corrected over the whole list.
-        "claims": judge_claims(records, gold) if judged <= set(records) else [],
+        "baselines": baselines(records["untouched"][0], gold),
+        "tables": {name: summarize_table(TABLES[name], records, gold, mixed) for name in names},
+        "claims": judge_claims(records, gold) if complete else [],
+        "claim_origins": check_alike("claims", sorted(judged), records, mixed) if complete else [],
         "conflict": {
             cell: summarize_conflict(runs) for cell, runs in measured.items() if all(runs)
         },
@@ -94,7 +94,7 @@ def summarize(
 
 
 def baselines(untouched: Record, gold: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Task -> the scores of the commonest class and of the untouched encoder, where it has them."""
+    """Task -> the scores of the majority class and of the untouched encoder, where it has them."""
     scores: dict[str, Any] = {task: {"majority": None, "untouched": None} for task in gold}
     for task in set(gold) - {"sts"}:
         scores[task]["majority"] = majority_share(gold[task])
@@ -104,28 +104,22 @@ def baselines(untouched: Record, gold: Mapping[str, np.ndarray]) -> dict[str, An
 
 
 def summarize_table(
-    table: Table,
-    records: Records,
-    untouched: Record,
-    gold: Mapping[str, np.ndarray],
-    mixed: bool,
+    table: Table, records: Records, gold: Mapping[str, np.ndarray], mixed: bool
 ) -> dict[str, Any]:
     """A table's columns, and their differences from other columns and the untouched encoder."""
-    shown = {cell: records[cell] for cell in table.cells}
-    origins = check_alike(table.title, shown, mixed)
-    with_untouched = {**shown, "untouched": [untouched]}
+    origins = check_alike(table.title, table.cells, records, mixed)
+    untouched = records["untouched"][0]["dev"]
     comparisons = [
-        compare_cells(with_untouched, column.cell, other, task, gold[task])
+        compare_cells(records, column.cell, other, task, gold[task])
         for column in table.columns
         for other in (*column.compare_with, "untouched")
-        for task in (untouched["dev"] if other == "untouched" else gold)
-        if len(shown[column.cell]) > 1
+        for task in (untouched if other == "untouched" else gold)
+        if len(records[column.cell]) > 1  # a single run has no interval
     ]
-    columns = {c.cell: summarize_column(c, shown[c.cell]) for c in table.columns}
     return {
         "title": table.title,
         "origins": origins,
-        "columns": columns,
+        "columns": {c.cell: summarize_column(c, records[c.cell]) for c in table.columns},
         "comparisons": comparisons,
     }
 
@@ -135,7 +129,7 @@ def summarize_column(column: Column, runs: Sequence[Record]) -> dict[str, Any]:
     values = {task: [primary_metric(run["dev"][task]) for run in runs] for task in TASK_TITLES}
     values["overall"] = [run["overall"] for run in runs]
     # The paper averages otherwise: its figure cannot stand beside the course's score.
-    papers = dict(zip(TASK_TITLES, column.paper, strict=True))
+    papers = dict(zip(TASK_TITLES, PAPER.get(column.cell, ()), strict=False))
     return {
         "heading": column.heading,
         "scores": {

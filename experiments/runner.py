@@ -98,6 +98,13 @@ def expand_recipes(words: Sequence[str]) -> list[str]:
     return flags
 
 
+def common_limit(flags: Sequence[str]) -> int | None:
+    """The --limit among flags for every script, if there is one."""
+    parser = ArgumentParser(prog="experiments")
+    parser.add_argument("--limit", type=int)
+    return parser.parse_known_args(expand_recipes(flags))[0].limit
+
+
 def recorded_command(job: Job, args: argparse.Namespace) -> str:
     """The command as recorded: the same wherever the data and the run folders are."""
     return format_command(build_command(job, args, Path("runs/experiments"), Path("DATA")))
@@ -140,7 +147,7 @@ def run(args: argparse.Namespace) -> None:
             check_record(job, args)
         pending = pending_jobs(jobs, args)
         print(f"{len(jobs)} runs, {len(jobs) - len(pending)} already recorded")
-        record_untouched(args)
+        record_untouched(args, common_limit(args.flags))
         failed = run_jobs(pending, args)
     if failed:
         raise UserError(f"{len(failed)} of {len(pending)} runs failed ({failed[0]}, ...)")
@@ -243,10 +250,12 @@ def record_run(job: Job, args: argparse.Namespace) -> None:
 def read_run(folder: Path) -> dict[str, Any]:
     """What is recorded of a finished run, besides the command."""
     config, result = read_json(folder / "config.json"), read_json(folder / "result.json")
+    data = {Path(path).name: checksum for path, checksum in config["data"].items()}
     log = [json.loads(line) for line in read_text(folder / "log.jsonl").splitlines()]
     # The learning curve on dev, but no sentence and no label: those are not ours to publish.
     return {
         **{key: config[key] for key in CONFIG_KEYS},
+        "data": data,
         "dev": result["dev"],
         "overall": result.get("overall"),
         "training_seconds": result["training_seconds"],

@@ -11,13 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-METRICS = ("accuracy", "pearson", "fisher_z")
-CONFIDENCE = 0.95
+from engine.stats import SIGNIFICANCE
 
 
 @dataclass(frozen=True)
 class Effect:
-    """An estimate that is about t-distributed: (estimate - truth) / se has `df` degrees."""
+    """An estimate whose error is about t-distributed, with `df` degrees of freedom."""
 
     estimate: float
     se: float
@@ -25,44 +24,43 @@ class Effect:
 
     def interval(self) -> tuple[float, float]:
         """The 95% confidence interval."""
-        half_width = stats.t.ppf((1 + CONFIDENCE) / 2, self.df) * self.se
+        half_width = stats.t.ppf(1 - SIGNIFICANCE / 2, self.df) * self.se
         return self.estimate - half_width, self.estimate + half_width
 
     def p_above(self, value: float) -> float:
-        """One-sided p of "the truth is at most `value`", against its being above."""
+        """One-sided p-value of the null hypothesis that the truth is at most `value`."""
         if self.se == 0:  # all runs are equal on all rows
             return float(self.estimate <= value)
         return float(stats.t.sf((self.estimate - value) / self.se, self.df))
 
     def p_below(self, value: float) -> float:
-        """One-sided p of "the truth is at least `value`", against its being below."""
+        """One-sided p-value of the null hypothesis that the truth is at least `value`."""
         return Effect(-self.estimate, self.se, self.df).p_above(-value)
 
     def p_difference(self) -> float:
-        """Two-sided p of "there is no difference"."""
+        """Two-sided p-value of the null hypothesis of no difference."""
         return min(1.0, 2 * min(self.p_above(0.0), self.p_below(0.0)))
 
     def p_equivalence(self, margin: float) -> float:
-        """P of "the difference is `margin` or more, either way" (TOST, Schuirmann 1987)."""
+        """P-value of a difference of `margin` or more, either way (TOST, Schuirmann 1987)."""
         return max(self.p_above(-margin), self.p_below(margin))
 
     def detectable(self, power: float = 0.8) -> float:
-        """The smallest true difference that a study like this finds with that probability.
+        """The smallest true difference that so many runs find with this probability.
 
-        From the noncentral t distribution, at the two-sided level .05.
+        At the two-sided level of 5%, without correction (Bloom 1995).
         """
-        critical = stats.t.ppf((1 + CONFIDENCE) / 2, self.df)
-        shifts = np.linspace(0, critical + 20, 4000)  # the true difference in standard errors
-        found = stats.nct.sf(critical, self.df, shifts)
-        return float(np.interp(power, found, shifts) * self.se)
+        return float(
+            (stats.t.ppf(1 - SIGNIFICANCE / 2, self.df) + stats.t.ppf(power, self.df)) * self.se
+        )
 
 
 def row_values(gold: np.ndarray, predicted: np.ndarray, metric: str) -> np.ndarray:
     """What each row contributes to a metric: (S, N), whose mean over rows is each run's score.
 
-    For accuracy, 1 or 0. For Pearson's r, the score plus the row's influence on it (Devlin et al.
-    1975), u v - r (u^2 + v^2) / 2 with standardized u, v; for Fisher's z, arctanh r, that divided
-    by 1 - r^2. Either way the spread over rows gives the metric's sampling variance.
+    For "accuracy", 1 or 0. For "pearson", the score plus the row's influence on it (Devlin et al.
+    1975), u v - r (u^2 + v^2) / 2 with standardized u, v; for "fisher_z", arctanh r plus the
+    influence over 1 - r^2. Either way the spread over rows gives the metric's sampling variance.
 
     gold: (N,); predicted: (S, N). A constant side has r = 0.
     """
@@ -72,11 +70,7 @@ def row_values(gold: np.ndarray, predicted: np.ndarray, metric: str) -> np.ndarr
     u, v = (x / np.maximum(x.std(axis=-1, keepdims=True), 1e-12) for x in (u, v))
     r = (u * v).mean(axis=-1, keepdims=True)  # (S, 1)
     influence = u * v - r * (u**2 + v**2) / 2
-    if metric == "pearson":
-        return r + influence
-    if metric == "fisher_z":
-        return np.arctanh(r) + influence / (1 - r**2)
-    raise ValueError(f"metric {metric!r}: expected one of {', '.join(METRICS)}")
+    return r + influence if metric == "pearson" else np.arctanh(r) + influence / (1 - r**2)
 
 
 def crossed_effect(values: np.ndarray) -> Effect:
@@ -89,13 +83,13 @@ def crossed_effect(values: np.ndarray) -> Effect:
     count, rows = values.shape
     by_seed, by_row = values.mean(axis=1), values.mean(axis=0)
     residuals = values - by_seed[:, None] - by_row + values.mean()
-    # Each over S N: what it contributes to the variance of the mean.
+    # Mean squares divided by S N: the part of each in the variance of the mean.
     seeds = by_seed.var(ddof=1) / count
-    both = by_row.var(ddof=1) / rows
+    row_part = by_row.var(ddof=1) / rows
     noise = (residuals**2).sum() / ((count - 1) * (rows - 1)) / (count * rows)
     parts = [(seeds, count - 1)]
-    if both > noise:  # else the row component is estimated as 0
-        parts += [(both, rows - 1), (-noise, (count - 1) * (rows - 1))]
+    if row_part > noise:  # else the row component is estimated as 0
+        parts += [(row_part, rows - 1), (-noise, (count - 1) * (rows - 1))]
     variance = sum(part for part, _ in parts)
     spread = sum(part**2 / df for part, df in parts)
     # No fewer than the smallest of the parts has: the subtracted one can push it below.
@@ -107,27 +101,27 @@ def crossed_effect(values: np.ndarray) -> Effect:
 def average_groups(values: np.ndarray, groups: Sequence[object]) -> np.ndarray:
     """The mean (G, N) of the runs (S, N) of each group, such as those that share an encoder.
 
-    Runs of a group are not independent; the groups are, and they are what is counted.
+    Runs of a group are not independent of each other; the means of the groups are.
     """
-    numbers = np.unique([str(group) for group in groups], return_inverse=True)[1]
-    return np.stack([values[numbers == i].mean(axis=0) for i in range(numbers.max() + 1)])
+    members = [[other == group for other in groups] for group in dict.fromkeys(groups)]
+    return np.stack([values[mask].mean(axis=0) for mask in members])
 
 
-def pigeonhole_interval(values: np.ndarray, resamples: int = 2000) -> tuple[float, float]:
+def pigeonhole_interval(values: np.ndarray, resamples: int = 1000) -> tuple[float, float]:
     """The 95% percentile interval of the mean, seeds and rows resampled independently.
 
-    (Owen 2007, "The pigeonhole bootstrap"; somewhat too wide by design.) values: (S, N).
+    (Owen 2007, "The pigeonhole bootstrap".) values: (S, N).
     """
     rng = np.random.default_rng(0)
-    count, rows = values.shape
-    seeds = rng.multinomial(count, np.full(count, 1 / count), size=resamples) / count  # (R, S)
-    by_row = seeds @ values  # (R, N): the rows' means over the resampled seeds
-    weights = rng.multinomial(rows, np.full(rows, 1 / rows), size=resamples) / rows  # (R, N)
-    low, high = np.quantile((by_row * weights).sum(axis=1), [0.025, 0.975])
+    counts = [np.full(size, 1 / size) for size in values.shape]
+    means = [
+        rng.multinomial(len(seeds), seeds) @ values @ rng.multinomial(len(rows), rows) / values.size
+        for seeds, rows in [counts] * resamples
+    ]
+    low, high = np.quantile(means, [SIGNIFICANCE / 2, 1 - SIGNIFICANCE / 2])
     return float(low), float(high)
 
 
 def superiority(first: Sequence[float], second: Sequence[float]) -> float:
     """The share of pairs of runs in which the first scores higher, ties counting half."""
-    u = stats.mannwhitneyu(first, second).statistic
-    return float(u / (len(first) * len(second)))
+    return float(np.mean((np.sign(np.subtract.outer(first, second)) + 1) / 2))

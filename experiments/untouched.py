@@ -1,7 +1,6 @@
 """The strongest baseline: the encoder before any training, by the cosine of its embeddings."""
 
 import argparse
-from typing import Any
 
 import numpy as np
 from sklearn.metrics import roc_curve
@@ -9,10 +8,11 @@ from sklearn.metrics import roc_curve
 from bert import BertModel
 from datasets import TaskDataset
 from engine.checkpoint import checksum, read_json, write_json
+from engine.device import setup_device
 from engine.errors import UserError
 from engine.run_dir import provenance
 from model import SentenceEncoder
-from prediction import pair_cosines
+from prediction import mean_cosines
 from tasks import TASKS
 from tokenizer import BertTokenizer
 
@@ -20,45 +20,42 @@ BATCH_SIZE = 64
 THRESHOLD_ROWS = 10_000  # training pairs to choose the threshold on
 
 
-def record_untouched(args: argparse.Namespace) -> None:
+def record_untouched(args: argparse.Namespace, limit: int | None) -> None:
     """Write what `args.model` scores without training to untouched.json in `args.out`, once.
 
     Mean-pooled, in fp32: for STS the cosine itself, for Quora whether it reaches the threshold that
-    is best on training pairs. A record of another model or of other rows is refused.
+    is best on training pairs. A record of another model, or of other rows, is refused.
     """
     path = args.out / "untouched.json"
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--limit", type=int)
-    limit = parser.parse_known_args(args.flags)[0].limit
     tokenizer = BertTokenizer.from_pretrained(args.model)
     bert = BertModel.from_pretrained(args.model)
     identity = {"model_checksum": checksum(bert.state_dict(), str(tokenizer)), "limit": limit}
     if path.exists():
         recorded = read_json(path)
-        if any(recorded.get(key) != value for key, value in identity.items()):
-            raise UserError(f"{path}: of another --model or --limit; name another --out")
+        for key, flag in (("model_checksum", "--model"), ("limit", "--limit")):
+            if recorded.get(key) != identity[key]:
+                raise UserError(f"{path}: made with another {flag}; name another --out")
         return
-    encoder = SentenceEncoder(bert, tokenizer).eval()
+    encoder = SentenceEncoder(bert, tokenizer, "mean").to(setup_device(0, "auto", "fp32")[0]).eval()
+    data: dict[str, str] = {}
 
     def score(task: str, split: str, limit: int | None) -> tuple[np.ndarray, np.ndarray]:
         """The cosine and the label of each pair, (N,) each."""
         file = args.data_dir / TASKS[task].file(split)
         dataset = TaskDataset(file, TASKS[task], tokenizer, limit=limit)
-        return pair_cosines(encoder, dataset, BATCH_SIZE, "mean"), dataset.labels.numpy()
+        data[file.name] = dataset.checksum
+        return mean_cosines(encoder, dataset, BATCH_SIZE), dataset.labels.numpy()
 
     threshold = best_threshold(*score("para", "train", THRESHOLD_ROWS))
     cosines, gold = score("para", "dev", limit)
     duplicates = (cosines >= threshold).astype(int)
-    similarities, similarity_gold = score("sts", "dev", limit)
+    cosines, similarities = score("sts", "dev", limit)
     metrics = {
         "para": TASKS["para"].labels.metrics(duplicates, gold),
-        "sts": TASKS["sts"].labels.metrics(similarities, similarity_gold),
+        "sts": TASKS["sts"].labels.metrics(cosines, similarities),
     }
-    predictions = {
-        "para": "".join(map(str, duplicates)),
-        "sts": [round(float(value), 5) for value in similarities],
-    }
-    facts: dict[str, Any] = {**provenance(), "model": args.model, **identity}
+    predictions = {"para": "".join(map(str, duplicates)), "sts": cosines.round(5).tolist()}
+    facts = {"cell": "untouched", **provenance(), "model": args.model, **identity, "data": data}
     del facts["command"]  # whichever `run` came first
     write_json(path, {**facts, "threshold": threshold, "dev": metrics, "predictions": predictions})
 
@@ -68,4 +65,4 @@ def best_threshold(scores: np.ndarray, gold: np.ndarray) -> float:
     false_positives, true_positives, thresholds = roc_curve(gold, scores, drop_intermediate=False)
     share = gold.mean()
     accuracy = true_positives * share + (1 - false_positives) * (1 - share)
-    return float(min(thresholds[accuracy.argmax()], 2.0))  # no cosine; the curve begins at infinity
+    return float(thresholds[1:][accuracy[1:].argmax()])  # the first is infinite

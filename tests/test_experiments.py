@@ -85,7 +85,7 @@ def test_the_threshold_is_the_best_one():
     gold = rng.integers(0, 2, 60)
     scores = np.round(gold * 0.3 + rng.normal(size=60) * 0.4, 1)  # with ties
     threshold = untouched.best_threshold(scores, gold)
-    accuracies = [((scores >= t) == gold).mean() for t in [*scores, 9]]
+    accuracies = [((scores >= t) == gold).mean() for t in scores]
     assert ((scores >= threshold) == gold).mean() == max(accuracies)
 
 
@@ -233,25 +233,35 @@ def check_refusals(command, reported, tmp_path):
         command(*reported, *flags, error=error)
         write_text(path, original)
 
-    dev = tmp_path / "data/quora-dev.csv"
-    spoil(dev, "\t1.0\n", "\t0\n", "quora-dev.csv: wrong data: the record of ")
-    probe = out / "records/probe-seed1.json"
-    spoil(probe, "--epochs 10", "--epochs 9", "its cell is now `--no_test --final_only --option")
-    spoil(probe, '"float32"', '"bfloat16"', "runs of unlike commits, precisions or machines")
+    dev, probe = tmp_path / "data/quora-dev.csv", out / "records/probe-seed1.json"
+    spoil(dev, "\t1.0\n", "\t0\n", "quora-dev.csv: not the file that ")
+    spoil(probe, "--epochs 10", "--epochs 100", "its cell is now `--no_test --final_only --option")
+    spoil(probe, '"cell": "probe"', '"cell": "prob"', "but its cell is now ``; delete it")
+    spoil(probe, '"float32"', '"bfloat16"', "probe, seed 1, is of ")
+    spoil(probe, '"machine": "', '"machine": "x', "or give --mixed")
+    encoder = out / "records/simcse-seed1.json"
+    spoil(encoder, '"float32"', '"bfloat16"', "or give --mixed")
+    spoil(
+        probe, '"model_checksum": "', '"model_checksum": "1', "probe and untouched.json have diff"
+    )
+    spoil(probe, '"quora-train.csv": "', '"quora-train.csv": "1', "was trained on another quora-tr")
     spoil(probe, '"seed": 1', '"seed": 3', "probe: planned with 2 seeds, but recorded: 2;")
-    spoil(out / "untouched.json", '"predictions"', '"x"', "damaged or not the record of the untou")
+    steps = '"head_steps": {\n    "sst": '
+    spoil(probe, steps, f"{steps}1", "probe-simcse and probe: unlike numbers of steps of the sst")
+    untouched = out / "untouched.json"
+    spoil(untouched, '"predictions"', '"x"', "damaged or not the record of the untouched encoder")
     command(*reported[:-1], 3, error="planned with 3 seeds, but recorded: 1, 2; run it again")
-    (out / "untouched.json").rename(out / "moved.json")
+    command(*reported[:-1], 9, error="--seeds 9: no cell of table1, table2, table3, temperature")
+    untouched.rename(out / "moved.json")
     command(*reported, error="untouched.json: no such file")
-    (out / "moved.json").rename(out / "untouched.json")
-    original = read_text(probe)
-    write_text(probe, original.replace('"float32"', '"bfloat16"'))
+    (out / "moved.json").rename(untouched)
+    write_text(probe, read_text(probe).replace('"float32"', '"bfloat16"'))
     command(*reported, "--mixed")
     assert "**Mixed runs**: " in read_text(out / "tables.md")
     other = ["--model", "all-MiniLM-L6-v2", "--data_dir", tmp_path / "data", "--out", out]
-    error = "untouched.json: of another --model or --limit"
     command("run", "table3", *other, "--runs", tmp_path / "other", error="made by")
     shutil.rmtree(out / "records")
+    error = "untouched.json: made with another --model"
     command("run", "table3", *other, "--runs", tmp_path / "other", error=error)
 
 
