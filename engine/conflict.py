@@ -3,10 +3,10 @@
 import math
 import re
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from itertools import chain, combinations
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from engine import distributed
+from engine.device import to_float64
 from engine.gradients import Gradient, inner_product
 from engine.run_dir import RunDir
 
-Similarities = dict[str, dict[str, float | None]]  # "task|task" -> cosine, product, magnitude
+PREDICTED_FALL = 3e-4  # of a task's own loss, along the step for it: see GradientConflictLogger
 
 
 def layer_group(name: str) -> str:
@@ -28,9 +29,20 @@ def layer_group(name: str) -> str:
     return "pooler" if name.startswith("pooler") else "embeddings"
 
 
-def inner_products(a: Gradient, b: Gradient) -> Tensor:
-    """<a, b>, <a, a> and <b, b>, (3,)."""
-    return torch.stack([inner_product(a, b), inner_product(a, a), inner_product(b, b)])
+def inner_products(a: Gradient, b: Gradient, names: Sequence[str]) -> dict[str, Tensor]:
+    """Part of the model (`layer_group`, then "overall") -> <a, b>, <a, a> and <b, b>, (3,).
+
+    names: of the parameters.
+    """
+    parts: dict[str, list[int]] = {}
+    for i, name in enumerate(names):
+        parts.setdefault(layer_group(name), []).append(i)
+    products = {}
+    for part, indices in parts.items():
+        u, v = ([gradient[i] for i in indices] for gradient in (a, b))
+        pairs = ((u, v), (u, u), (v, v))
+        products[part] = torch.stack([inner_product(x, y) for x, y in pairs])
+    return {**products, "overall": sum(products.values())}
 
 
 def similarity(product: float, aa: float, bb: float) -> dict[str, float | None]:
@@ -44,33 +56,44 @@ def similarity(product: float, aa: float, bb: float) -> dict[str, float | None]:
     return {"cosine": product / norms, "product": product, "magnitude": 2 * norms / (aa + bb)}
 
 
-def gradient_conflict(
-    gradients: Mapping[str, tuple[Gradient, Callable[[], Gradient]]], names: Sequence[str]
-) -> dict[str, Similarities]:
-    """Compare the gradients of several tasks, for each part of the model and over all of it.
+def log_entry(
+    products: Mapping[tuple[str, str], dict[str, Tensor]], changes: Mapping[tuple[str, str], Tensor]
+) -> dict[str, Any]:
+    """What is logged of a measurement; a GPU is waited for once.
 
-    gradients: task -> the gradient of a batch, and a function that computes that of a second batch
-    of the task: how far the two agree is the noise floor. names: of the parameters.
+    products: (a, b) -> `inner_products` of two gradients. changes: (a, b) -> the loss of b, and how
+    much a step for a should change it, and does, (3,).
 
-    Returns part (`layer_group`, then "overall") -> "a|b", then "a|a" -> `similarity`.
+    Returns "parts": part of the model -> "a|b" -> `similarity`; "changes": "a>b" -> these figures.
     """
-    parts: dict[str, list[int]] = {}
-    for i, name in enumerate(names):
-        parts.setdefault(layer_group(name), []).append(i)
-    parts["overall"] = list(range(len(names)))
-    pairs = chain(
-        ((f"{a}|{b}", gradients[a][0], gradients[b][0]) for a, b in combinations(gradients, 2)),
-        ((f"{a}|{a}", first, second()) for a, (first, second) in gradients.items()),
-    )
-    products: dict[tuple[str, str], Tensor] = {}
-    for pair, a, b in pairs:  # one second gradient at a time: each is as large as the model
-        for part, indices in parts.items():
-            products[part, pair] = inner_products([a[i] for i in indices], [b[i] for i in indices])
-    similarities: dict[str, Similarities] = {part: {} for part in parts}
-    numbers = torch.stack(list(products.values())).cpu().tolist()  # a GPU is waited for once
-    for (part, pair), figures in zip(products, numbers, strict=True):
-        similarities[part][pair] = similarity(*figures)
-    return similarities
+    tensors = [tensor for parts in products.values() for tensor in parts.values()]
+    numbers = iter(torch.stack([*tensors, *changes.values()]).cpu().tolist())
+    similarities: dict[str, Any] = {}
+    for pair, parts in products.items():
+        for part in parts:
+            similarities.setdefault(part, {})["|".join(pair)] = similarity(*next(numbers))
+    logged = {}
+    for pair, figures in zip(changes, numbers, strict=True):
+        finite = (x if math.isfinite(x) else None for x in figures)  # JSON has no other numbers
+        logged[">".join(pair)] = dict(zip(("loss", "predicted", "measured"), finite, strict=True))
+    return {"parts": similarities, "changes": logged}
+
+
+@contextmanager
+def moved(parameters: Sequence[Tensor], gradient: Gradient, eta: Tensor) -> Iterator[None]:
+    """In the block, without gradients, the parameters are theta - eta * gradient.
+
+    Afterwards they have the bits that they had before.
+    """
+    before = [p.detach().clone() for p in parameters]
+    with torch.no_grad():
+        try:
+            for p, g in zip(parameters, gradient, strict=True):
+                p.sub_(eta * g)
+            yield
+        finally:
+            for p, theta in zip(parameters, before, strict=True):
+                p.copy_(theta)  # adding the step back would leave rounding errors
 
 
 @dataclass
@@ -79,6 +102,11 @@ class GradientConflictLogger:
 
     It measures at the step's own weights, on two batches per task drawn for it, without dropout,
     in fp32 and unclipped. Training continues as if nothing had been measured.
+
+    For each pair it also measures how a step of gradient descent for task a, on BERT alone, changes
+    the loss of task b. By the first order, that of a itself should fall by `PREDICTED_FALL`. Tried
+    with all-MiniLM-L6-v2 and 64 rows: at 3e-4, 34 of 36 measured changes were within 5% of the
+    first order; at 1e-2 14 were, because of curvature; at 1e-5 30, because of rounding.
     """
 
     backward: Callable[[Sequence[Any], int], Tensor]  # (batches, step) -> loss; leaves gradients
@@ -92,22 +120,25 @@ class GradientConflictLogger:
         """Measure if it is time to, then compute the step's gradients."""
         if step % self.args.measure_conflict == 0:
             samples = {dataset: self._draw(dataset, step) for dataset in self.datasets}
-            parts = self._measure(samples)
+            entry = self._measure(samples)
             rows = {dataset.name: len(first) for dataset, (first, _) in samples.items()}
-            self.run.log("conflict", step, rows=rows, parts=parts)
+            self.run.log("conflict", step, rows=rows, **entry)
         return self.backward(batches, step)
 
     def cost(self, steps: int) -> str:
         """What measuring costs in a run of so many steps, in a sentence."""
-        # Two batches per task, each forward and backward.
-        rows = sum(len(rows) for dataset in self.datasets for rows in self._draw(dataset, 0))
+        # Two batches per task, forward and backward; then, after the step for each task, a batch of
+        # every task, forward only, which takes a third of the time.
+        tasks = len(self.datasets)
+        sizes = [list(map(len, self._draw(dataset, 0))) for dataset in self.datasets]
+        rows = sum(first + second + tasks * first / 3 for first, second in sizes)
         each = math.ceil(rows / self.args.batch_size)
         count = math.ceil(steps / self.args.measure_conflict)
         size = 4 * sum(p.numel() for p in self.model.bert.parameters()) / 2**20
         return (
             f"--measure_conflict: {count} measurements, each as long as about {each} training steps"
-            f" in fp32, in a run of {steps} steps; gradients take up to"
-            f" {size * (len(self.datasets) + 2):,.0f} MiB"
+            f" in fp32, in a run of {steps} steps; gradients take about"
+            f" {size * (tasks + 3):,.0f} MiB"
         )
 
     def _draw(self, dataset: Any, step: int) -> list[np.ndarray]:
@@ -115,31 +146,59 @@ class GradientConflictLogger:
         # A generator of its own: measuring must not change what training draws next.
         rng = np.random.default_rng([self.args.seed, step, *dataset.name.encode()])
         size = 2 * (self.args.conflict_rows or self.args.batch_size)
-        return np.array_split(rng.permutation(len(dataset))[:size], 2)
+        halves = np.array_split(rng.permutation(len(dataset))[:size], 2)
+        # Rows of similar length together need less padding.
+        return [rows[np.argsort(dataset.lengths[rows], kind="stable")] for rows in halves]
 
-    def _measure(self, samples: dict[Any, list[np.ndarray]]) -> dict[str, Similarities]:
+    def _measure(self, samples: dict[Any, list[np.ndarray]]) -> dict[str, Any]:
         # Dropout and bf16 rounding would add noise that training averages out over many steps.
         dtype, self.model.dtype = self.model.dtype, torch.float32
         self.model.eval()
-        gradients = {
-            dataset.name: (self._gradient(dataset, first), partial(self._gradient, dataset, second))
-            for dataset, (first, second) in samples.items()
+        names, parameters = zip(*self.model.bert.named_parameters(), strict=True)
+        gradients, losses = {}, {}
+        for a, (first, _) in samples.items():
+            gradients[a], losses[a] = self._gradient(a, first)
+        products = {
+            (a.name, b.name): inner_products(gradients[a], gradients[b], names)
+            for a, b in combinations(samples, 2)
         }
-        parts = gradient_conflict(gradients, [n for n, _ in self.model.bert.named_parameters()])
+        changes = {}
+        for a, (_, second) in samples.items():
+            gradient, loss = self._gradient(a, second)
+            products[a.name, a.name] = inner_products(gradients[a], gradient, names)
+            del gradient  # one at a time: each is as large as the model
+            eta = PREDICTED_FALL * losses[a] / products[a.name, a.name]["overall"][1]
+            with moved(parameters, gradients[a], eta):
+                for b, (first, _) in samples.items():
+                    rows, before = (second, loss) if a is b else (first, losses[b])
+                    pair = (a.name, b.name)
+                    inner = products[pair if pair in products else pair[::-1]]["overall"][0]
+                    after = self._loss(b, rows)
+                    changes[pair] = torch.stack([before, -eta * inner, after - before])
         self.model.train()
         self.model.dtype = dtype
-        return parts
+        return log_entry(products, changes)
 
-    def _gradient(self, dataset: Any, rows: np.ndarray) -> Gradient:
-        """The gradient of the mean loss of these rows, as many at a time as a step has."""
-        parameters = list(self.model.bert.parameters())
-        total = [torch.zeros_like(p) for p in parameters]
+    def _batches(self, dataset: Any, rows: np.ndarray) -> Iterator[Any]:
+        """These rows, as many at a time as a step has."""
         size = -(-self.args.batch_size // distributed.world_size())
         for start in range(0, len(rows), size):
-            batch = dataset.batch(rows[start : start + size]).to(self.model.device)
-            loss = self.loss_fn(batch).sum() / len(rows)
-            grads = torch.autograd.grad(loss, parameters, allow_unused=True)
-            for sum_, grad in zip(total, grads, strict=True):
+            yield dataset.batch(rows[start : start + size]).to(self.model.device)
+
+    def _loss(self, dataset: Any, rows: np.ndarray) -> Tensor:
+        """The mean loss of these rows, in float64 and on the device."""
+        batches = self._batches(dataset, rows)
+        return sum(to_float64(self.loss_fn(batch)).sum() for batch in batches) / len(rows)
+
+    def _gradient(self, dataset: Any, rows: np.ndarray) -> tuple[Gradient, Tensor]:
+        """The gradient of the mean loss of these rows, and that loss as `_loss` computes it."""
+        parameters = list(self.model.bert.parameters())
+        gradient, total = [torch.zeros_like(p) for p in parameters], 0
+        for batch in self._batches(dataset, rows):
+            losses = self.loss_fn(batch)
+            total += to_float64(losses.detach()).sum()
+            grads = torch.autograd.grad(losses.sum() / len(rows), parameters, allow_unused=True)
+            for sum_, grad in zip(gradient, grads, strict=True):
                 if grad is not None:  # of an unused pooler
                     sum_ += grad
-        return total
+        return gradient, total / len(rows)

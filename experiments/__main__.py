@@ -4,7 +4,7 @@ python -m experiments run table1 --model all-MiniLM-L6-v2 --data_dir DATA
 python -m experiments report --data_dir DATA
 python -m experiments sweep --flags=@recipes/best.txt --model all-MiniLM-L6-v2 --data_dir DATA
 python -m experiments compare RUN RUN RUN --out FOLDER
-python -m experiments conflict RUN
+python -m experiments conflict RUN RUN RUN --out FOLDER
 python -m experiments transfer RUN RUN RUN --data_dir DATA
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 
 from engine.cli import POSITIVE, POSITIVE_INT, ArgumentParser, number, run_script
 from experiments.compare import compare_runs
-from experiments.conflict import report_run
+from experiments.conflict import report_runs
 from experiments.report import report
 from experiments.runner import run
 from experiments.sweep import sweep
@@ -59,8 +59,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("runs", nargs="+", type=Path, metavar="RUN", help="run folders; the first is the reference")
     add("--data_dir", type=Path, help="folder of the dev files (default: the first run's own)")
     add("--out", type=Path, default=Path("comparison"), help="new folder for table and plot")
-    add = command("conflict", report_run, "plot the gradient conflict that a run logged")
-    add("run", type=Path, help="folder of a run with --measure_conflict")
+    add = command("conflict", report_runs, "tables and plots of the gradient conflict in some runs")
+    help_text = "folders of runs with --measure_conflict that differ in --seed only"
+    add("runs", nargs="+", type=Path, metavar="RUN", help=help_text)
+    add("--out", type=Path, help="new folder for them (default: a single run's own, or conflict/)")
     add = command("transfer", transfer, "scores out of domain, with heads and without")
     add("runs", nargs="+", type=Path, metavar="RUN", help="run folders named METHOD-seedN")
     add_folders(add, "transfer")

@@ -36,8 +36,7 @@ class Score:
 
 def compare_runs(args: Namespace) -> None:
     """Print a table of all runs, and write it to --out as compare.md, with a plot."""
-    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-        raise UserError(f"--out {args.out}: not an empty folder; name a new one")
+    check_new_folder(args.out)
     runs = [SavedRun(folder) for folder in args.runs]
     check_different(runs)
     scores = read_scores(runs, args.data_dir)
@@ -46,6 +45,12 @@ def compare_runs(args: Namespace) -> None:
     plot_scores(scores, args.out / "compare.png")
     text = f"# Comparison\n\nWritten by `python -m experiments compare`.\n\n{NOTES}\n{table}\n"
     write_text(args.out / "compare.md", f"{text}\n![scores with intervals](compare.png)\n")
+
+
+def check_new_folder(out: Path) -> None:
+    """UserError if the folder of --out has something in it."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out {out}: not an empty folder; name a new one")
 
 
 def read_scores(runs: Sequence[SavedRun], data_dir: Path | None) -> list[Score]:

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from engine.stats import format_p
-from experiments.conflict import conflict_markdown
 from experiments.tables import CELLS, MARGINS, TASK_TITLES
 
 NOTES = f"""Scores: mean ± standard deviation over seeds, on dev; overall is the course's score, the
@@ -125,8 +124,8 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
     return ["", lines[0], "|---" * len(rows[0]) + "|", *lines[1:]]
 
 
-def markdown(results: Mapping[str, Any]) -> str:
-    """tables.md."""
+def markdown(results: Mapping[str, Any], conflict: Mapping[str, str]) -> str:
+    """tables.md; conflict: cell -> what its runs measured, as Markdown."""
     # How much data the figures rest on.
     counts = [
         f"{split}: " + ", ".join(f"{task} {' or '.join(map(str, n))}" for task, n in rows.items())
@@ -149,11 +148,8 @@ def markdown(results: Mapping[str, Any]) -> str:
         lines += markdown_table(comparison_rows(table)) if table["comparisons"] else []
         lines += markdown_table(run_rows(table))
         lines += ["", origins_note(table["origins"]), "", f"![{table['title']}]({name}.png)"]
-    for cell, summary in results["conflict"].items():
-        lines += ["", f"## Gradient conflict: `{CELLS[cell].flags}`", ""]
-        lines.append(conflict_markdown(summary))
-        lines += ["", f"![cosine by group of parameters](conflict-{cell}-layers.png)"]
-        lines += ["", f"![cosine over steps](conflict-{cell}-steps.png)"]
+    for cell, text in conflict.items():
+        lines += ["", f"## Gradient conflict: `{CELLS[cell].flags}`", "", text]
     return "\n".join([*lines, ""])
 
 

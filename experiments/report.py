@@ -14,7 +14,7 @@ import numpy as np
 from engine.checkpoint import write_json, write_text
 from engine.errors import UserError
 from experiments.claims import compare_cells, judge_claims
-from experiments.conflict import plot_conflict, summarize_conflict
+from experiments.conflict import conflict_markdown, plot_conflict, summarize_conflict
 from experiments.plots import plot_claims, plot_table
 from experiments.records import (
     Record,
@@ -46,9 +46,12 @@ def report(args: argparse.Namespace) -> None:
         plot_table(table, results["baselines"], args.out / f"{name}.png")
     if results["claims"]:
         plot_claims(results["claims"], args.out / "claims.png")
-    for cell in results["conflict"]:
-        plot_conflict([run["conflict"] for run in records[cell]], args.out, f"conflict-{cell}")
-    write_text(args.out / "tables.md", markdown(results))
+    conflict = {}
+    for cell, summary in results["conflict"].items():
+        measured = [run["conflict"] for run in selected[cell]]
+        images = plot_conflict(measured, args.out, f"conflict-{cell}")
+        conflict[cell] = conflict_markdown(summary, images)
+    write_text(args.out / "tables.md", markdown(results, conflict))
     print(f"{args.out}: tables.json, tables.md, {', '.join(f'{n}.tex' for n in names)}, and plots")
 
 

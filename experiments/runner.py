@@ -266,7 +266,7 @@ def read_run(folder: Path) -> dict[str, Any]:
             if entry["kind"] == "dev"
         ],
         "conflict": [
-            {"step": entry["step"], "parts": entry["parts"]}
+            {key: value for key, value in entry.items() if key != "kind"}
             for entry in log
             if entry["kind"] == "conflict"
         ],

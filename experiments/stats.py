@@ -13,6 +13,8 @@ from scipy import stats
 
 from engine.stats import SIGNIFICANCE
 
+Estimate = list[float | None]  # a mean over seeds, and the ends of its interval
+
 
 @dataclass(frozen=True)
 class Effect:
@@ -125,3 +127,15 @@ def pigeonhole_interval(values: np.ndarray, resamples: int = 1000) -> tuple[floa
 def superiority(first: Sequence[float], second: Sequence[float]) -> float:
     """The share of pairs of runs in which the first scores higher, ties counting half."""
     return float(np.mean((np.sign(np.subtract.outer(first, second)) + 1) / 2))
+
+
+def mean_interval(values: np.ndarray) -> Estimate:
+    """The mean of a value per seed, (S,), and its 95% interval by Student's t; of one seed: None.
+
+    All None if a value is NaN: the seeds that are left could be a biased selection.
+    """
+    count, mean = len(values), np.mean(values)
+    margin = np.nan
+    if count > 1:
+        margin = stats.t.ppf(1 - SIGNIFICANCE / 2, count - 1) * stats.sem(values)
+    return [float(x) if np.isfinite(x) else None for x in (mean, mean - margin, mean + margin)]

@@ -9,9 +9,9 @@ import numpy as np
 
 from engine.checkpoint import read_json, write_json, write_text
 from engine.errors import reading
-from experiments.conflict import mean_interval
 from experiments.render import markdown_table, score_text
 from experiments.report import over_seeds
+from experiments.stats import mean_interval
 from experiments.transfer_measures import SETS
 from report.plots import MARKERS, new_figure, save_figure
 
@@ -108,8 +108,8 @@ def paired_difference(first: Mapping[int, float], second: Mapping[int, float]) -
     """Mean of first - second (seed -> score) over the seeds of both, and its 95% t interval."""
     seeds = sorted(first.keys() & second.keys())
     differences = np.array([first[seed] - second[seed] for seed in seeds])
-    mean = float(differences.mean()) if seeds else None
-    return {"difference": mean, "interval": mean_interval(differences), "seeds": len(seeds)}
+    mean, *interval = mean_interval(differences) if seeds else (None, None, None)
+    return {"difference": mean, "interval": interval, "seeds": len(seeds)}
 
 
 def compare_methods(methods: Methods, finetune: str, probe: str, lpft: str) -> dict[str, Any]:
@@ -161,7 +161,7 @@ def kumar_lines(kumar: Mapping[str, Any]) -> list[str]:
     table = [["difference", "score", "seeds", "mean", "95% interval"]]
     for row in kumar["rows"]:
         mean = "" if row["difference"] is None else f"{row['difference']:+.3f}"
-        interval = " to ".join(f"{end:+.3f}" for end in row["interval"] or ())
+        interval = " to ".join(f"{end:+.3f}" for end in row["interval"] if end is not None)
         score = ", ".join(row["score"].split("/")[1:])
         table.append([row["pair"], score, str(row["seeds"]), mean, interval])
     return [KUMAR, *markdown_table(table)]

@@ -1,16 +1,27 @@
 """Gradient conflict: by hand, against autograd, and without a trace in training."""
 
+import copy
 from argparse import Namespace
 from collections import Counter
+from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from conftest import load_multitask, read_log, run_contents
+from torch import nn
 
 import multitask_classifier
 from bert import BertModel
-from engine.conflict import GradientConflictLogger, gradient_conflict, layer_group
+from engine.conflict import (
+    PREDICTED_FALL,
+    GradientConflictLogger,
+    inner_products,
+    layer_group,
+    moved,
+    similarity,
+)
 from engine.run_dir import RunDir
 from multitask_classifier import row_losses
 from prediction import embed_batch
@@ -25,34 +36,110 @@ def test_every_parameter_of_bert_belongs_to_a_part(tiny):
 
 
 def test_conflict_by_hand():
-    first_a, second_a, first_b, second_b = torch.tensor(
-        [[[3.0, 0], [0, 0]], [[0, 1], [1, 0]], [[-4, 4], [1, 1]], [[-4, 4], [2, 2]]]
-    )
-    gradients = {"a": (first_a, lambda: second_a), "b": (first_b, lambda: second_b)}
-    parts = gradient_conflict(gradients, ["pooler.a", "word_embedding"])
-    assert list(parts) == ["pooler", "embeddings", "overall"]
-    assert list(parts["pooler"]) == ["a|b", "a|a", "b|b"]
+    names = ["pooler.a", "word_embedding"]
+    a, b, large = torch.tensor([[[3.0, 0], [0, 1]], [[-4, 4], [0, 0]], [[1e20, 1e20], [0, 1]]])
+    products = inner_products(a, b, names)
+    assert {part: figures.tolist() for part, figures in products.items()} == {
+        "pooler": [-12, 9, 32],
+        "embeddings": [0, 1, 0],
+        "overall": [-12, 10, 32],
+    }
     root = 32**0.5
     expected = {"cosine": -12 / (3 * root), "product": -12, "magnitude": 2 * 3 * root / (9 + 32)}
-    assert parts["pooler"]["a|b"] == pytest.approx(expected)
-    assert parts["pooler"]["a|a"]["cosine"] == 0
-    assert parts["embeddings"]["a|b"] == {"cosine": None, "product": None, "magnitude": None}
-    expected = {"cosine": 1, "product": 4, "magnitude": 0.8}
-    assert parts["embeddings"]["b|b"] == pytest.approx(expected)
-    assert parts["overall"]["a|b"]["cosine"] == pytest.approx(-12 / (3 * 34**0.5))
-    large = [torch.full((2,), 1e20)]  # whose squares leave float32
-    expected = {"cosine": 1, "product": 2e40, "magnitude": 1}
-    parts = gradient_conflict({"a": (large, lambda: large)}, ["pooler.a"])
-    assert parts["overall"]["a|a"] == pytest.approx(expected)
+    assert similarity(*products["pooler"].tolist()) == pytest.approx(expected)
+    missing = {"cosine": None, "product": None, "magnitude": None}
+    assert similarity(*products["embeddings"].tolist()) == missing
+    expected = {"cosine": 1, "product": 2e40, "magnitude": 1}  # squares leave float32
+    products = inner_products(large, large, names)
+    assert similarity(*products["overall"].tolist()) == pytest.approx(expected)
+
+
+@dataclass(eq=False)
+class Quadratic:
+    """Row i has the loss (theta - center_i)' H (theta - center_i) / 2; a batch is itself a set."""
+
+    name: str
+    centers: torch.Tensor  # (N, D)
+    hessian: torch.Tensor  # (D, D), symmetric
+
+    def __post_init__(self):
+        self.lengths = np.ones(len(self.centers))
+
+    def __len__(self):
+        return len(self.centers)
+
+    def batch(self, rows):
+        return Quadratic(self.name, self.centers[rows], self.hessian)
+
+    def to(self, device):
+        return self
+
+    def gradient(self, theta):
+        """Of the mean loss."""
+        return self.hessian @ (theta - self.centers.mean(0))
+
+    def losses(self, theta):
+        """Of each row."""
+        x = theta - self.centers
+        return (x @ self.hessian * x).sum(1) / 2
+
+
+def test_the_change_of_a_quadratic_loss_is_known_exactly():
+    """First order -eta <g_a, g_b>, to which the second adds eta^2 g_a' H_b g_a / 2."""
+    generator = torch.Generator().manual_seed(3)
+    draw = partial(torch.randn, generator=generator, dtype=torch.float64)
+    model = nn.Module()
+    model.bert, model.dtype, model.device = nn.Module(), torch.float32, "cpu"
+    model.bert.theta = nn.Parameter(draw(5))
+    theta = model.bert.theta.detach().clone()
+    datasets, seen, logged = [], [], []
+    for name in "ab":
+        root = draw(5, 5)
+        datasets.append(Quadratic(name, draw(8, 5), 9 * root @ root.T))
+
+    def loss_fn(batch):
+        seen.append(batch)
+        return batch.losses(model.bert.theta)
+
+    args = Namespace(measure_conflict=1, conflict_rows=4, batch_size=4, seed=1)
+    run = Namespace(log=lambda *_, **entry: logged.append(entry))
+    GradientConflictLogger(lambda *_: 0.0, loss_fn, model, datasets, run, args)([], 0)
+    a, b, second_a, *_, second_b, _, _ = seen  # after each second batch, a loss of a and of b
+    assert "".join(batch.name for batch in seen) == "ab" + "aab" + "bab"
+    rows = {"a>b": (a, b), "b>a": (b, a), "a>a": (a, second_a), "b>b": (b, second_b)}
+    for step, (own, other) in rows.items():
+        g = own.gradient(theta)
+        eta = PREDICTED_FALL * own.losses(theta).mean() / (g @ g)
+        first = -eta * (g @ other.gradient(theta))
+        second = eta**2 * (g @ other.hessian @ g) / 2
+        figures = logged[0]["changes"][step]
+        assert figures["loss"] == pytest.approx(other.losses(theta).mean().item())
+        assert figures["predicted"] == pytest.approx(first.item())
+        assert figures["measured"] == pytest.approx((first + second).item(), rel=1e-8)
+        assert abs(second / first) > 1e-7  # it is seen
+    assert torch.equal(model.bert.theta, theta)
+
+
+def test_weights_get_their_bits_back_whatever_happens():
+    weights = nn.Parameter(torch.linspace(-1, 3, 999))
+    before = weights.detach().clone()
+    step = torch.linspace(0, 1, 999) ** 3
+    with pytest.raises(MemoryError), moved([weights], [step], torch.tensor(0.1)):
+        torch.testing.assert_close(weights.detach(), before - 0.1 * step)
+        assert not (weights * 2).requires_grad
+        raise MemoryError
+    assert torch.equal(weights, before) and weights.requires_grad
+    assert not torch.equal(before - 0.1 * step + 0.1 * step, before)
 
 
 def make_logger(tiny, data, run_dir, seen, **options) -> GradientConflictLogger:
-    """A logger of a tiny model in training; `seen` gets each batch, mode and losses."""
+    """A logger of a tiny model in training; `seen` gets the batch, mode and losses of gradients."""
     model, datasets = load_multitask(tiny, data)
 
     def loss_fn(batch):
         losses = row_losses(model, partial(embed_batch, model), batch)
-        seen.append((batch, model.training, losses.detach()))
+        if losses.requires_grad:
+            seen.append((batch, model.training, losses.detach()))
         return losses
 
     defaults = {"measure_conflict": 1, "conflict_rows": None, "seed": 1, "batch_size": 4}
@@ -63,7 +150,7 @@ def make_logger(tiny, data, run_dir, seen, **options) -> GradientConflictLogger:
 
 def test_what_is_logged_is_the_conflict_of_fp32_gradients_without_dropout(tiny, data, tmp_path):
     """In a bf16 run with dropout, which goes on as it was."""
-    seen, gradients = [], {}
+    seen, gradients, batches = [], {}, {}
     logger = make_logger(tiny, data, tmp_path / "run", seen)
     model = logger.model
     model.dtype = torch.bfloat16
@@ -76,6 +163,7 @@ def test_what_is_logged_is_the_conflict_of_fp32_gradients_without_dropout(tiny, 
         assert not training and torch.equal(logged, losses.detach())
         grads = torch.autograd.grad(losses.mean(), parameters)
         gradients.setdefault(batch.task, []).append(dict(zip(names, grads, strict=True)))
+        batches.setdefault(batch.task, []).append((batch, losses.mean().item()))
     (entry,) = read_log(tmp_path / "run", "conflict")
     assert [len(entry["parts"]), len(entry["parts"]["overall"])] == [7, 6]
     for part, pairs in entry["parts"].items():
@@ -88,6 +176,22 @@ def test_what_is_logged_is_the_conflict_of_fp32_gradients_without_dropout(tiny, 
             magnitude = (2 * u.norm() * v.norm() / (u.norm() ** 2 + v.norm() ** 2)).item()
             assert figures["cosine"] == pytest.approx(cosine, abs=1e-5)
             assert figures["magnitude"] == pytest.approx(magnitude, abs=1e-5)
+    assert len(entry["changes"]) == 9
+    for pair, figures in entry["changes"].items():
+        a, b = pair.split(">")
+        step, (batch, loss) = gradients[a][0], batches[b][int(a == b)]
+        eta = (
+            PREDICTED_FALL
+            * batches[a][0][1]
+            / sum(g.double().square().sum() for g in step.values())
+        )
+        other = copy.deepcopy(model)
+        with torch.no_grad():
+            for name, parameter in other.bert.named_parameters():
+                parameter -= eta * step[name]
+            after = row_losses(other, partial(embed_batch, other), batch).double().mean().item()
+        assert figures["measured"] == pytest.approx(after - loss, abs=1e-6 * loss)
+        assert figures["predicted"] == pytest.approx(after - loss, abs=1e-4 * loss)
 
 
 def test_more_rows_than_a_step_has_are_measured_in_parts(tiny, data, tmp_path):
@@ -106,6 +210,8 @@ def test_more_rows_than_a_step_has_are_measured_in_parts(tiny, data, tmp_path):
     for part, pairs in divided["parts"].items():
         for pair, figures in pairs.items():
             assert figures == pytest.approx(whole["parts"][part][pair], abs=1e-5)
+    for pair, figures in divided["changes"].items():
+        assert figures == pytest.approx(whole["changes"][pair], abs=1e-6)
     assert measure(4, 10**6)["rows"] == {"sst": 20, "para": 20, "sts": 10}
     used = Counter((batch.task, row) for batch, _, _ in seen for row in batch.rows)
     assert len(used) == 40 + 40 + 20 and set(used.values()) == {1}
@@ -116,7 +222,7 @@ def test_measuring_changes_no_bit_of_a_run_and_says_what_it_costs(train, tmp_pat
     train(multitask_classifier, tmp_path / "plain", *more)
     more += ["--measure_conflict", 4, "--conflict_rows", 13]
     out = train(multitask_classifier, tmp_path / "measured", *more)
-    assert "5 measurements, each as long as about 9 training steps in fp32, in a run of 18" in out
+    assert "5 measurements, each as long as about 14 training steps in fp32, in a run of 18" in out
     entries = read_log(tmp_path / "measured", "conflict")
     assert [entry["step"] for entry in entries] == [0, 4, 8, 12, 16]
     assert entries[0]["rows"] == {"sst": 13, "para": 13, "sts": 10}  # STS has 20

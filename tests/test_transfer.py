@@ -232,7 +232,7 @@ def test_the_report_has_means_over_seeds_and_kumars_differences(records, measure
 def test_differences_are_paired_by_seed():
     found = paired_difference({1: 0.5, 2: 0.75, 7: 9.0}, {2: 0.5, 1: 0.5, 8: 9.0})
     assert (found["difference"], found["seeds"]) == (0.125, 2)
-    expected = {"difference": 0.25, "interval": None, "seeds": 1}
+    expected = {"difference": 0.25, "interval": [None, None], "seeds": 1}
     assert paired_difference({1: 0.5}, {1: 0.25}) == expected
     assert paired_difference({1: 0.5}, {2: 0.25})["difference"] is None
 
