@@ -159,7 +159,7 @@ def plot_layers(summary: dict[str, Any]) -> Figure:
     """Heat maps of groups and pairs: a column for each phase, and rows with scales of their own."""
     phases = {title: phase["groups"] for title, phase in shown(summary["phases"]).items()}
     rows = [row for groups in phases.values() for row in groups.values()]
-    known = [name for name in rows[0] if any(row[name][0] is not None for row in rows)]
+    known = [name for name in rows[0] if any(row[name][0] is not None for row in rows)] or rows[0]
     kinds, groups = list(dict.fromkeys(map(kind, known))), list(next(iter(phases.values())))
     size = {"width": 3, "height": 0.24 * len(groups) + 0.7, "sharey": True}
     figure, panels = new_figure(len(phases), rows=len(kinds), **size)

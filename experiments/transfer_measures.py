@@ -1,5 +1,7 @@
 """What `transfer` measures of an encoder, with its heads and without, on the sets in `SETS`."""
 
+import re
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -52,7 +54,13 @@ SETS = (
     EvalSet("STS14 tweet-news", "sts", ("ood/sts14-tweet-news.csv",)),
     EvalSet("STS16 plagiarism", "sts", ("ood/sts16-plagiarism.csv",)),
 )
-FILES = ("ids-sst-train.csv", *(file for data in SETS for file in data.files))
+PAIR_FILES = {"para": "quora-train.csv", "sts": "sts-train.csv"}  # that runs are trained on
+FILES = ("ids-sst-train.csv", *PAIR_FILES.values(), *(file for s in SETS for file in s.files))
+
+
+def pair_key(texts: Sequence[str]) -> frozenset[str]:
+    """The sentences of a row, whatever their order, case and punctuation."""
+    return frozenset(" ".join(re.findall(r"\w+", text.lower())) for text in texts)
 
 
 def polarity(logits: Tensor) -> Tensor:
@@ -130,27 +138,44 @@ class Measurement:
     data_dir: Path
     limit: int | None
     scores: dict[str, float | None] = field(default_factory=dict)
-    rows: dict[str, int] = field(default_factory=dict)
+    rows: dict[str, dict[str, float]] = field(default_factory=dict)
     embedded: dict[str, tuple[Tensor, np.ndarray]] = field(default_factory=dict)  # by file
+    unseen: dict[str, np.ndarray] = field(default_factory=dict)  # file -> (N,) bool
+
+    def __post_init__(self) -> None:
+        # SemEval's STS has rows from MRPC and SICK, and so has the course's training file.
+        self.trained = {
+            pair_key(example.texts)
+            for task, file in PAIR_FILES.items()
+            for example in read_examples(self.data_dir / file, TASKS[task])[0]
+        }
 
     def read(self, file: str, task: str, encoding: str = "separate") -> TaskDataset:
-        """The rows of a file, or `limit` of them."""
+        """The rows of a file, or `limit` of them; `unseen` says which no run was trained on."""
         path, tokenizer = self.data_dir / file, self.encoder.tokenizer
-        return TaskDataset(path, TASKS[task], tokenizer, encoding, limit=self.limit)
+        dataset = TaskDataset(path, TASKS[task], tokenizer, encoding, limit=self.limit)
+        outside = file.startswith("ood/")
+        keys = [pair_key(example.texts) if outside else None for example in dataset.examples]
+        self.unseen[file] = np.array([key not in self.trained for key in keys])
+        return dataset
 
     def embed(self, file: str, task: str) -> tuple[Tensor, np.ndarray]:
-        """Embeddings of a file's sentences, (N, 1, D), or pairs, (N, 2, D), and labels (N,)."""
+        """Embeddings of the unseen rows, (N, 1, D), or of pairs, (N, 2, D), and labels (N,)."""
         if file not in self.embedded:
             dataset = self.read(file, task)
             vectors = embed_dataset(self.encoder, dataset, self.batch_size).cpu()
-            self.embedded[file] = vectors, dataset.labels.numpy()
+            keep = self.unseen[file]
+            self.embedded[file] = vectors[keep], dataset.labels.numpy()[keep]
         return self.embedded[file]
 
     def add_set(self, data: EvalSet) -> None:
         """Scores of the head, if there is one, and of the cosine, if the rows are pairs."""
         parts = [self.embed(file, data.task) for file in data.files]
         vectors, gold = torch.cat([v for v, _ in parts]), np.concatenate([g for _, g in parts])
-        self.rows[data.title] = len(gold)
+        seen = sum(int((~self.unseen[file]).sum()) for file in data.files)
+        self.rows[data.title] = {"rows": len(gold), "left out": seen}
+        if data.head == "para" or data.task == "cfimdb":  # what chance scores
+            self.rows[data.title]["positive"] = float(gold.mean())
         found: dict[str, Tensor] = {}
         if data.head in self.encoder.decoders:
             logits = self.head_logits(data, vectors)
@@ -178,7 +203,8 @@ class Measurement:
                 return model.decode(task.name, stacked).cpu()
         embed = partial(embed_batch, model)
         datasets = [self.read(file, data.task, "joint") for file in data.files]
-        return torch.cat([predict(model, d, self.batch_size, embed) for d in datasets])
+        logits = [predict(model, dataset, self.batch_size, embed) for dataset in datasets]
+        return torch.cat([x[self.unseen[f]] for x, f in zip(logits, data.files, strict=True)])
 
     def add_logistic(self) -> None:
         """Logistic regressions on embeddings: SST and CFIMDB on dev, MRPC on a quarter of it."""

@@ -31,8 +31,9 @@ FROZEN = {
 }
 MEANS = ("head/out of domain/mean", "head/in domain/mean")
 NOTES = """Mean ± standard deviation over seeds; (n): the number of runs. In domain: SST, Quora and
-STS (dev). Out of domain: the other sets. untouched: the encoder that the runs began with, by its
-pooling.
+STS (dev). Out of domain: the other sets, without the pairs that are in the training files of Quora
+or STS (STS has pairs of MRPC and SICK). untouched: the encoder that the runs began with, with the
+pooling that its name ends with. The average precision of chance is the share of positive pairs.
 
 - head: the run's own heads. SST's classes predict CFIMDB (train and dev, as neither was trained
   on): 0 and 1 are negative, 3 and 4 positive, 2 goes to the side that is more probable. Quora's
@@ -42,13 +43,14 @@ pooling.
 - cosine: of the embeddings of the two sentences. Nothing is trained.
 - logistic: accuracy of a logistic regression on frozen embeddings (u, or [|u - v|; u * v] of pairs;
   standardised; its regularisation chosen by 5-fold cross-validation on the training rows), trained
-  on the training file and tested on dev. MRPC: trained on three quarters of the rows, chosen at
-  random once and for all, and tested on the others.
+  on the training file and tested on dev. MRPC: trained on three quarters of the rows, drawn
+  with a fixed seed, and tested on the others.
 - geometry: alignment and uniformity (Wang & Isola 2020) of STS dev. Lower is better."""
 KUMAR = """Kumar et al. (2022, https://arxiv.org/abs/2202.10054) predict that out of domain
 fine-tuning is worse than probing, and probing worse than probing followed by fine-tuning: both
-differences should be positive. They are paired by seed, with 95% t intervals over seeds, which
-leave out the variance between rows."""
+differences should be positive. They are paired by seed. The 95% t intervals are over seeds, without
+the variance between rows and without correction for their number: exploration, and not comparable
+with the intervals of `python -m experiments report`."""
 
 
 def write_report(args: Namespace) -> None:
@@ -142,7 +144,7 @@ def markdown(summary: Mapping[str, Any]) -> str:
         scores = [method["cka"][i : i + 1] for method in methods.values()]
         cells = [score_text(score[0], "±") if score else "" for score in scores]
         layers.append([str(i or "embeddings"), *cells])
-    rows = ", ".join(f"{name} {count:,}" for name, count in summary["rows"].items())
+    rows = ", ".join(f"{name} {describe_rows(rows)}" for name, rows in summary["rows"].items())
     limit = f" (--limit {summary['limit']})" if summary["limit"] else ""
     lines = ["# Out of domain", "", "Written by `python -m experiments transfer`.", "", NOTES, ""]
     lines += [f"Rows: {rows}{limit}.", *markdown_table(table), ""]
@@ -151,6 +153,13 @@ def markdown(summary: Mapping[str, Any]) -> str:
     lines += ["", "## Linear CKA to the untouched encoder", ""]
     lines += ["Of the token means of sentences of STS dev (Kornblith et al. 2019); 1: unchanged."]
     return "\n".join([*lines, *markdown_table(layers), "", "![CKA by layer](cka.png)", ""])
+
+
+def describe_rows(rows: Mapping[str, float]) -> str:
+    """The number of rows, how many were left out, and the share of the positive class."""
+    notes = [f"{rows['left out']:,} left out"] if rows["left out"] else []
+    notes += [f"{rows['positive']:.0%} positive"] if "positive" in rows else []
+    return f"{rows['rows']:,}" + (f" ({', '.join(notes)})" if notes else "")
 
 
 def kumar_lines(kumar: Mapping[str, Any]) -> list[str]:

@@ -52,8 +52,23 @@ def full(tmp_path_factory) -> Path:
             second = f"{first} ?" if same else sentence(rng)
             label = same if binary else 1 + 3 * same + rng.random()
             rows.append([f"{path.stem}-{len(rows)}", first, second, label])
+        # And a pair that runs are trained on, the other way round and in capitals.
+        seen = read_examples(folder / "sts-train.csv", TASKS["sts"])[0][0].texts
+        rows.append(["seen", *(text.upper() for text in reversed(seen)), 1])
         write_csv(path, ["id", *PAIR, "is_duplicate" if binary else "similarity"], rows)
     return folder
+
+
+def unseen(folder: Path, file: str, task: str) -> list:
+    """The rows of a file whose pairs are in no training file, whatever order, case and marks."""
+
+    def key(row):
+        return {text.lower().strip("?! ") for text in row.texts}
+
+    files = {"para": "quora-train.csv", "sts": "sts-train.csv"}
+    trained = [key(r) for t, f in files.items() for r in read_examples(folder / f, TASKS[t])[0]]
+    rows, _, _ = read_examples(folder / file, TASKS[task])
+    return [row for row in rows if task == "cfimdb" or key(row) not in trained]
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +178,7 @@ def test_scores_of_heads_by_hand(runs, full, records, name):
         assert scores[f"head/{title}/{metric}"] == pytest.approx(value)
 
     def predict(function, task, *files):
-        rows = [row for file in files for row in read_examples(full / file, TASKS[task])[0]]
+        rows = [row for file in files for row in unseen(full, file, task)]
         columns = (list(column) for column in zip(*(row.texts for row in rows), strict=True))
         batches = [model.tokenizer(c, padding=True, return_tensors="pt") for c in columns]
         tensors = [batch[key] for batch in batches for key in ("input_ids", "attention_mask")]
@@ -190,7 +205,9 @@ def test_scores_without_heads_by_hand(runs, full, tiny, records, measured):
         assert how == {"cosine", "logistic", "geometry"}
     tokenizer, record = BertTokenizer.from_pretrained(tiny), records["untouched-mean"]
     encoder = SentenceEncoder(BertModel.from_pretrained(tiny), tokenizer, "mean").eval()
-    rows, _, _ = read_examples(full / "ood/sick-r.csv", TASKS["sts"])
+    rows = unseen(full, "ood/sick-r.csv", "sts")
+    assert record["rows"]["SICK-R"] == {"rows": len(rows), "left out": 41 - len(rows)}
+    assert 20 < len(rows) < 41 and "seen" not in {row.id for row in rows}
     u, v = (encoder.encode(texts) for texts in zip(*(row.texts for row in rows), strict=True))
     cosines = [1 - cosine(a, b) for a, b in zip(u, v, strict=True)]
     rho = stats.spearmanr(cosines, [row.label for row in rows]).statistic
