@@ -64,12 +64,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("runs", nargs="+", type=Path, metavar="RUN", help=help_text)
     add("--out", type=Path, help="new folder for them (default: a single run's own, or conflict/)")
     add = command("transfer", transfer, "scores out of domain, with heads and without")
-    add("runs", nargs="+", type=Path, metavar="RUN", help="run folders named METHOD-seedN")
     add_folders(add, "transfer")
-    add("--limit", type=number(int, 100), help="use a fixed random subset of N rows per file")
-    add("--device", choices=["auto", "cpu", "cuda", "mps"], help="(default: each run's)")
-    for method in ("finetune", "probe", "lpft"):
-        add(f"--{method}", default=method, metavar="METHOD", help="compared as by Kumar et al.")
+    add_transfer_flags(add)
     args = parser.parse_args(argv)
     check_args(args, parser)
     return args
@@ -96,6 +92,15 @@ def add_grid_flags(add: Callable[..., Any]) -> None:
     add("--head_lr", **rates, default=[1e-3, 3e-3, 1e-2], help="of the heads")
     add("--rows", type=POSITIVE_INT, default=30000, help="--limit in the last rung")
     add("--rungs", type=POSITIVE_INT, default=3, help="each has half of the pairs before it")
+
+
+def add_transfer_flags(add: Callable[..., Any]) -> None:
+    """Which runs are measured, on how many rows, and which methods Kumar's test compares."""
+    add("runs", nargs="+", type=Path, metavar="RUN", help="run folders named METHOD-seedN")
+    add("--limit", type=number(int, 100), help="use a fixed random subset of N rows per file")
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], help="(default: each run's)")
+    for method in ("finetune", "probe", "lpft"):
+        add(f"--{method}", default=method, metavar="METHOD", help="compared as by Kumar et al.")
 
 
 def check_args(args: argparse.Namespace, parser: ArgumentParser) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from experiments.tables import TASK_TITLES
 from report.plots import DASHES, new_figure, save_figure
@@ -22,12 +23,16 @@ def plot_table(table: Mapping[str, Any], baselines: Mapping[str, Any], path: Pat
         panel.set(title=title, ylabel="dev")
     for panel, task in zip(losses, TASK_TITLES, strict=True):
         plot_losses(panel, columns, task)
-    # One entry for everything of a kind.
     for row, place in ((scores, "outside right upper"), (losses, "outside right lower")):
-        labels = [panel.get_legend_handles_labels() for panel in row]
-        handles = {name: h for hs, names in labels for h, name in zip(hs, names, strict=True)}
-        figure.legend(handles.values(), handles.keys(), loc=place)
+        add_legend(figure, row, loc=place)
     save_figure(figure, path)
+
+
+def add_legend(figure: Figure, panels: Sequence[Axes], **options: Any) -> None:
+    """A legend with one entry for each label, however many panels have it."""
+    entries = [panel.get_legend_handles_labels() for panel in panels]
+    handles = {name: h for hs, names in entries for h, name in zip(hs, names, strict=True)}
+    figure.legend(handles.values(), handles.keys(), **options)
 
 
 def plot_scores(
@@ -96,6 +101,5 @@ def plot_claims(claims: Sequence[Mapping[str, Any]], path: Path) -> None:
         if claims[y]["claim"] != claims[y - 1]["claim"]:
             panel.axhline(y - 0.5, color="0.7", linewidth=0.8)
     panel.set_xlabel("difference on dev, with its 95% interval")
-    handles = dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
+    add_legend(figure, [panel], loc="outside lower center", ncols=4)
     save_figure(figure, path)

@@ -159,7 +159,9 @@ def latex(table: Mapping[str, Any], baselines: Mapping[str, Any]) -> str:
     if table["comparisons"]:
         rows = comparison_rows(table)
         # In math mode a minus sign is as wide as a plus.
-        signed = [[a, b, f"${c}$", *rest] for a, b, c, *rest in rows[1:]]
+        signed = [
+            [a, b, f"${c}$", f"${d}$".replace(" to ", "$ to $"), *e] for a, b, c, d, *e in rows[1:]
+        ]
         tabulars.append(("llrrrrr", [rows[0], *signed]))
     lines = []
     for alignment, rows in tabulars:

@@ -40,7 +40,7 @@ def report(args: argparse.Namespace) -> None:
     # Without digits that differ between machines.
     results = json.loads(results, parse_float=lambda text: round(float(text), 6))
     write_json(args.out / "tables.json", results)
-    # All of them are made from tables.json alone, so they cannot disagree.
+    # The tables and their plots are made from tables.json alone, so they cannot disagree.
     for name, table in results["tables"].items():
         write_text(args.out / f"{name}.tex", latex(table, results["baselines"]))
         plot_table(table, results["baselines"], args.out / f"{name}.png")
