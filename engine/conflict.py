@@ -136,9 +136,9 @@ class GradientConflictLogger:
         count = math.ceil(steps / self.args.measure_conflict)
         size = 4 * sum(p.numel() for p in self.model.bert.parameters()) / 2**20
         return (
-            f"--measure_conflict: {count} measurements, each as long as about {each} training steps"
-            f" in fp32, in a run of {steps} steps; gradients take about"
-            f" {size * (tasks + 3):,.0f} MiB"
+            f"--measure_conflict: {count} measurements of up to {max(map(max, sizes))} rows per"
+            f" batch, each as long as about {each} training steps in fp32, in a run of {steps}"
+            f" steps; gradients take about {size * (tasks + 3):,.0f} MiB"
         )
 
     def _draw(self, dataset: Any, step: int) -> list[np.ndarray]:

@@ -80,7 +80,7 @@ def add_folders(add: Callable[..., Any], out: str = "") -> None:
 def add_run_flags(add: Callable[..., Any], runs: str) -> None:
     """The flags of what starts training runs."""
     add("--model", default="bert-base-uncased", help="a folder, a hub id, or all-MiniLM-L6-v2")
-    add("--flags", default="", help='flags for every script, as --flags="--epochs 1 --use_gpu"')
+    add("--flags", default="", help='flags for every script, as --flags="--limit 99 --use_gpu"')
     add("--runs", type=Path, default=Path("runs", runs), help="folder of the run folders")
     add("--jobs", type=POSITIVE_INT, default=1, help="runs side by side, sharing the cores")
 

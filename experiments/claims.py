@@ -126,8 +126,10 @@ def judge_difference(
 def answer(row: Mapping[str, Any]) -> str:
     """What a difference, with its corrected p-values, says of its claim."""
     within = row["p_margin_corrected"] < SIGNIFICANCE
+    if row["n"] < 3:
+        return "inconclusive, too few runs"
     if row["at_majority"]:
-        return "inconclusive, both at the majority class"
+        return "inconclusive, neither above the majority class"
     if row["p_corrected"] < SIGNIFICANCE:
         agrees = not row["above"] if row["no_gain"] else row["above"] == (row["paper"] > 0)
         return ("holds" if agrees else "fails") + (", within the margin" if within else "")

@@ -161,7 +161,11 @@ def plot_layers(summary: dict[str, Any]) -> Figure:
     rows = [row for groups in phases.values() for row in groups.values()]
     known = [name for name in rows[0] if any(row[name][0] is not None for row in rows)] or rows[0]
     kinds, groups = list(dict.fromkeys(map(kind, known))), list(next(iter(phases.values())))
-    size = {"width": 3, "height": 0.24 * len(groups) + 0.7, "sharey": True}
+    size = {
+        "width": 3 if len(phases) > 1 else 5,
+        "height": 0.24 * len(groups) + 0.7,
+        "sharey": True,
+    }
     figure, panels = new_figure(len(phases), rows=len(kinds), **size)
     for i, one in enumerate(kinds):
         names = [name for name in known if kind(name) == one]

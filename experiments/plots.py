@@ -49,7 +49,7 @@ def plot_scores(
         if score["paper"] is not None:
             panel.plot(i, score["paper"], "D", color="black", fillstyle="none", label="paper")
     for points in by_seed.values():
-        panel.plot(*zip(*points, strict=True), "o-", color="0.6", ms=3, lw=0.6, label="run")
+        panel.plot(*zip(*points, strict=True), "o-", color="0.6", ms=3, lw=0.6, label="a seed")
     for kind, style in (("untouched", "--"), ("majority", ":")):
         if known[kind] is not None:
             name = {"untouched": "untouched encoder", "majority": "majority class"}[kind]
@@ -92,7 +92,7 @@ def plot_claims(claims: Sequence[Mapping[str, Any]], path: Path) -> None:
     panel.axvline(0, color="black", linewidth=0.6)
     # Effects of a hundredth and of half a unit on one axis.
     panel.set_xscale("symlog", linthresh=0.05, linscale=2)
-    ticks = [-0.5, -0.2, -0.05, -0.02, 0, 0.02, 0.05, 0.2, 0.5]
+    ticks = [-0.5, -0.05, -0.02, 0, 0.02, 0.05, 0.5]
     panel.set_xticks(ticks, [f"{tick:+g}" if tick else "0" for tick in ticks])
     names = [f"{row['first']} - {row['second']}, {row['task']}" for row in claims]
     panel.set_yticks(rows, names)
@@ -100,6 +100,6 @@ def plot_claims(claims: Sequence[Mapping[str, Any]], path: Path) -> None:
     for y in rows[1:]:  # a line between claims
         if claims[y]["claim"] != claims[y - 1]["claim"]:
             panel.axhline(y - 0.5, color="0.7", linewidth=0.8)
-    panel.set_xlabel("difference on dev, with its 95% interval")
+    panel.set_xlabel("difference on dev, with its 95% interval (beyond 0.05: logarithmic)")
     add_legend(figure, [panel], loc="outside lower center", ncols=4)
     save_figure(figure, path)

@@ -15,7 +15,8 @@ Comparisons: runs are paired by seed, and evaluated on the same dev rows. Seeds 
 random effects: a 95% interval includes the variance of both (t, with Satterthwaite's degrees of
 freedom), but says nothing of other training data or settings. n: how many independent pairs there
 are; the mean of runs that start from the same SimCSE encoder counts as one. With n = 2 intervals
-are too narrow. Superiority: the share of pairs of runs in which the first scores higher.
+are too narrow; "-": no variance could be estimated. Superiority: of all combinations of a run of
+the first and a run of the second, the share in which the first scores higher; ties count one half.
 Detectable: the smallest true difference that so many runs find with 80% power, at the uncorrected
 level of 5%.
 
@@ -23,8 +24,9 @@ Only the claims have p-values, corrected by Holm's method over all of them; the 
 before the runs, and all other differences are exploration. A small p means that there is a
 difference. A small p (margin) means that it is smaller than {MARGINS["accuracy"]} of accuracy or
 {MARGINS["fisher_z"]} of Fisher's z or, where the paper denies a gain, that there is no gain of that
-size. Correlations are tested on the scale of z. Where both are within the margin of the majority
-class, neither has learnt anything that could differ."""
+size. Correlations are tested on the scale of z, and intervals are not corrected: one that excludes
+0 may stand beside a large p. Where both cells of a comparison are below the majority class plus the
+margin, neither has learnt anything that could differ. A claim needs three independent pairs."""
 BUNDLED_NOTE = """**The model is the bundled all-MiniLM-L6-v2, which had been tuned on sentence
 pairs before (NLI's and Quora's among them) with mean pooling and the cosine, not through its
 pooler. Figures of the paper are for plain BERT-base.**"""
@@ -59,6 +61,8 @@ def score_text(score: Mapping[str, float | None], plus_minus: str) -> str:
 
 def interval(row: Mapping[str, Any]) -> str:
     """The 95% interval of a difference."""
+    if row["low"] == row["high"]:  # no variance could be estimated
+        return "-"
     return f"{row['low']:+.3f} to {row['high']:+.3f}"
 
 
@@ -70,7 +74,8 @@ def comparison_rows(table: Mapping[str, Any]) -> list[list[str]]:
     for row in table["comparisons"]:
         names = f"{headings[row['first']]} - {headings[row['second']]}"
         figures = [f"{row['difference']:+.3f}", interval(row), f"{row['superiority']:.2f}"]
-        rows.append([names, row["task"], *figures, f"{row['detectable']:.3f}", str(row["n"])])
+        task = TASK_TITLES[row["task"]]
+        rows.append([names, task, *figures, f"{row['detectable']:.3f}", str(row["n"])])
     return rows
 
 
@@ -86,7 +91,7 @@ def claim_rows(claims: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         figures = [f"{row['difference']:+.3f}", interval(row), f"{row['paper']:+.3f}"]
         figures += [format_p(row["p_corrected"]), format_p(row["p_margin_corrected"])]
         figures += [f"{row['superiority']:.2f}", f"{row['detectable']:.3f}", str(row["n"])]
-        rows.append([claim, names, row["task"], row["answer"], *figures])
+        rows.append([claim, names, TASK_TITLES[row["task"]], row["answer"], *figures])
     return rows
 
 
@@ -100,7 +105,7 @@ def bootstrap_note(claims: Sequence[Mapping[str, Any]]) -> str:
     widths = [(r["bootstrap"], r["high"] - r["low"]) for r in claims if "bootstrap" in r]
     ratios = [(high - low) / width for (low, high), width in widths if width > 0]
     if not ratios:
-        return "No claim has the eight runs that a bootstrap over runs needs."
+        return ""
     return (
         f"For the {len(ratios)} differences with eight runs or more, the intervals of a pigeonhole"
         f" bootstrap (Owen 2007) are {min(ratios):.2f} to {max(ratios):.2f} times as wide."
@@ -131,8 +136,8 @@ def markdown(results: Mapping[str, Any], conflict: Mapping[str, str]) -> str:
         f"{split}: " + ", ".join(f"{task} {' or '.join(map(str, n))}" for task, n in rows.items())
         for split, rows in results["rows"].items()
     ]
-    lines = ["# Tables", "", "Written by `python -m experiments report`.", "", NOTES]
-    lines += ["", f"Rows, {'; '.join(counts)}."]
+    lines = ["# Tables", "", "Written by `python -m experiments report`."]
+    lines += ["", f"Rows, {'; '.join(counts)}. How to read the tables is said at the end."]
     tables = results["tables"].values()
     commands = [column["command"] for table in tables for column in table["columns"].values()]
     # Said once, above all tables, as it changes what every figure means.
@@ -142,6 +147,8 @@ def markdown(results: Mapping[str, Any], conflict: Mapping[str, str]) -> str:
         lines += ["", "## The paper's claims", *markdown_table(claim_rows(results["claims"]))]
         lines += ["", bootstrap_note(results["claims"]), origins_note(results["claim_origins"])]
         lines += ["", "![differences](claims.png)"]
+    else:
+        lines += ["", "The paper's claims are judged where table1, table2 and table3 are complete."]
     for name, table in results["tables"].items():
         lines += ["", f"## {table['title']}"]
         lines += markdown_table(score_rows(table, results["baselines"], "±"))
@@ -150,7 +157,7 @@ def markdown(results: Mapping[str, Any], conflict: Mapping[str, str]) -> str:
         lines += ["", origins_note(table["origins"]), "", f"![{table['title']}]({name}.png)"]
     for cell, text in conflict.items():
         lines += ["", f"## Gradient conflict: `{CELLS[cell].flags}`", "", text]
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, "", "## How to read the tables", "", NOTES, ""])
 
 
 def latex(table: Mapping[str, Any], baselines: Mapping[str, Any]) -> str:

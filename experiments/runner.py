@@ -105,6 +105,15 @@ def common_limit(flags: Sequence[str]) -> int | None:
     return parser.parse_known_args(expand_recipes(flags))[0].limit
 
 
+def check_flags(flags: Sequence[str], jobs: Sequence[Job]) -> None:
+    """UserError if a cell sets one of the flags for every script itself: its own would win."""
+    common = {word.split("=")[0] for word in expand_recipes(flags) if word.startswith("--")}
+    for cell in dict.fromkeys(job.cell for job in jobs):
+        both = common & set(expand_recipes(shlex.split(CELLS[cell].flags)))
+        if both:
+            raise UserError(f"--flags: {min(both)} is set by the cell {cell} itself; leave it out")
+
+
 def recorded_command(job: Job, args: argparse.Namespace) -> str:
     """The command as recorded: the same wherever the data and the run folders are."""
     return format_command(build_command(job, args, Path("runs/experiments"), Path("DATA")))
@@ -142,17 +151,20 @@ def run(args: argparse.Namespace) -> None:
     args.runs.mkdir(parents=True, exist_ok=True)
     with folder_lock(args.runs):  # two of these commands would run the same jobs
         jobs = list_jobs(args.tables, args.seeds)
+        check_flags(args.flags, jobs)
         # Check all before the first hour of work.
         for job in jobs:
             check_record(job, args)
         pending = pending_jobs(jobs, args)
-        print(f"{len(jobs)} runs, {len(jobs) - len(pending)} already recorded")
+        done = len(jobs) - len(pending)
+        print(f"{len(jobs)} runs, {done} already recorded; their logs: {args.runs}/*.log")
         record_untouched(args, common_limit(args.flags))
         failed = run_jobs(pending, args)
     if failed:
         raise UserError(f"{len(failed)} of {len(pending)} runs failed ({failed[0]}, ...)")
-    where = shlex.join(["--out", str(args.out), "--data_dir", str(args.data_dir)])
-    print(f"records: {records}; next: python -m experiments report {where}")
+    where = ["--out", str(args.out), "--data_dir", str(args.data_dir)]
+    where += ["--seeds", str(args.seeds)] if args.seeds else []
+    print(f"records: {records}; next: python -m experiments report {shlex.join(where)}")
 
 
 def pending_jobs(jobs: Sequence[Job], args: argparse.Namespace) -> list[Job]:

@@ -34,6 +34,7 @@ NOTES = """Mean ± standard deviation over seeds; (n): the number of runs. In do
 STS (dev). Out of domain: the other sets, without the pairs that are in the training files of Quora
 or STS (STS has pairs of MRPC and SICK). untouched: the encoder that the runs began with, with the
 pooling that its name ends with. The average precision of chance is the share of positive pairs.
+Compare columns, not rows: the metrics have different scales.
 
 - head: the run's own heads. SST's classes predict CFIMDB (train and dev, as neither was trained
   on): 0 and 1 are negative, 3 and 4 positive, 2 goes to the side that is more probable. Quora's

@@ -1,6 +1,7 @@
 """The strongest baseline: the encoder before any training, by the cosine of its embeddings."""
 
 import argparse
+from itertools import product
 
 import numpy as np
 from sklearn.metrics import roc_curve
@@ -8,9 +9,11 @@ from sklearn.metrics import roc_curve
 from bert import BertModel
 from datasets import TaskDataset
 from engine.checkpoint import checksum, read_json, write_json
+from engine.csv_reader import read_rows
 from engine.device import setup_device
 from engine.errors import UserError
 from engine.run_dir import provenance
+from experiments.tables import TASK_TITLES
 from model import SentenceEncoder
 from prediction import mean_cosines
 from tasks import TASKS
@@ -27,23 +30,29 @@ def record_untouched(args: argparse.Namespace, limit: int | None) -> None:
     is best on training pairs. A record of another model, or of other rows, is refused.
     """
     path = args.out / "untouched.json"
+    data = {}
+    for task, split in product(TASK_TITLES, ("train", "dev")):
+        file = args.data_dir / TASKS[task].file(split)
+        data[file.name] = read_rows(file, TASKS[task].text_columns, "\t")[1]
     tokenizer = BertTokenizer.from_pretrained(args.model)
     bert = BertModel.from_pretrained(args.model)
     identity = {"model_checksum": checksum(bert.state_dict(), str(tokenizer)), "limit": limit}
     if path.exists():
         recorded = read_json(path)
-        for key, flag in (("model_checksum", "--model"), ("limit", "--limit")):
-            if recorded.get(key) != identity[key]:
-                raise UserError(f"{path}: made with another {flag}; name another --out")
+        changed = [name for name, sha256 in data.items() if recorded["data"].get(name) != sha256]
+        flags = {"model_checksum": "--model", "limit": "--limit"}
+        changed += [flag for key, flag in flags.items() if recorded[key] != identity[key]]
+        if changed:
+            raise UserError(
+                f"{path}: made with another {changed[0]}; name another --out and another --runs"
+            )
         return
     encoder = SentenceEncoder(bert, tokenizer, "mean").to(setup_device(0, "auto", "fp32")[0]).eval()
-    data: dict[str, str] = {}
 
     def score(task: str, split: str, limit: int | None) -> tuple[np.ndarray, np.ndarray]:
         """The cosine and the label of each pair, (N,) each."""
         file = args.data_dir / TASKS[task].file(split)
         dataset = TaskDataset(file, TASKS[task], tokenizer, limit=limit)
-        data[file.name] = dataset.checksum
         return mean_cosines(encoder, dataset, BATCH_SIZE), dataset.labels.numpy()
 
     threshold = best_threshold(*score("para", "train", THRESHOLD_ROWS))

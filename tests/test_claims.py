@@ -263,8 +263,8 @@ def test_claims_compare_heads_that_have_had_the_same_number_of_steps():
         claims.judge_difference(cells, CLAIMS[0], CLAIMS[0].contrasts[0], GOLD)
 
 
-def row(paper=0.1, above=True, p=1.0, margin=1.0, majority=False, no_gain=False):
-    names = {"p_corrected": p, "p_margin_corrected": margin, "at_majority": majority}
+def row(paper=0.1, above=True, p=1.0, margin=1.0, majority=False, no_gain=False, n=8):
+    names = {"p_corrected": p, "p_margin_corrected": margin, "at_majority": majority, "n": n}
     return {"paper": paper, "above": above, "no_gain": no_gain, **names}
 
 
@@ -275,7 +275,8 @@ ANSWERS = {
     "fails, within the margin": row(-0.1, p=0.01, margin=0.01),
     "no difference within the margin": row(margin=0.01),
     "inconclusive": row(),
-    "inconclusive, both at the majority class": row(p=0.01, margin=0.01, majority=True),
+    "inconclusive, neither above the majority class": row(p=0.01, margin=0.01, majority=True),
+    "inconclusive, too few runs": row(p=0.01, n=2),
 }
 NO_GAIN = {
     "holds": row(margin=0.01, no_gain=True),
