@@ -85,6 +85,7 @@ def portable_command(command: str, name: str) -> str:
 def transfer(args: Namespace) -> None:
     """Measure each run that has no record in --out, then report on all records in it."""
     jobs, data, records = list_jobs(args.runs), check_data(args.data_dir), args.out / "records"
+    check_own_data(jobs, data)
     facts = {job.name: {"limit": args.limit, "data": data, **job.facts()} for job in jobs}
     check_facts(facts, records)  # before the first hour of work
     pending = [job for job in jobs if not (records / f"{job.name}.json").exists()]
@@ -138,6 +139,16 @@ def check_data(data_dir: Path) -> dict[str, str]:
                 f" in its folder ood/ {names} (see docs/training.md)"
             )
     return {file: hashlib.sha256((data_dir / file).read_bytes()).hexdigest() for file in FILES}
+
+
+def check_own_data(jobs: Sequence[Job], data: dict[str, str]) -> None:
+    """UserError unless the runs read the files of these names: else "in domain" would be untrue."""
+    for run in (job.run for job in jobs):
+        for path, sha256 in run.config["data"].items():
+            if data.get(Path(path).name, sha256) != sha256:
+                raise UserError(
+                    f"{run.folder}: read another {Path(path).name} than the one in --data_dir"
+                )
 
 
 def check_facts(facts: dict[str, dict[str, Any]], records: Path) -> None:
