@@ -90,7 +90,7 @@ class RunDir:
             raise UserError("the processes read different data files: copy those of process 0")
         run = cls(args.run_dir)
         try:
-            distributed.broadcast_from_rank_zero(lambda: run._open(args, facts))
+            resumed = distributed.broadcast_from_rank_zero(lambda: run._open(args, facts))
             run._load_state()
         except UserError:
             run.close()
@@ -101,15 +101,18 @@ class RunDir:
             raise UserError(
                 f"--resume: {run.path} differs between processes: put it on a shared disk"
             )
-        if run.writes and args.resume:
+        if run.writes and resumed:
             with open(run.path / "resumed.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(provenance()) + "\n")
         distributed.barrier()  # others may still read the state that rank 0 replaces
         distributed.seed_by_rank(args.seed)
         return run
 
-    def _open(self, args: Namespace, facts: dict[str, Any]) -> None:
-        """Lock the folder, then write config.json or check it against the run to resume."""
+    def _open(self, args: Namespace, facts: dict[str, Any]) -> bool:
+        """Lock the folder, then write config.json or check it against the run to resume.
+
+        Whether there is one.
+        """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._open_files.enter_context(folder_lock(self.path))
@@ -129,6 +132,7 @@ class RunDir:
                 shutil.rmtree(draft) if draft.is_dir() else draft.unlink()
             log = open(self.path / "log.jsonl", "ab", buffering=0)  # noqa: SIM115
             self._log = self._open_files.enter_context(log)
+            return recorded is not None
         except OSError as error:
             raise UserError(f"--run_dir {self.path}: not writable ({error.strerror})") from None
 

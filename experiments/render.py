@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from engine.stats import format_p
-from experiments.tables import CELLS, MARGINS, TASK_TITLES
+from experiments.tables import MARGINS, TASK_TITLES
 
 NOTES = f"""Scores: mean ± standard deviation over seeds, on dev; overall is the course's score, the
 mean of both accuracies and of (Pearson + 1) / 2. Baselines: the majority class, and the untouched
@@ -156,7 +156,7 @@ def markdown(results: Mapping[str, Any], conflict: Mapping[str, str]) -> str:
         lines += markdown_table(run_rows(table))
         lines += ["", origins_note(table["origins"]), "", f"![{table['title']}]({name}.png)"]
     for cell, text in conflict.items():
-        lines += ["", f"## Gradient conflict: `{CELLS[cell].flags}`", "", text]
+        lines += ["", f"## Gradient conflict: {cell}", "", text]
     return "\n".join([*lines, "", "## How to read the tables", "", NOTES, ""])
 
 

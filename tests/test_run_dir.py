@@ -134,6 +134,7 @@ def test_a_folder_in_use_is_refused_and_not_touched(interrupted, tmp_path, capsy
     (tmp_path / "empty").mkdir()
     start(tmp_path / "empty", resume=True).close()
     assert "nothing to resume" in capsys.readouterr().out
+    assert not (tmp_path / "empty/resumed.jsonl").exists()
 
 
 def test_of_two_runs_that_start_at_once_one_is_refused(tmp_path, monkeypatch):
