@@ -111,7 +111,7 @@ class RunDir:
     def _open(self, args: Namespace, facts: dict[str, Any]) -> bool:
         """Lock the folder, then write config.json or check it against the run to resume.
 
-        Whether there is one.
+        Returns whether there is a run to resume.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)

@@ -124,7 +124,7 @@ def judge_difference(
 
 
 def answer(row: Mapping[str, Any]) -> str:
-    """What a difference, with its corrected p-values, says of its claim."""
+    """The verdict on a claim from one of its differences, by its corrected p-values."""
     within = row["p_margin_corrected"] < SIGNIFICANCE
     if row["n"] < 3:
         return "inconclusive, too few runs"

@@ -1,4 +1,4 @@
-"""Reading the records of finished runs, and whether they may stand in one table."""
+"""Read the records of finished runs, and check that they can be compared."""
 
 import shlex
 from collections.abc import Sequence
@@ -28,11 +28,12 @@ def load_records(out: Path) -> Records:
         record = read_json(path)
         with reading(path, "a record of a run"):
             cell, command, _ = record["cell"], record["command"], record["predictions"]
-        flags = shlex.join(expand_recipes(shlex.split(CELLS[cell].flags))) if cell in CELLS else ""
+        if cell not in CELLS:
+            raise UserError(f"{path}: there is no cell {cell} any more; delete the record")
+        flags = shlex.join(expand_recipes(shlex.split(CELLS[cell].flags)))
         if f" {flags} --model " not in command:
             raise UserError(
-                f"{path}: made by `{command}`, but its cell is now `{flags}`; delete it, or run it"
-                " again"
+                f"{path}: made by `{command}`, but its cell is now `{flags}`; delete it"
             )
         records.setdefault(cell, []).append(record)
     if not records:

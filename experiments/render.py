@@ -137,7 +137,7 @@ def markdown(results: Mapping[str, Any], conflict: Mapping[str, str]) -> str:
         for split, rows in results["rows"].items()
     ]
     lines = ["# Tables", "", "Written by `python -m experiments report`."]
-    lines += ["", f"Rows, {'; '.join(counts)}. How to read the tables is said at the end."]
+    lines += ["", f"Rows, {'; '.join(counts)}. See the end for how to read the tables."]
     tables = results["tables"].values()
     commands = [column["command"] for table in tables for column in table["columns"].values()]
     # Said once, above all tables, as it changes what every figure means.

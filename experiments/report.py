@@ -27,6 +27,7 @@ from experiments.records import (
 from experiments.render import latex, markdown
 from experiments.tables import CELLS, CLAIMS, PAPER, TABLES, TASK_TITLES, Column, Table
 from prediction import majority_share, primary_metric
+from tasks import TASKS
 
 
 def report(args: argparse.Namespace) -> None:
@@ -99,7 +100,7 @@ def summarize(
 def baselines(untouched: Record, gold: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Task -> the scores of the majority class and of the untouched encoder, where it has them."""
     scores: dict[str, Any] = {task: {"majority": None, "untouched": None} for task in gold}
-    for task in set(gold) - {"sts"}:
+    for task in [task for task in gold if TASKS[task].labels.integer]:
         scores[task]["majority"] = majority_share(gold[task])
     for task in untouched["dev"]:
         scores[task]["untouched"] = primary_metric(untouched["dev"][task])

@@ -1,4 +1,4 @@
-"""How runs do out of the domain that they were trained in, with their heads and without.
+"""How well runs do outside the domain they were trained on, with their heads and without.
 
 Each run becomes a record in `records/` of --out, and so does the untouched encoder that the runs
 began with.
@@ -142,7 +142,7 @@ def check_data(data_dir: Path) -> dict[str, str]:
 
 
 def check_own_data(jobs: Sequence[Job], data: dict[str, str]) -> None:
-    """UserError unless the runs read the files of these names: else "in domain" would be untrue."""
+    """UserError if a run was trained on other files: "in domain" would be wrong."""
     for run in (job.run for job in jobs):
         for path, sha256 in run.config["data"].items():
             if data.get(Path(path).name, sha256) != sha256:

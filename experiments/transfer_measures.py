@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +61,16 @@ FILES = ("ids-sst-train.csv", *PAIR_FILES.values(), *(file for s in SETS for fil
 def pair_key(texts: Sequence[str]) -> frozenset[str]:
     """The sentences of a row, whatever their order, case and punctuation."""
     return frozenset(" ".join(re.findall(r"\w+", text.lower())) for text in texts)
+
+
+@cache
+def trained_pairs(data_dir: Path) -> set[frozenset[str]]:
+    """The pairs of the training files: STS has rows from MRPC and SICK."""
+    return {
+        pair_key(example.texts)
+        for task, file in PAIR_FILES.items()
+        for example in read_examples(data_dir / file, TASKS[task])[0]
+    }
 
 
 def polarity(logits: Tensor) -> Tensor:
@@ -142,21 +152,14 @@ class Measurement:
     embedded: dict[str, tuple[Tensor, np.ndarray]] = field(default_factory=dict)  # by file
     unseen: dict[str, np.ndarray] = field(default_factory=dict)  # file -> (N,) bool
 
-    def __post_init__(self) -> None:
-        # SemEval's STS has rows from MRPC and SICK, and so has the course's training file.
-        self.trained = {
-            pair_key(example.texts)
-            for task, file in PAIR_FILES.items()
-            for example in read_examples(self.data_dir / file, TASKS[task])[0]
-        }
-
     def read(self, file: str, task: str, encoding: str = "separate") -> TaskDataset:
         """The rows of a file, or `limit` of them; `unseen` says which no run was trained on."""
         path, tokenizer = self.data_dir / file, self.encoder.tokenizer
         dataset = TaskDataset(path, TASKS[task], tokenizer, encoding, limit=self.limit)
         outside = file.startswith("ood/")
-        keys = [pair_key(example.texts) if outside else None for example in dataset.examples]
-        self.unseen[file] = np.array([key not in self.trained for key in keys])
+        trained = trained_pairs(self.data_dir) if outside else set()
+        keys = map(pair_key, (example.texts for example in dataset.examples))
+        self.unseen[file] = np.array([key not in trained for key in keys])
         return dataset
 
     def embed(self, file: str, task: str) -> tuple[Tensor, np.ndarray]:

@@ -2,6 +2,8 @@
 
 import argparse
 from itertools import product
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from sklearn.metrics import roc_curve
@@ -38,14 +40,7 @@ def record_untouched(args: argparse.Namespace, limit: int | None) -> None:
     bert = BertModel.from_pretrained(args.model)
     identity = {"model_checksum": checksum(bert.state_dict(), str(tokenizer)), "limit": limit}
     if path.exists():
-        recorded = read_json(path)
-        changed = [name for name, sha256 in data.items() if recorded["data"].get(name) != sha256]
-        flags = {"model_checksum": "--model", "limit": "--limit"}
-        changed += [flag for key, flag in flags.items() if recorded[key] != identity[key]]
-        if changed:
-            raise UserError(
-                f"{path}: made with another {changed[0]}; name another --out and another --runs"
-            )
+        check_same(path, data, identity)
         return
     encoder = SentenceEncoder(bert, tokenizer, "mean").to(setup_device(0, "auto", "fp32")[0]).eval()
 
@@ -67,6 +62,18 @@ def record_untouched(args: argparse.Namespace, limit: int | None) -> None:
     facts = {"cell": "untouched", **provenance(), "model": args.model, **identity, "data": data}
     del facts["command"]  # whichever `run` came first
     write_json(path, {**facts, "threshold": threshold, "dev": metrics, "predictions": predictions})
+
+
+def check_same(path: Path, data: dict[str, str], identity: dict[str, Any]) -> None:
+    """UserError if the record was made from other files (name -> sha256), model or rows."""
+    recorded = read_json(path)
+    changed = [name for name, sha256 in data.items() if recorded["data"].get(name) != sha256]
+    flags = {"model_checksum": "--model", "limit": "--limit"}
+    changed += [flag for key, flag in flags.items() if recorded[key] != identity[key]]
+    if changed:
+        raise UserError(
+            f"{path}: made with another {changed[0]}; name another --out and another --runs"
+        )
 
 
 def best_threshold(scores: np.ndarray, gold: np.ndarray) -> float:

@@ -167,6 +167,20 @@ def run_script(capsys, monkeypatch):
 
 
 @pytest.fixture
+def command(run_script):
+    """Runs `python -m experiments`, which must succeed or fail with `error`; what it prints."""
+
+    from experiments import __main__ as experiments
+
+    def run(*flags, error="", code=2):
+        ended, out, err = run_script(experiments, *flags)
+        assert ended == (code if error else 0) and error in err, err
+        return out + err
+
+    return run
+
+
+@pytest.fixture
 def ask(run_script):
     """`ask(*flags)`: what evaluation.py prints on standard output and on standard error."""
 

@@ -52,7 +52,7 @@ def test_intervals_cover_the_truth_as_often_as_they_say(components, seeds):
 @pytest.mark.parametrize("metric", ["fisher_z", "pearson"])
 @pytest.mark.parametrize("seeds", [4, 8])
 def test_intervals_of_correlations_cover_the_truth_too(seeds, metric):
-    """Two methods whose expected Fisher z differ by .2, on the same rows, each run with its own."""
+    """Two methods whose expected Fisher z differ by .2, on the same rows; runs differ."""
     rng, covered = np.random.default_rng(2), 0
     z = rng.normal(size=100_000) * 0.05
     truth = 0.2 if metric == "fisher_z" else np.mean(np.tanh(1.2 + z) - np.tanh(1.0 + z))
@@ -100,7 +100,7 @@ def test_equivalence_is_claimed_wrongly_no_more_often_than_the_level():
 
 
 def test_both_tests_of_all_differences_keep_the_chance_of_any_error_at_the_level():
-    """Half of the differences are zero, and half as large as the margin: each can be missed."""
+    """Half of the differences are zero, and half are the margin: each can be claimed wrongly."""
     rng, components, wrong = np.random.default_rng(4), COMPONENTS["both matter"], []
     margin = 3.2 * standard_error(components, rows=60)
     for _ in range(1000):

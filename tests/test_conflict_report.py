@@ -12,7 +12,6 @@ import multitask_classifier
 from bert import BertModel
 from engine.checkpoint import read_json, read_text, write_text
 from engine.conflict import GradientConflictLogger
-from experiments import __main__ as experiments
 from experiments import conflict
 
 
@@ -114,18 +113,6 @@ def test_predicted_and_measured_changes_are_compared_by_seed():
     assert r"| a\|b, disattenuated | - |" in text
     del runs[1][0]["changes"]  # a record from before they were measured
     assert not conflict.summarize_conflict(runs)["phases"]["step 0"]["changes"]
-
-
-@pytest.fixture
-def command(run_script):
-    """Runs `python -m experiments`, which must succeed or fail with `error`; what it prints."""
-
-    def run(*flags, error="", code=2):
-        ended, out, err = run_script(experiments, *flags)
-        assert ended == (code if error else 0) and error in err, err
-        return out + err
-
-    return run
 
 
 def test_conflict_of_one_run_and_of_several_seeds(train, command, tiny, tmp_path, monkeypatch):

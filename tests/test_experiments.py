@@ -88,18 +88,6 @@ def test_a_script_is_a_process_with_its_own_log(tmp_path):
 
 
 @pytest.fixture
-def command(run_script):
-    """Runs `python -m experiments`, which must succeed or fail with `error`; what it prints."""
-
-    def run(*flags, error="", code=2):
-        ended, out, err = run_script(experiments, *flags)
-        assert ended == (code if error else 0) and error in err, err
-        return out + err
-
-    return run
-
-
-@pytest.fixture
 def grid(tiny, tmp_path, monkeypatch):
     """Flags of `run` on part of the sample data, and the started jobs; scripts run in-process."""
     shutil.copytree(SAMPLE, tmp_path / "data")
@@ -157,7 +145,6 @@ def test_the_tables_run_and_are_reported(grid, tmp_path, command):
     ]
     expected = np.mean(pearson("mean-cosine")) - np.mean(pearson("mean-dot"))
     assert row["difference"] == pytest.approx(expected, abs=1e-3)  # of rounded predictions
-    assert row["low"] <= row["difference"] <= row["high"]
     before = read_json(out / "untouched.json")["dev"]["sts"]["pearson"]
     assert results["baselines"]["sts"]["untouched"] == pytest.approx(before, abs=1e-6)
     assert len(results["claims"]) == sum(len(claim.contrasts) for claim in CLAIMS)
@@ -194,7 +181,7 @@ def check_refusals(command, reported, tmp_path):
     dev, probe = tmp_path / "data/quora-dev.csv", out / "records/probe-seed1.json"
     spoil(dev, "\t1.0\n", "\t0\n", "quora-dev.csv: not the file that ")
     spoil(probe, "--epochs 10", "--epochs 100", "its cell is now `--no_test --final_only --option")
-    spoil(probe, '"cell": "probe"', '"cell": "prob"', "but its cell is now ``; delete it")
+    spoil(probe, '"cell": "probe"', '"cell": "prob"', "there is no cell prob any more; delete")
     spoil(probe, '"float32"', '"bfloat16"', "probe, seed 1, is of ")
     spoil(probe, '"machine": "', '"machine": "x', "or give --mixed")
     encoder = out / "records/simcse-seed1.json"
