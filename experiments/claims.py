@@ -73,14 +73,18 @@ def compare_cells(
 
 
 def judge_claims(records: Records, gold: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
-    """All differences of `CLAIMS`, with p-values corrected over all of their tests, and answers."""
+    """The differences of `CLAIMS` whose cells have two runs or more, with p-values and answers."""
+    contrasts = [(claim, names) for claim in CLAIMS for names in claim.contrasts]
     rows = [
         {"claim": claim.text, **judge_difference(records, claim, names, gold[names[-1]])}
-        for claim in CLAIMS
-        for names in claim.contrasts
+        for claim, names in contrasts
+        if all(len(records.get(cell, [])) > 1 for cell in names[:2])
     ]
     keys = [(row, key) for row in rows for key in ("p", "p_margin")]
-    for (row, key), p in zip(keys, holm([row[key] for row, key in keys]), strict=True):
+    # Corrected over the tests of all claims, so that later runs cannot make a p-value larger.
+    pending = [1.0] * (2 * len(contrasts) - len(keys))
+    corrected = holm([*(row[key] for row, key in keys), *pending])
+    for (row, key), p in zip(keys, corrected, strict=False):
         row[f"{key}_corrected"] = p
     for row in rows:
         row["answer"] = answer(row)

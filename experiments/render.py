@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from engine.stats import format_p
-from experiments.tables import MARGINS, TASK_TITLES
+from experiments.tables import CLAIMS, MARGINS, TASK_TITLES
 
 NOTES = f"""Scores: mean ± standard deviation over seeds, on dev; overall is the course's score, the
 mean of both accuracies and of (Pearson + 1) / 2. Baselines: the majority class, and the untouched
@@ -20,8 +20,8 @@ the first and a run of the second, the share in which the first scores higher; t
 Detectable: the smallest true difference that so many runs find with 80% power, at the uncorrected
 level of 5%.
 
-Only the claims have p-values, corrected by Holm's method over all of them; the claims were fixed
-before the runs, and all other differences are exploration. A small p means that there is a
+Only the claims have p-values, corrected by Holm's method over all of them, run or not; they were
+fixed before the runs, and all other differences are exploration. A small p means that there is a
 difference. A small p (margin) means that it is smaller than {MARGINS["accuracy"]} of accuracy or
 {MARGINS["fisher_z"]} of Fisher's z or, where the paper denies a gain, that there is no gain of that
 size. Correlations are tested on the scale of z, and intervals are not corrected: one that excludes
@@ -145,10 +145,11 @@ def markdown(results: Mapping[str, Any], conflict: Mapping[str, str]) -> str:
         lines += ["", BUNDLED_NOTE]
     if results["claims"]:
         lines += ["", "## The paper's claims", *markdown_table(claim_rows(results["claims"]))]
+        pending = sum(len(claim.contrasts) for claim in CLAIMS) - len(results["claims"])
+        if pending:
+            lines += ["", f"Of {pending} more differences the runs, or their tables, are missing."]
         lines += ["", bootstrap_note(results["claims"]), origins_note(results["claim_origins"])]
         lines += ["", "![differences](claims.png)"]
-    else:
-        lines += ["", "The paper's claims are judged where table1, table2 and table3 are complete."]
     for name, table in results["tables"].items():
         lines += ["", f"## {table['title']}"]
         lines += markdown_table(score_rows(table, results["baselines"], "±"))
