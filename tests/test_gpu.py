@@ -46,8 +46,9 @@ def python(*words: object, **options) -> subprocess.CompletedProcess:
 def flags(job: str, run: Path, *more: object) -> list[str]:
     """The command line of a short run on the sample data."""
     script, *words = job.split()
-    data = ["--data_dir", "data/sample", "--limit", 64, "--epochs", 1, "--save_every", 3]
-    words += ["--model", "all-MiniLM-L6-v2", "--run_dir", run, "--keep_last", *data, *more]
+    data = ["--data_dir", "data/sample", "--limit", 24, "--batch_size", 8]
+    words += ["--model", "all-MiniLM-L6-v2", "--run_dir", run, *data, "--epochs", 1]
+    words += ["--save_every", 3, "--keep_last", *more]
     return [f"{script}.py", *map(str, words)]
 
 
@@ -158,7 +159,7 @@ run_script(main)
 @pytest.mark.parametrize("mebibytes", [40, 200, 300, 400])
 def test_too_little_memory_is_one_line(mebibytes, tmp_path):
     """For the model, its gradients, AdamW's moments or the activations."""
-    words = flags(MAIN, tmp_path / "run", "--use_gpu", "--batch_size", 64)
+    words = flags(MAIN, tmp_path / "run", "--use_gpu", "--limit", 64, "--batch_size", 64)
     done = python("-c", SMALL.format(mebibytes=mebibytes), *words)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "out of memory" in done.stderr.strip().splitlines()[-1]
