@@ -46,14 +46,13 @@ def inner_products(a: Gradient, b: Gradient, names: Sequence[str]) -> dict[str, 
 
 
 def similarity(product: float, aa: float, bb: float) -> dict[str, float | None]:
-    """From `inner_products`: the cosine, <a, b> itself, and 2 |a| |b| / (|a|^2 + |b|^2).
+    """From `inner_products`: the cosine and <a, b> itself.
 
-    The last is "magnitude" (Yu et al. 2020, def. 2). None where a gradient is zero or not finite.
+    None where a gradient is zero or not finite.
     """
     if not (min(aa, bb) > 0 and max(aa, bb) < math.inf):
-        return {"cosine": None, "product": None, "magnitude": None}
-    norms = math.sqrt(aa) * math.sqrt(bb)
-    return {"cosine": product / norms, "product": product, "magnitude": 2 * norms / (aa + bb)}
+        return {"cosine": None, "product": None}
+    return {"cosine": product / (math.sqrt(aa) * math.sqrt(bb)), "product": product}
 
 
 def log_entry(

@@ -52,7 +52,7 @@ def compare(
     flipped = rng.binomial(counts, 0.5, size=(resamples, 3))
     permuted = (counts - 2 * flipped) @ values / len(gold)
     extreme = np.sum(np.abs(permuted) >= abs(difference) - 1e-12)
-    low, high = np.quantile(resampled, [0.025, 0.975])
+    low, high = np.quantile(resampled, [SIGNIFICANCE / 2, 1 - SIGNIFICANCE / 2])
     p = (1 + extreme) / (1 + resamples)  # the data itself is one of the permutations
     return Comparison(float(difference), float(low), float(high), float(p))
 
@@ -104,20 +104,18 @@ def score_interval(score: float, rows: int, correlation: bool) -> tuple[float, f
     if rows < 4 or score == 0 or abs(score) >= 1:
         return float("nan"), float("nan")
     # arctanh(r) is about normal with variance 1 / (N - 3) (Fisher 1921).
-    half_width = NormalDist().inv_cdf(0.975) / np.sqrt(rows - 3)
+    half_width = NormalDist().inv_cdf(1 - SIGNIFICANCE / 2) / np.sqrt(rows - 3)
     low, high = np.tanh(np.arctanh(score) + half_width * np.array([-1, 1]))
     return float(low), float(high)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """P-values adjusted for multiple tests (Holm 1979), in the given order."""
-    order = np.argsort(p_values)
-    adjusted = np.empty(len(p_values))
-    highest = 0.0
+    order, count = np.argsort(p_values), len(p_values)
     # The smallest p-value counts as many times as there are tests, the next one time less, ...
-    for rank, i in enumerate(order):
-        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[i]))
-        adjusted[i] = highest
+    scaled = np.minimum(1, np.arange(count, 0, -1) * np.take(p_values, order))
+    adjusted = np.empty(count)
+    adjusted[order] = np.maximum.accumulate(scaled)
     return adjusted.tolist()
 
 

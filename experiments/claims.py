@@ -45,14 +45,10 @@ def paired_differences(
         for runs in cells
     )
     # Runs that start from the same encoder are not independent, in whichever cell they are.
-    chained = [runs for runs in cells if runs[0]["cell"] in cells_with_encoders()]
+    started = {name for name, cell in CELLS.items() if cell.start_from}
+    chained = [runs for runs in cells if runs[0]["cell"] in started]
     units = [run["model_checksum"] for run in chained[0]] if chained else range(len(cells[0]))
     return average_groups(first - second, list(units))
-
-
-def cells_with_encoders() -> set[str]:
-    """The cells that start from the encoder of another."""
-    return {name for name, cell in CELLS.items() if cell.start_from}
 
 
 def compare_cells(

@@ -12,6 +12,7 @@ from engine.errors import UserError
 from engine.stats import Comparison, compare, format_p, holm, score_interval
 from experiments.render import markdown_table
 from prediction import primary_metric
+from report.page import interval_text
 from report.plots import error_bars, new_figure, save_figure
 from saved_runs import SavedRun, check_different, read_dev_predictions
 from tasks import TASKS, Task
@@ -82,9 +83,8 @@ def score_rows(scores: Sequence[Score]) -> list[list[str]]:
     header = ["task", "run", "rows", "score", "95% interval", "minus first", "95% interval"]
     rows = [[*header, "p (Holm)"]]
     for s in scores:
-        low, high = s.interval
-        shown = "" if np.isnan(low) else f"{low:.3f} to {high:.3f}"
-        cells = [f"{s.task.title}, {s.metric}", s.run, f"{s.rows:,}", f"{s.score:.3f}", shown]
+        cells = [f"{s.task.title}, {s.metric}", s.run, f"{s.rows:,}", f"{s.score:.3f}"]
+        cells.append(interval_text(s.interval))
         difference = ["", "", ""]
         if s.comparison:
             low, high = s.comparison.low, s.comparison.high

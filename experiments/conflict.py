@@ -81,8 +81,8 @@ def logged(phase: Sequence[Measurement], *keys: str) -> np.ndarray:
 
 def changes_of(phase: Sequence[Measurement]) -> dict[str, np.ndarray]:
     """ "a>b" -> predicted and measured changes in millionths of the loss, (2, S)."""
-    found, old = {}, any("changes" not in point for point in phase)  # an older record
-    for arrow in () if old else phase[0]["changes"]:
+    found = {}
+    for arrow in phase[0].get("changes", {}):
         keys = ("predicted", "measured", "loss")
         *both, loss = (logged(phase, "changes", arrow, key) for key in keys)
         found[arrow] = 1e6 * np.array(both) / loss
@@ -92,7 +92,8 @@ def changes_of(phase: Sequence[Measurement]) -> dict[str, np.ndarray]:
 def kind(name: str) -> str:
     """What "a|b", "a|b, disattenuated", "a|a", "a>b" or "a>a" is about."""
     pair, *rest = name.split(", ")
-    return ", ".join([KINDS[len(set(re.split("[|>]", pair))) == 1], *rest])
+    first, second = re.split("[|>]", pair)
+    return ", ".join(["one task" if first == second else "two tasks", *rest])
 
 
 def summarize_conflict(runs: Sequence[Sequence[Measurement]]) -> dict[str, Any]:
@@ -161,11 +162,8 @@ def plot_layers(summary: dict[str, Any]) -> Figure:
     rows = [row for groups in phases.values() for row in groups.values()]
     known = [name for name in rows[0] if any(row[name][0] is not None for row in rows)] or rows[0]
     kinds, groups = list(dict.fromkeys(map(kind, known))), list(next(iter(phases.values())))
-    size = {
-        "width": 3 if len(phases) > 1 else 5,
-        "height": 0.24 * len(groups) + 0.7,
-        "sharey": True,
-    }
+    width = 3 if len(phases) > 1 else 5
+    size = {"width": width, "height": 0.24 * len(groups) + 0.7, "sharey": True}
     figure, panels = new_figure(len(phases), rows=len(kinds), **size)
     for i, one in enumerate(kinds):
         names = [name for name in known if kind(name) == one]

@@ -82,10 +82,8 @@ def plot_claims(claims: Sequence[Mapping[str, Any]], path: Path) -> None:
         panel.hlines(y, low, high, color="black")
         # Filled: an answer was found.
         found = not row["answer"].startswith("inconclusive")
-        fill = {
-            "fillstyle": "full" if found else "none",
-            "label": "ours" if found else "ours, inconclusive",
-        }
+        name = "ours" if found else "ours, inconclusive"
+        fill = {"fillstyle": "full" if found else "none", "label": name}
         panel.plot(row["difference"], y, "o", color="black", **fill)
         panel.plot(row["paper"], y, "D", color="C0", fillstyle="none", label="paper")
         panel.annotate(row["answer"], (1.01, y), xycoords=("axes fraction", "data"), va="center")

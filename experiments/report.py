@@ -1,7 +1,7 @@
 """Records of finished runs -> tables.json, tables.md, a LaTeX file per table, and plots.
 
-Every figure comes from the records and the gold labels, and tables.json holds each figure that the
-other files show.
+Every figure comes from the records and the gold labels; tables.json holds each figure of tables.md
+and of the LaTeX files.
 """
 
 import argparse

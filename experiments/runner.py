@@ -92,9 +92,11 @@ def expand_recipes(words: Sequence[str]) -> list[str]:
     """A command line with the flags of each `@file` in its place: a record must not lose them."""
     parser, flags = ArgumentParser(prog="experiments"), []
     for word in words:
-        lines = read_text(Path(word[1:])).splitlines() if word.startswith("@") else []
-        read = [flag for line in lines for flag in parser.convert_arg_line_to_args(line)]
-        flags += read if word.startswith("@") else [word]
+        if word.startswith("@"):
+            for line in read_text(Path(word[1:])).splitlines():
+                flags += parser.convert_arg_line_to_args(line)
+        else:
+            flags.append(word)
     return flags
 
 
@@ -124,11 +126,6 @@ def format_command(command: Sequence[str]) -> str:
     return f"python {shlex.join(command)}"
 
 
-def check_record(job: Job, args: argparse.Namespace) -> None:
-    """UserError if the job has a record that another command made."""
-    check_command(args.out / "records" / f"{job}.json", recorded_command(job, args))
-
-
 def check_data_dir(args: argparse.Namespace) -> None:
     """UserError if there is no folder of data."""
     if not args.data_dir.is_dir():
@@ -154,7 +151,7 @@ def run(args: argparse.Namespace) -> None:
         check_flags(args.flags, jobs)
         # Check all before the first hour of work.
         for job in jobs:
-            check_record(job, args)
+            check_command(args.out / "records" / f"{job}.json", recorded_command(job, args))
         pending = pending_jobs(jobs, args)
         done = len(jobs) - len(pending)
         print(f"{len(jobs)} runs, {done} already recorded; their logs: {args.runs}/*.log")
@@ -271,7 +268,7 @@ def read_run(folder: Path) -> dict[str, Any]:
         "dev": result["dev"],
         "overall": result.get("overall"),
         "training_seconds": result["training_seconds"],
-        **learning_curves(log),
+        **head_steps_and_losses(log),
         "curve": [
             {"step": entry["step"], "score": entry["score"], "stage": entry.get("stage")}
             for entry in log
@@ -286,7 +283,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     }
 
 
-def learning_curves(log: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def head_steps_and_losses(log: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """By task: the steps that trained its head, and the loss in twentieths of the last stage."""
     steps = [entry for entry in log if entry["kind"] == "train"]
     tasks = dict.fromkeys(task for entry in steps for task in entry["task"].split("+"))
@@ -311,10 +308,7 @@ def dev_predictions(paths: dict[str, str]) -> dict[str, str | list[float]]:
         if split == "dev":
             lines = read_text(Path(path)).splitlines()[1:]
             values = [float(line.rsplit(" , ", 1)[1]) for line in lines]
-            classes = TASKS[task].labels.integer
-            predictions[task] = (
-                "".join(f"{value:.0f}" for value in values)
-                if classes
-                else [round(value, 5) for value in values]
-            )
+            predictions[task] = [round(value, 5) for value in values]
+            if TASKS[task].labels.integer:
+                predictions[task] = "".join(f"{value:.0f}" for value in values)
     return predictions

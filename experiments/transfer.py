@@ -79,7 +79,7 @@ def portable_command(command: str, name: str) -> str:
     """A run's command with placeholders for its data and its folder, as in all records."""
     for flag, place in (("data_dir", "DATA"), ("run_dir", f"runs/{name}")):
         command = re.sub(rf"(?<=--{flag})[ =]('.*?'|\S+)", f" {place}", command)
-    return command
+    return re.sub(r"^\S+ \S*?([^/\s]+\.py)", r"python \1", command).removesuffix(" --resume")
 
 
 def transfer(args: Namespace) -> None:

@@ -116,12 +116,12 @@ def paired_difference(first: Mapping[int, float], second: Mapping[int, float]) -
 
 
 def compare_methods(methods: Methods, finetune: str, probe: str, lpft: str) -> dict[str, Any]:
-    """Kumar's two differences on each set out of domain and on the means; or who is missing."""
+    """Kumar's two differences on each set out of domain and on the means, and who is missing."""
     missing = [name for name in (finetune, probe, lpft) if name not in methods]
     rows: list[dict[str, Any]] = []
     keys = [key for family in FAMILIES for key in set_keys(family, *WITH_HEAD[family])[1:]]
-    for pair in [] if missing else [(probe, finetune), (lpft, probe)]:
-        for key in (*MEANS, *keys):
+    for pair in ((probe, finetune), (lpft, probe)):
+        for key in (*MEANS, *keys) if set(pair) <= set(methods) else ():
             scores = (
                 {run["seed"]: run["scores"][key] for run in methods[name] if key in run["scores"]}
                 for name in pair
@@ -164,17 +164,18 @@ def describe_rows(rows: Mapping[str, float]) -> str:
 
 
 def kumar_lines(kumar: Mapping[str, Any]) -> list[str]:
-    """The test of Kumar's prediction in Markdown, or why there is none."""
-    if kumar["missing"]:
-        names = ", ".join(kumar["missing"])
-        return [f"Not tested, as there is no run of {names} (--finetune, --probe and --lpft)."]
+    """The test of Kumar's prediction in Markdown, and what is missing for it."""
+    names = ", ".join(kumar["missing"])
+    note = f"There is no run of {names} (--finetune, --probe and --lpft)." if names else ""
+    if not kumar["rows"]:
+        return [f"Not tested. {note}"]
     table = [["difference", "score", "seeds", "mean", "95% interval"]]
     for row in kumar["rows"]:
         mean = "" if row["difference"] is None else f"{row['difference']:+.3f}"
         interval = " to ".join(f"{end:+.3f}" for end in row["interval"] if end is not None)
         score = ", ".join(row["score"].split("/")[1:])
         table.append([row["pair"], score, str(row["seeds"]), mean, interval])
-    return [KUMAR, *markdown_table(table)]
+    return [KUMAR, *markdown_table(table), *(["", note] if note else [])]
 
 
 def method_style(number: int) -> dict[str, Any]:

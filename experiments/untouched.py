@@ -44,10 +44,10 @@ def record_untouched(args: argparse.Namespace, limit: int | None) -> None:
         return
     encoder = SentenceEncoder(bert, tokenizer, "mean").to(setup_device(0, "auto", "fp32")[0]).eval()
 
-    def score(task: str, split: str, limit: int | None) -> tuple[np.ndarray, np.ndarray]:
+    def score(task: str, split: str, rows: int | None) -> tuple[np.ndarray, np.ndarray]:
         """The cosine and the label of each pair, (N,) each."""
         file = args.data_dir / TASKS[task].file(split)
-        dataset = TaskDataset(file, TASKS[task], tokenizer, limit=limit)
+        dataset = TaskDataset(file, TASKS[task], tokenizer, limit=rows)
         return mean_cosines(encoder, dataset, BATCH_SIZE), dataset.labels.numpy()
 
     threshold = best_threshold(*score("para", "train", THRESHOLD_ROWS))

@@ -110,7 +110,7 @@ def interval_text(interval: tuple[float, float]) -> str:
 
 def score_table(report: Report) -> Table:
     """Each task's score with its interval, beside what takes no training to reach."""
-    header = ["task", "metric", "score", "95% interval", "rows", "commonest class"]
+    header = ["task", "metric", "score", "95% interval", "rows", "majority class"]
     rows = [[*header, "untouched encoder"]]
     for name, metrics in report.metrics.items():
         metric, score = next(iter(metrics.items()))

@@ -17,11 +17,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", "--", ":", "-.")
 # Edges, as the lightest colour would be lost on white.
 POINTS = {"s": 14, "edgecolor": "0.35", "linewidth": 0.3}
-CURVES = {
-    "loss": "training loss, running mean",
-    "dev": "dev score",
-    "lr": "learning rate",
-}
+CURVES = {"loss": "training loss, running mean", "dev": "dev score", "lr": "learning rate"}
 
 
 def new_figure(

@@ -32,7 +32,7 @@ def test_a_record_has_the_loss_and_the_steps_of_each_head():
         for loss in range(40)
         for task in ("sst", "para+sts")
     ]
-    curves = runner.learning_curves([*log, {"kind": "dev", "score": 1}])
+    curves = runner.head_steps_and_losses([*log, {"kind": "dev", "score": 1}])
     assert curves["head_steps"] == {"sst": 41, "para": 40, "sts": 40}
     assert curves["losses"]["sst"] == curves["losses"]["para"] == [2 * i + 0.5 for i in range(20)]
 

@@ -262,7 +262,7 @@ def test_records_are_kept_and_those_of_anything_else_refused(
         write_text(out / f"records/{kept}.json", read_text(measured / f"records/{kept}.json"))
     monkeypatch.delattr(transfer.Job, "measure")  # nothing is measured, again or before a refusal
     text = command(runs / "simcse-seed1", "--out", out)
-    assert "Not tested, as there is no run of finetune, probe, lpft" in text
+    assert "Not tested. There is no run of finetune, probe, lpft" in text
     out, run = ["--out", measured], runs / name
     path = measured / f"records/{name}.json"
     assert read_text(measured / "transfer.md") in command(run, *out)
