@@ -74,10 +74,11 @@ class BertConfig:
     def __post_init__(self) -> None:
         for field in fields(self):
             value, kind = getattr(self, field.name), field.type
-            # Rates and deviations are below 1; of the whole numbers only the id of [PAD] may be 0.
-            low, high = (0, 1) if kind is float else (field.name != "pad_token_id", math.inf)
+            low, high = (0, 1) if kind is float else (1, math.inf)
+            if field.name == "pad_token_id":  # the only id among the whole numbers
+                low = 0
             if kind is not str and not (type(value) in (int, kind) and low <= value < high):
-                expected = f"{kind.__name__} in [{low:d}, {high})"
+                expected = f"{kind.__name__} in [{low}, {high})"
                 raise ValueError(f"{field.name} is {value!r}, expected {expected}")
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act is {self.hidden_act!r}, expected {list(ACTIVATIONS)}")
@@ -146,7 +147,7 @@ class BertSelfAttention(nn.Module):
     def attention(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
         """(B, H, T, K) each and the mask (B, 1, 1, T) -> the attention's output (B, H, T, K)."""
         # SOLUTION
-        # The same by a fused kernel of PyTorch, where there is one: none with dropout for CPUs.
+        # PyTorch's fused kernel computes the same. On CPUs it has none with dropout.
         dropout = self.dropout.p if self.training else 0.0
         if not dropout or query.device.type != "cpu":
             return F.scaled_dot_product_attention(query, key, value, mask, dropout)
@@ -342,9 +343,9 @@ HUB_NAMES = {
     "bert_layers.{}.out_layer_norm": "encoder.layer.{}.output.LayerNorm",
     "pooler_dense": "pooler.dense",
 }
-# What checkpoints hold besides the encoder: a constant buffer, and the heads for pre-training,
-# classification and question answering, which need no mention.
+# The encoder's parts; any other top-level name in a checkpoint is a head.
 ENCODER_PARTS = ("embeddings", "encoder", "pooler")
+# Heads that are skipped without a note: for pre-training, classification, question answering.
 KNOWN_HEADS = ("cls", "classifier", "qa_outputs")
 IGNORED = re.compile(rf"({'|'.join(KNOWN_HEADS)})\..*|embeddings\.position_ids")
 WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+")  # of DataParallel and torch.compile
@@ -357,9 +358,16 @@ def hub_name(name: str) -> str:
     return HUB_NAMES[re.sub(r"\d+", "{}", module)].format(layer) + "." + kind
 
 
+def plain_name(stored: str) -> str:
+    """A stored name without wrappers, and with PyTorch's names of LayerNorm's weights."""
+    # The published bert-base-uncased still has TensorFlow's: gamma and beta.
+    name = WRAPPERS.sub("", stored).replace("LayerNorm.gamma", "LayerNorm.weight")
+    return name.replace("LayerNorm.beta", "LayerNorm.bias")
+
+
 def encoder_names(tensors: dict[str, Tensor], source: Path) -> dict[str, str]:
     """The encoder's tensors in a checkpoint: stored name -> HuggingFace's name in a plain model."""
-    names = {stored: WRAPPERS.sub("", stored) for stored in tensors}
+    names = {stored: plain_name(stored) for stored in tensors}
     if any(name.startswith("bert.") for name in names.values()):
         # A model with heads: what is neither `bert.` nor of the encoder is theirs.
         heads = {name.split(".")[0] for name in names.values()} - {"bert", *ENCODER_PARTS}
@@ -367,10 +375,6 @@ def encoder_names(tensors: dict[str, Tensor], source: Path) -> dict[str, str]:
         names = {stored: name.removeprefix("bert.") for stored, name in names.items()}
         if heads := sorted(heads - {*KNOWN_HEADS}):
             print(f"note: {source}: not loaded, as of a head: {', '.join(heads)}", file=sys.stderr)
-    # The published bert-base-uncased still has TensorFlow's names of LayerNorm's weights.
-    for tensorflow, name in {"gamma": "weight", "beta": "bias"}.items():
-        pattern = rf"(?<=LayerNorm\.){tensorflow}$"
-        names = {stored: re.sub(pattern, name, old) for stored, old in names.items()}
     return {stored: name for stored, name in names.items() if not IGNORED.fullmatch(name)}
 
 

@@ -24,9 +24,10 @@ from engine import distributed
 from engine.csv_reader import read_rows
 from engine.errors import UserError
 from tasks import Task
-from tokenizer import CHUNK, BertTokenizer
+from tokenizer import BertTokenizer
 
 NLI_COLUMNS = ("sent0", "sent1", "hard_neg")  # premise, entailment, contradiction
+CHUNK = 8192  # texts tokenised at a time; bounds the memory of the library's Encoding objects
 POOL = 50  # batches sorted by length together: 3-5% padding, and shuffling stays thorough
 
 Row = TypeVar("Row")

@@ -19,7 +19,7 @@ import re
 import zipfile
 from argparse import Namespace
 from collections.abc import Sequence
-from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from bert import hub_name
-from datasets import TaskDataset, TokenizedDataset, read_examples
+from datasets import Example, TaskDataset, TokenizedDataset, read_examples
 from engine.checkpoint import atomic_file, check_new_file, read_json, read_text, write_text
 from engine.cli import ArgumentParser, run_script
 from engine.errors import UserError
@@ -86,7 +86,7 @@ def evaluate_run(run: SavedRun, args: Namespace) -> None:
         vectors = embed_dataset(model, dataset, run.batch_size).cpu()
         result = {"dev": {"sts": similarity_metrics(vectors, dataset.labels)}}
     print(format_json(result))
-    # On the same files the figures must be those that the run recorded.
+    # On the same files the metrics must be those that the run recorded.
     recorded = run.folder / "result.json"
     if not recorded.exists():
         note(f"{run.folder}: has not finished; these are its best weights so far")
@@ -149,7 +149,7 @@ def predict_file(run: SavedRun, args: Namespace) -> None:
     # The file may have labels or not.
     dataset = TaskDataset(args.data, task, model.tokenizer, model.encoding(task), labelled=None)
     note(dataset)
-    logits = predict(model, dataset, run.batch_size, partial(embed_batch, model))
+    logits = predict(model, dataset, run.batch_size)
     write_text(args.out, format_predictions(dataset, logits))
     if dataset.labels is not None:
         print(format_json({task.name: task_metrics(dataset, logits)}))
@@ -160,7 +160,7 @@ def predict_texts(run: SavedRun, args: Namespace) -> None:
     """Print each matching task's prediction for a sentence or a pair, with probabilities."""
     texts = args.text
     if "mlm_probability" in run.arguments and len(texts) == 1:
-        masked = MaskedLM.from_pretrained(run.folder)
+        masked = run.load_model(args.device, MaskedLM)
         for number, choices in enumerate(masked.fill(texts[0]), start=1):
             listed = ", ".join(f"{token} {p:.4f}" for token, p in choices)
             print(f"{masked.tokenizer.mask_token} {number}: {listed}")
@@ -183,11 +183,11 @@ def predict_texts(run: SavedRun, args: Namespace) -> None:
             batch = dataset.batch(np.arange(1)).to(model.device)
             logits = model.decode(task.name, embed_batch(model, batch)).cpu()
         prediction = task.labels.predict(logits).item()
-        if task.class_names:
+        if task.classes:
             probabilities = task.labels.probabilities(logits)[0].tolist()
-            names = zip(task.class_names, probabilities, strict=True)
+            names = zip(task.classes, probabilities, strict=True)
             listed = ", ".join(f"{name} {p:.4f}" for name, p in names)
-            print(f"{task.name}: {task.class_names[int(prediction)]} ({listed})")
+            print(f"{task.name}: {task.classes[int(prediction)]} ({listed})")
         else:
             print(f"{task.name}: {prediction:.4f}")
 
@@ -195,52 +195,49 @@ def predict_texts(run: SavedRun, args: Namespace) -> None:
 def submit(run: SavedRun, args: Namespace) -> None:
     """Check the run's prediction files and pack them for the leaderboard."""
     check_new_file(args.submit)
-    check_heads(run)
     files: dict[tuple[str, str], str] = {}
-    for task in find_tasks(LEADERBOARD):
-        for split in ("dev", "test"):
-            path = run.prediction_file(task, split)
-            source = run.data_file(task, split, args.data_dir)
-            examples, _, _ = read_examples(source, task, labelled=split == "dev")
-            check_whole_file(run, source, len(examples))
-            read_predictions(path, task, examples, source)  # checks every line
-            files[task.name, split] = read_text(path)
-            note(f"{path}: {len(examples):,} predictions, in the order of {source}")
+    for (name, split), (source, examples) in leaderboard_rows(run, args.data_dir).items():
+        path = run.prediction_file(TASKS[name], split)
+        read_predictions(path, TASKS[name], examples, source)  # checks every line
+        files[name, split] = read_text(path)
+        note(f"{path}: {len(examples):,} predictions, in the order of {source}")
     pack(files, args.submit)
 
 
 def submit_ensemble(runs: Sequence[SavedRun], args: Namespace) -> None:
     """Predict with the runs' averaged logits, and pack the predictions for the leaderboard."""
     check_new_file(args.submit)
-    run = runs[0]
-    check_heads(run)
-    for task in find_tasks(LEADERBOARD):
-        for split in ("dev", "test"):
-            source = run.data_file(task, split, args.data_dir)
-            check_whole_file(run, source, len(read_examples(source, task, split == "dev")[0]))
+    leaderboard_rows(runs[0], args.data_dir)  # now, and not after minutes of predicting
     outputs = predict_ensemble(runs, ["dev", "test"], args.data_dir, args.device)
     note(f"ensemble: {evaluate_dev(outputs)['summary']}")
     files = {key: format_predictions(*outputs[key]) for key in outputs if key[0] in LEADERBOARD}
     pack(files, args.submit)
 
 
-def check_heads(run: SavedRun) -> None:
-    """UserError unless the run has learnt all tasks of the leaderboard."""
-    decoders = run.config.get("decoders", run.files.get("dev", {}))  # older records have none
+def leaderboard_rows(
+    run: SavedRun, data_dir: Path | None
+) -> dict[tuple[str, str], tuple[Path, list[Example]]]:
+    """(task, split) -> a file that the leaderboard scores, and its rows.
+
+    UserError unless the run has learnt all these tasks and predicts all rows.
+    """
+    decoders = run.config["decoders"]
     if not set(LEADERBOARD) <= set(decoders):
         raise UserError(
             f"{run.folder}: the leaderboard wants {', '.join(LEADERBOARD)}; the run has"
             f" {', '.join(decoders) or 'no heads'}"
         )
-
-
-def check_whole_file(run: SavedRun, source: Path, rows: int) -> None:
-    """UserError if the run has predicted only a subset of the rows."""
-    if run.limit is not None and run.limit < rows:
-        raise UserError(
-            f"{run.folder}: had --limit {run.limit}, but {source} has {rows} rows, and the"
-            " leaderboard wants all: train without --limit"
-        )
+    rows = {}
+    for task, split in product(find_tasks(LEADERBOARD), ("dev", "test")):
+        source = run.data_file(task, split, data_dir)
+        examples = read_examples(source, task, labelled=split == "dev")[0]
+        if run.limit is not None and run.limit < len(examples):
+            raise UserError(
+                f"{run.folder}: had --limit {run.limit}, but {source} has {len(examples)} rows, and"
+                " the leaderboard wants all: train without --limit"
+            )
+        rows[task.name, split] = source, examples
+    return rows
 
 
 def pack(files: dict[tuple[str, str], str], out: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bert import ACTIVATIONS, WRAPPERS, BertConfig, BertModel
+from bert import ACTIVATIONS, BertConfig, BertModel, plain_name
 from engine import checkpoint
 from engine.errors import UserError, reading
 from engine.hub import read_weights, resolve_model
@@ -113,19 +113,17 @@ class MaskedLM(SentenceEncoder):
         model = cls(bert, BertTokenizer.from_pretrained(folder))
         # Loading BERT has skipped the head's tensors.
         tensors, source = read_weights(folder)
-        found = {WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
+        found = {plain_name(name): tensor for name, tensor in tensors.items()}
         state = {}
         for name, parameter in model.head.named_parameters():
             stored = head_name(name)
-            # The published bert-base-uncased has TensorFlow's names here too.
-            old = stored.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta")
-            tensor = found.get(stored, found.get(old))
-            if tensor is not None and tensor.shape != parameter.shape:
-                raise UserError(f"{source}: {stored} has shape {tuple(tensor.shape)}")
-            if tensor is not None:
-                checkpoint.check_weight(stored, tensor, source)
-                state[name] = tensor
-        if len(state) == len(HEAD_NAMES) * 2 + 1:
+            if stored not in found:
+                continue
+            if found[stored].shape != parameter.shape:
+                raise UserError(f"{source}: {stored} has shape {tuple(found[stored].shape)}")
+            checkpoint.check_weight(stored, found[stored], source)
+            state[name] = found[stored]
+        if state.keys() == model.head.state_dict().keys():
             with reading(source, "a head for masked language modelling"):
                 model.head.load_state_dict(state)
         else:
@@ -139,7 +137,6 @@ class MaskedLM(SentenceEncoder):
         """The head under HuggingFace's names; its matrix is the word embedding, which BERT has."""
         return {head_name(name): p for name, p in self.head.named_parameters()}
 
-    @torch.no_grad()
     def fill(self, text: str, count: int = 5) -> list[list[tuple[str, float]]]:
         """The most probable tokens, with probabilities, for each [MASK] in a text."""
         batch = self.tokenizer([text], truncation=True, return_tensors="pt").to(self.device)

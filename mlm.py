@@ -90,13 +90,14 @@ def load_datasets(
             raise UserError(f"{args.text}: {len(lines)} lines of text; expected two or more")
         # A random share of the lines, always the same one, is for evaluation.
         count = min(MAX_DEV, max(1, round(DEV_SHARE * len(lines))))
-        dev = set(sample_rows(range(len(lines)), count))
-        parts = [[x for i, x in enumerate(lines) if (i in dev) == held] for held in (False, True)]
+        held_out = set(sample_rows(range(len(lines)), count))
+        parts = [[x for i, x in enumerate(lines) if (i in held_out) == dev] for dev in (0, 1)]
         path, checksum = args.text, hashlib.sha256(text.encode()).hexdigest()
     else:
-        path, (train, dev) = args.data_dir, (task_sentences(args, s) for s in ("train", "dev"))
-        parts = [train[0], sample_rows(dev[0], MAX_DEV)]
-        checksum = f"{train[1]}+{dev[1]}"  # one for both, as they have one path in the record
+        path = args.data_dir
+        parts, sums = zip(*(task_sentences(args, split) for split in ("train", "dev")), strict=True)
+        parts = [parts[0], sample_rows(parts[1], MAX_DEV)]
+        checksum = "+".join(sums)  # one for both, as they have one path in the record
     train, dev = (
         TokenizedDataset("mlm", path, [part], tokenizer, unit="sentences", checksum=checksum)
         for part in parts
@@ -139,7 +140,7 @@ class Masking:
     def __call__(self, batch: Batch, step: int) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The input ids (B, T) of a batch at a step, and the index of the N tokens to predict:
         their rows (N,) and columns (N,)."""
-        # The batch once more: to read that on a GPU would mean to wait for it.
+        # Rebuilt on the CPU: reading the GPU's copy would synchronize.
         original = batch.dataset.batch(batch.rows)
         ids, lengths = original.input_ids.numpy(), original.attention_mask.numpy().sum(axis=1)
         hidden = np.zeros(ids.shape, dtype=bool)
@@ -193,8 +194,8 @@ def evaluate_model(
                 logits, targets = model(ids, batch.attention_mask, hidden), batch.input_ids[hidden]
                 loss = F.cross_entropy(logits, targets, reduction="sum")
                 right = logits.argmax(-1) == targets
-                figures = (loss, right.sum(), torch.ones_like(targets).sum())
-                sums += torch.stack([to_float64(x) for x in figures])
+                values = (loss, right.sum(), torch.ones_like(targets).sum())
+                sums += torch.stack([to_float64(x) for x in values])
     loss, right, count = distributed.all_reduce_sum(sums).cpu().tolist()
     loss, accuracy = loss / max(1, count), right / max(1, count)
     metrics = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "accuracy": accuracy}

@@ -25,7 +25,7 @@ from tokenizer import BertTokenizer
 
 POOLINGS = ("pooler", "cls", "mean")  # the first is the default, as in the paper
 PAIR_ENCODINGS = ("separate", "joint")
-LENGTH_STEP = 4  # bf16 batches on CPUs are padded to a multiple of so many tokens
+LENGTH_STEP = 4  # on CPUs, bf16 batches are padded to a multiple of this many tokens
 
 
 def pool(output: dict[str, Tensor], attention_mask: Tensor, pooling: str) -> Tensor:
@@ -129,9 +129,6 @@ HEADS: dict[str, type[nn.Module]] = {
 class SentenceEncoder(nn.Module):
     """BERT with pooling: token ids or texts in, one embedding per sequence out."""
 
-    decoders: dict[str, str] = {}  # noqa: RUF012  # heads by task; none here
-    pair_encoding: dict[str, str] = {}  # noqa: RUF012  # of a task's pairs, if not separate
-
     def __init__(
         self, bert: BertModel, tokenizer: BertTokenizer | None = None, pooling: str = "pooler"
     ):
@@ -146,6 +143,8 @@ class SentenceEncoder(nn.Module):
         self.bert = bert  # under this name, the course's: students' code reaches into it
         self.tokenizer = tokenizer
         self.pooling = pooling
+        self.decoders: dict[str, str] = {}  # task -> its head, a row of `HEADS`
+        self.pair_encoding: dict[str, str] = {}  # task -> `joint`, if not separate
         # The precision of matrix products in BERT. bfloat16 means autocast: weights, embeddings,
         # heads and losses stay float32.
         self.dtype = torch.float32
@@ -282,7 +281,6 @@ class MultitaskBERT(SentenceEncoder):
             if encoding == "joint" and bert.config.type_vocab_size < 2:
                 raise UserError("pair encoding joint: this model has one segment (type_vocab_size)")
         self.pair_encoding = dict(pair_encoding)
-        self.decoders = {}  # recorded beside the weights, to build the same heads again
         self.heads = nn.ModuleDict()
         for task in tasks:
             # One embedding of a jointly encoded pair leaves nothing to compare.

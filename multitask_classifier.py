@@ -7,11 +7,10 @@ run folder gets config.json, log.jsonl, best/ (a HuggingFace folder), prediction
 leaderboard's format, and result.json.
 """
 
-import math
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -189,9 +188,9 @@ def load_datasets(args: Namespace, tasks: list[Task], tokenizer: BertTokenizer) 
             dataset = TaskDataset(path, task, tokenizer, encodings[task.name], labelled, args.limit)
             datasets[split].append(dataset)
             print(dataset)
-    for dataset in datasets["train"] if args.measure_conflict else ():
-        if len(dataset) < 2:
-            raise UserError(f"{dataset.path}: one row, but --measure_conflict needs two batches")
+    short = [dataset for dataset in datasets["train"] if len(dataset) < 2]
+    if short and args.measure_conflict:
+        raise UserError(f"{short[0].path}: one row, but --measure_conflict needs two batches")
     return datasets
 
 
@@ -270,25 +269,18 @@ def make_backward(args: Namespace, model: MultitaskBERT, embed: Embed) -> Backwa
 
 @dataclass
 class DevEvaluator:
-    """Evaluates the model on dev for the trainer, and remembers what the best weights predicted."""
+    """Evaluates the current weights on dev, for the trainer."""
 
     model: MultitaskBERT
     datasets: list[TaskDataset]
     batch_size: int
     embed: Embed
-    best: dict[str, Any] = field(default_factory=lambda: {"score": -math.inf, "tasks": {}})
-    best_logits: dict[TaskDataset, Tensor] = field(default_factory=dict)
 
     def __call__(self) -> dict[str, Any]:
         """`prediction.evaluate` of the current weights."""
-        logits = {dataset: self.predict(dataset) for dataset in self.datasets}
+        outputs = [(dataset, self.predict(dataset)) for dataset in self.datasets]
         # One process computes the metrics, so that all of them agree on which weights are the best.
-        result = distributed.broadcast_from_rank_zero(
-            lambda: prediction.evaluate(self.datasets, list(logits.values()))
-        )
-        if result["score"] > self.best["score"]:
-            self.best, self.best_logits = result, logits
-        return result
+        return distributed.broadcast_from_rank_zero(lambda: prediction.evaluate(outputs))
 
     def predict(self, dataset: TaskDataset) -> Tensor:
         """The logits (N, C) of the current weights."""
@@ -332,7 +324,7 @@ def train(
         embed = EmbeddingCache(model, args.batch_size)
         for dataset, rows in zip(datasets["train"], mixture.rows_used(), strict=True):
             embed.add(dataset, rows)
-        for dataset in [*datasets["dev"], *datasets.get("test", [])]:
+        for dataset in datasets["dev"]:
             embed.add(dataset)
     model.freeze(frozen)
     optimizers = make_optimizers(args, model, frozen)
@@ -386,20 +378,14 @@ def train_by_option(
 
 
 def write_results(
-    args: Namespace,
-    datasets: Datasets,
-    baselines: dict[str, tuple[str, float]],
-    trainer: Trainer,
+    args: Namespace, datasets: Datasets, baselines: dict[str, tuple[str, float]], trainer: Trainer
 ) -> dict[str, Any]:
     """Write the best weights' predictions and result.json, and print a table; that result."""
     evaluator, best = trainer.evaluate_model, trainer.state.best
     outputs, metrics = output_paths(args, resumed=True), best["tasks"]
-    # Dev logits of the best weights, if this process has computed them: after an interruption the
-    # best weights may be older than what its evaluator has seen.
-    cached = evaluator.best_logits if evaluator.best["tasks"] == metrics else {}
     for (task, split), path in outputs.items():
         dataset = next(d for d in datasets[split] if d.name == task)
-        logits = cached[dataset] if dataset in cached else evaluator.predict(dataset)
+        logits = evaluator.predict(dataset)
         if trainer.run.writes:
             write_text(path, prediction.format_predictions(dataset, logits))
     print(f"best weights: epoch {best['epoch']}, step {best['step']}; dev scores:")

@@ -52,8 +52,17 @@ class AdamW(torch.optim.Optimizer):
         return {**super().__getstate__(), "fused": self.fused}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters, whose own hyperparameters win over the defaults."""
-        check_hyperparameters({**self.defaults, **param_group})
+        """Add a group of parameters, whose own hyperparameters win over the defaults.
+
+        ValueError names the first hyperparameter that is out of range.
+        """
+        group = {**self.defaults, **param_group}
+        for name in ("lr", "eps", "weight_decay"):
+            if not 0 <= group[name] < math.inf:
+                raise ValueError(f"AdamW: {name} is {group[name]}, expected at least 0")
+        for i, beta in enumerate(group["betas"]):
+            if not 0 <= beta < 1:
+                raise ValueError(f"AdamW: betas[{i}] is {beta}, expected in [0, 1)")
         _without_compiler(torch.optim.Optimizer.add_param_group)(self, param_group)
 
     @torch.no_grad()
@@ -67,8 +76,8 @@ class AdamW(torch.optim.Optimizer):
         """Update every parameter that has a gradient; all others keep their values and moments.
 
         closure: recomputes loss and gradients; its result is returned. grad_scale: gradients are
-        divided by it, as to clip them, by the fused kernel in place. found_inf: if 1, no number
-        changes; call `uncount` when that is known. Both are float32 numbers on the device.
+        divided by it (clipping); the fused kernel changes them in place. found_inf: 1 skips the
+        update; then call `uncount`. Both are float32 numbers on the device.
         """
         with torch.enable_grad():
             loss = closure() if closure is not None else None
@@ -93,7 +102,7 @@ class AdamW(torch.optim.Optimizer):
                 scaling = {"grad_scale": grad_scale, "found_inf": found_inf}
                 updates = fused_updates(updates, group, scaling)
             # END SOLUTION
-            if updates and not found_inf:  # to look at found_inf is to wait for a GPU
+            if updates and not found_inf:  # reading found_inf synchronizes with the GPU
                 for tensors, t in updates:
                     adamw_update(*tensors, grad_scale, t=t, group=group)
         return loss
@@ -153,8 +162,8 @@ def fused_updates(
             fused.setdefault((tensors[0].device, tensors[0].dtype, t), []).append(tensors)
         else:
             others.append((tensors, t))
-    for (device, _, t), together in fused.items():
-        fused_adamw_update(together, device, t, group, **scaling)
+    for (_, _, t), together in fused.items():
+        fused_adamw_update(together, t, group, **scaling)
     return others
 
 
@@ -168,7 +177,6 @@ def _can_be_fused(tensors: tuple[Tensor, ...]) -> bool:
 
 def fused_adamw_update(
     tensors: list[tuple[Tensor, ...]],
-    device: torch.device,
     t: int,
     group: dict[str, Any],
     **scaling: Tensor | None,  # grad_scale and found_inf
@@ -188,8 +196,8 @@ def fused_adamw_update(
     if not group["correct_bias"]:
         fused_lr *= (1 - beta1**t) / root  # cancels the correction that the kernel makes
     params, grads, exp_avgs, exp_avg_sqs = map(list, zip(*tensors, strict=True))
-    # Filled on the device: copying a number there would wait for the GPU.
-    steps = [torch.full((), t, dtype=torch.float32, device=device)] * len(params)
+    # Filled on the device: copying a number to it would synchronize.
+    steps = [params[0].new_full((), t, dtype=torch.float32)] * len(params)
     options = {"lr": fused_lr, "weight_decay": decay / fused_lr if fused_lr else 0.0}
     options |= {"beta1": beta1, "beta2": beta2, "eps": group["eps"] / root}
     options |= {"amsgrad": False, "maximize": False, **scaling}
@@ -197,16 +205,6 @@ def fused_adamw_update(
 
 
 # END SOLUTION
-def check_hyperparameters(group: dict[str, Any]) -> None:
-    """ValueError naming the first hyperparameter that is out of range."""
-    for name in ("lr", "eps", "weight_decay"):
-        if not 0 <= group[name] < math.inf:
-            raise ValueError(f"AdamW: {name} is {group[name]}, expected at least 0")
-    for i, beta in enumerate(group["betas"]):
-        if not 0 <= beta < 1:
-            raise ValueError(f"AdamW: betas[{i}] is {beta}, expected in [0, 1)")
-
-
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """The trainable parameters of `module` in two groups: with weight decay, and without.
 

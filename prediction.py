@@ -1,9 +1,9 @@
 """Predictions of a model, their metrics, and the leaderboard's files."""
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from datasets import Batch, Example, TaskDataset, TokenizedDataset
 from engine import distributed
 from engine.checkpoint import read_text
-from engine.device import catch_out_of_memory, eval_batch_size
+from engine.device import catch_out_of_memory
 from engine.errors import TrainingDiverged, UserError
 from engine.trainer import progress_bar
 from model import MultitaskBERT, SentenceEncoder
@@ -33,7 +33,7 @@ def embed_batch(model: SentenceEncoder, batch: Batch, pooling: str | None = None
 
 def row_indices(batch: Batch, device: torch.device) -> Tensor:
     """The row numbers of a batch as an index of a tensor on this device, (B,)."""
-    # An index on the CPU would be copied by a GPU as well, but waited for.
+    # PyTorch would copy a CPU index to the GPU too, but synchronously.
     return torch.from_numpy(batch.rows).to(device, non_blocking=True)
 
 
@@ -50,9 +50,12 @@ def compute_rows(
     outputs = torch.zeros(len(dataset), *size, device=model.device)
     total = len(dataset) if rows is None else len(rows)
     title = f"{title} {dataset.path.name}"
+    # Small batches leave a GPU idle. Without gradients, eight times as many rows need less memory
+    # than training does.
+    batch_size *= 1 if model.device.type == "cpu" else 8
     with model.evaluating(), progress_bar(total, title, leave=False) as bar:
         # Batches hold rows of similar length, so they do not follow the order of the file.
-        for batch in dataset.eval_batches(eval_batch_size(batch_size, model.device), rows):
+        for batch in dataset.eval_batches(batch_size, rows):
             with catch_out_of_memory(batch, model.device):
                 outputs[row_indices(batch, model.device)] = function(batch.to(model.device))
             bar.update(min(len(batch) * distributed.world_size(), total - bar.n))
@@ -103,13 +106,18 @@ class EmbeddingCache:
 
     def __call__(self, batch: Batch) -> Tensor:
         """The embeddings of a batch, as `embed_batch`."""
+        if batch.dataset not in self.vectors:  # a test set, which is predicted only once
+            return embed_batch(self.model, batch)
         # (B, embeddings_per_row, D) -> all first sentences, then all second ones.
         vectors = self.vectors[batch.dataset][row_indices(batch, self.model.device)]
         return vectors.transpose(0, 1).flatten(0, 1)
 
 
-def predict(model: MultitaskBERT, dataset: TaskDataset, batch_size: int, embed: Embed) -> Tensor:
+def predict(
+    model: MultitaskBERT, dataset: TaskDataset, batch_size: int, embed: Embed | None = None
+) -> Tensor:
     """The logits of every row, (N, C) float32 on the CPU, in file order."""
+    embed = embed or partial(embed_batch, model)
     size = (dataset.task.labels.num_logits,)
 
     def logits(batch: Batch) -> Tensor:
@@ -163,11 +171,12 @@ def summarize(metrics: dict[str, dict[str, Any]]) -> str:
     return ", ".join([*parts, f"overall {overall_score(metrics):.3f}"])
 
 
-def evaluate(datasets: Sequence[TaskDataset], logits: Sequence[Tensor]) -> dict[str, Any]:
-    """Metrics by task ("tasks"), the overall score ("score"), and both in a line ("summary")."""
-    metrics = {
-        d.name: task_metrics(d, outputs) for d, outputs in zip(datasets, logits, strict=True)
-    }
+def evaluate(outputs: Iterable[tuple[TaskDataset, Tensor]]) -> dict[str, Any]:
+    """Metrics by task ("tasks"), the overall score ("score"), and both in a line ("summary").
+
+    outputs: data sets with their logits (N, C).
+    """
+    metrics = {dataset.name: task_metrics(dataset, logits) for dataset, logits in outputs}
     return {"score": overall_score(metrics), "summary": summarize(metrics), "tasks": metrics}
 
 
@@ -235,11 +244,11 @@ def read_predictions(
         where = f"{path}, line {i + 2}"
         if name != example.id:
             raise UserError(f"{where}: {row[:60]!r}, where {source} has the id {example.id!r}")
-        valid = False
-        with suppress(ValueError):
+        try:
             value = float(text) if labels.dtype == torch.float32 else int(text)
-            whole = value in range(int(labels.low), int(labels.high) + 1)
-            valid = whole if labels.integer else math.isfinite(value)
+        except ValueError:
+            value = math.nan
+        valid = value in range(labels.num_classes) if labels.integer else math.isfinite(value)
         if not valid or text != f"{value} ":  # as `format_predictions` does
             raise UserError(f"{where}: {text[:40]!r} is not a prediction in its format")
         predictions[i] = value

@@ -4,7 +4,6 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import closing
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bert import BertModel
 from datasets import TaskDataset, TokenizedDataset, read_examples
 from engine.checkpoint import checksum, read_json, write_text
 from engine.device import setup_device
 from engine.errors import UserError, reading
 from engine.run_dir import RunDir
 from model import MultitaskBERT, SentenceEncoder
-from prediction import (
-    embed_batch,
-    evaluate,
-    format_predictions,
-    predict,
-    read_predictions,
-)
+from prediction import evaluate, format_predictions, predict, read_predictions
 from tasks import Task, find_tasks
+from tokenizer import BertTokenizer
 
 # (task, split) -> a data set and its logits (N, C).
 Outputs = dict[tuple[str, str], tuple[TaskDataset, Tensor]]
@@ -36,13 +31,18 @@ def note(*lines: object) -> None:
     print(*lines, sep="\n", file=sys.stderr)
 
 
+def model_checksum(bert: BertModel, tokenizer: BertTokenizer) -> str:
+    """What tells models apart in records: a checksum of weights, vocabulary and limit."""
+    return checksum(bert.state_dict(), f"{tokenizer.backend.to_str()} {tokenizer.max_length}")
+
+
 def run_facts(
     model: SentenceEncoder, datasets: dict[str, Sequence[TokenizedDataset]]
 ) -> dict[str, Any]:
     """What `config.json` records of a run's data (split -> a dataset per task) and model."""
     return {
         "data": {str(d.path.absolute()): d.checksum for tasks in datasets.values() for d in tasks},
-        "model_checksum": checksum(model.bert.state_dict(), str(model.tokenizer)),
+        "model_checksum": model_checksum(model.bert, model.tokenizer),
         "device": model.device.type,  # "cuda", not "cuda:0": --resume gives it to setup_device
         "precision": str(model.dtype).removeprefix("torch."),
         "decoders": model.decoders,
@@ -74,9 +74,11 @@ class SavedRun:
             self.files: dict[str, dict[str, str]] = self.config.get("files", {})
             _ = self.config["precision"], self.config["device"], self.config["hardware"]["threads"]
 
-    def load_model(self, device: str | None = None) -> MultitaskBERT:
+    def load_model(
+        self, device: str | None = None, kind: type[SentenceEncoder] = MultitaskBERT
+    ) -> Any:
         """The best model, with the run's precision and threads, on the run's device or another."""
-        model = MultitaskBERT.from_pretrained(self.folder)
+        model = kind.from_pretrained(self.folder)
         # With as many threads as the run had, sums are in the same order, and the metrics are the
         # run's bit for bit; also if it had several processes.
         recorded = {**self.config, "device": device or self.config["device"], "processes": 1}
@@ -109,11 +111,6 @@ class SavedRun:
         flags = (f"{task.name}_{split}_out", f"{split}_out")
         default = self.folder / "predictions" / f"{task.name}-{split}-output.csv"
         given = next((self.arguments[f] for f in flags if self.arguments.get(f)), default)
-        if not Path(given).is_absolute() and given != default:  # an older record
-            raise UserError(
-                f"{self.folder / 'config.json'}: does not say in which folder {given} is: make that"
-                " path absolute there"
-            )
         return Path(given)
 
     def dataset(
@@ -140,9 +137,8 @@ class SavedRun:
             for task in tasks
         }
         note(*datasets.values())
-        embed = partial(embed_batch, model)
         return {
-            key: (dataset, predict(model, dataset, self.batch_size, embed))
+            key: (dataset, predict(model, dataset, self.batch_size))
             for key, dataset in datasets.items()
         }
 
@@ -169,8 +165,7 @@ def read_dev_predictions(
 
 def evaluate_dev(outputs: Outputs) -> dict[str, Any]:
     """`prediction.evaluate` of the dev sets in `outputs`."""
-    dev = [output for (_, split), output in outputs.items() if split == "dev"]
-    return evaluate([dataset for dataset, _ in dev], [logits for _, logits in dev])
+    return evaluate(output for (_, split), output in outputs.items() if split == "dev")
 
 
 # ---------------------------------------------------------------------------- several runs

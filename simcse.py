@@ -250,7 +250,6 @@ def train(
     """Train the encoder and write result.json; what that holds."""
     # The untouched encoder is the baseline, and step 0 of the learning curve.
     evaluate = partial(evaluate_embeddings, model, dev, args.batch_size)
-    model.eval()
     before = evaluate()
     if run.state is None:
         run.log("dev", 0, epoch=0, **before)

@@ -21,7 +21,6 @@ from engine.errors import reading
 from engine.hub import resolve_model
 from engine.tokenizer_files import NORMALIZATION, SPECIAL_TOKENS, TokenizerFiles, read_tokenizer
 
-CHUNK = 8192  # texts tokenised at a time; bounds the memory of the library's Encoding objects
 TRUNCATION = ("longest_first", "only_first", "only_second")
 
 
@@ -208,9 +207,6 @@ class BertTokenizer:
     def __len__(self) -> int:
         return self.vocab_size
 
-    def __str__(self) -> str:
-        return f"{self.backend.to_str()} {self.max_length}"
-
     @property
     def vocab_size(self) -> int:
         """One more than the largest id (a duplicate line in vocab.txt leaves an id unused)."""
@@ -225,7 +221,7 @@ class BertTokenizer:
         """
         folder = Path(folder)
         write_text(folder / "tokenizer.json", self.backend.to_str(pretty=True))
-        # Without added tokens: a word piece of the same spelling would be another thing.
+        # Added tokens stay out of vocab.txt: a loader would take them for word pieces.
         vocab = {index: token for token, index in self.backend.get_vocab(False).items()}
         lines = [vocab.get(index, f"[unused line {index}]") for index in range(max(vocab) + 1)]
         write_text(folder / "vocab.txt", "".join(f"{token}\n" for token in lines))

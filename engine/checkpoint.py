@@ -143,8 +143,8 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_bytes(text.encode("utf-8"))
 
 
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write an indented JSON object atomically."""
+def write_json(path: Path, value: dict[str, Any] | list[Any]) -> None:
+    """Write indented JSON atomically."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 

@@ -58,12 +58,12 @@ def similarity(product: float, aa: float, bb: float) -> dict[str, float | None]:
 def log_entry(
     products: Mapping[tuple[str, str], dict[str, Tensor]], changes: Mapping[tuple[str, str], Tensor]
 ) -> dict[str, Any]:
-    """What is logged of a measurement; a GPU is waited for once.
+    """What is logged of a measurement; all numbers are copied from the GPU at once.
 
     products: (a, b) -> `inner_products` of two gradients. changes: (a, b) -> the loss of b, and how
     much a step for a should change it, and does, (3,).
 
-    Returns "parts": part of the model -> "a|b" -> `similarity`; "changes": "a>b" -> these figures.
+    Returns "parts": part of the model -> "a|b" -> `similarity`; "changes": "a>b" -> these values.
     """
     tensors = [tensor for parts in products.values() for tensor in parts.values()]
     numbers = iter(torch.stack([*tensors, *changes.values()]).cpu().tolist())
@@ -72,8 +72,8 @@ def log_entry(
         for part in parts:
             similarities.setdefault(part, {})["|".join(pair)] = similarity(*next(numbers))
     logged = {}
-    for pair, figures in zip(changes, numbers, strict=True):
-        finite = (x if math.isfinite(x) else None for x in figures)  # JSON has no other numbers
+    for pair, values in zip(changes, numbers, strict=True):
+        finite = (x if math.isfinite(x) else None for x in values)  # JSON has no other numbers
         logged[">".join(pair)] = dict(zip(("loss", "predicted", "measured"), finite, strict=True))
     return {"parts": similarities, "changes": logged}
 
@@ -125,7 +125,7 @@ class GradientConflictLogger:
         return self.backward(batches, step)
 
     def cost(self, steps: int) -> str:
-        """What measuring costs in a run of so many steps, in a sentence."""
+        """One sentence: what measuring costs in a run of this many steps."""
         # Two batches per task, forward and backward; then, after the step for each task, a batch of
         # every task, forward only, which takes a third of the time.
         tasks = len(self.datasets)

@@ -147,13 +147,6 @@ def read_later(numbers: Tensor) -> Callable[[], list[float]]:
     return read
 
 
-def eval_batch_size(batch_size: int, device: torch.device) -> int:
-    """The batch size for evaluation in training batches of `batch_size` rows."""
-    # Small batches leave a GPU idle. Without a graph, eight times as many rows need less memory
-    # than training does.
-    return batch_size if device.type == "cpu" else 8 * batch_size
-
-
 @contextmanager
 def catch_out_of_memory(batch: Any = None, device: Any = None) -> Iterator[None]:
     """Turn running out of memory into an OutOfMemory, which names the size of the batch."""

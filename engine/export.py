@@ -1,6 +1,5 @@
 """Files for other software: sentence-transformers modules, model cards, ONNX."""
 
-import json
 import logging
 import re
 import warnings
@@ -34,7 +33,7 @@ def write_modules(folder: Path, pooling: str, max_length: int, pooler: nn.Linear
         {"idx": i, "name": str(i), "path": MODULES[name], "type": prefix + name}
         for i, name in enumerate(names)
     ]
-    checkpoint.write_text(folder / "modules.json", json.dumps(modules, indent=2) + "\n")
+    checkpoint.write_json(folder / "modules.json", modules)
     checkpoint.write_json(folder / "sentence_bert_config.json", {"max_seq_length": max_length})
     modes = {"cls_token": pooling != "mean", "mean_tokens": pooling == "mean"}
     config = {f"pooling_mode_{mode}": on for mode, on in modes.items()}

@@ -28,7 +28,7 @@ def sum_losses(
     over the processes.
     """
     count = sum(len(batch.global_rows) for batch in batches)
-    total = to_float64(parameters[0].new_zeros(()))  # on the device: nobody waits for it
+    total = to_float64(parameters[0].new_zeros(()))  # stays on the device: no synchronization
     for batch in batches:
         # Backward at once, so that the activations of one batch at a time are in memory.
         if len(batch):  # a process may have no row of a short batch
@@ -59,7 +59,7 @@ def project(gradient: Gradient, others: Sequence[Gradient]) -> list[Tensor]:
     for other in others:
         # A negative inner product: a step along one gradient undoes a part of the other's.
         product = inner_product(result, other)
-        if product.device.type == "cpu" and product >= 0:  # on a GPU, looking would mean waiting
+        if product.device.type == "cpu" and product >= 0:  # on a GPU, comparing would synchronize
             continue
         square = inner_product(other, other).clamp(min=torch.finfo(torch.float64).tiny)
         factor = (product.clamp(max=0) / square).to(other[0])  # 0 where they do not conflict

@@ -41,7 +41,7 @@ class StopSignals:
             for number in self.SIGNALS:  # a third signal must not disturb the exit
                 signal.signal(number, signal.SIG_IGN)
             raise KeyboardInterrupt
-        self.requested = True  # the training loop looks after each step
+        self.requested = True  # the training loop checks this after each step
         if distributed.rank() == 0:
             # Not print(): the signal may have interrupted one that holds the stream's lock.
             os.write(2, b"\nstopping after this step; press Ctrl-C again to stop at once\n")

@@ -37,7 +37,7 @@ DRAFT = ".config.json.*.tmp"
 PACKAGES = ("numpy", "tokenizers", "scipy", "scikit-learn", "safetensors")
 # Arguments that change how a run is stored, not what it computes: a resumed run may change them.
 STORAGE_ARGUMENTS = ("save_every", "keep_last", "run_dir")
-TENSORBOARD_STEPS = 10  # it gets one of so many training steps
+TENSORBOARD_STEPS = 10  # TensorBoard gets every tenth training step
 
 
 @contextmanager
@@ -160,10 +160,11 @@ class RunDir:
         """How long the run has taken, without the time between interruption and resumption."""
         return time.perf_counter() - self._start_time
 
-    def log(self, kind: str, step: int, **figures: Any) -> None:
+    def log(self, kind: str, step: int, **values: Any) -> None:
         """Append a line to log.jsonl and, if tensorboard is installed, to its event files.
 
-        Of training steps the latter get every tenth: a step on a GPU may be shorter than this.
+        TensorBoard gets every tenth training step only: an event can take longer than a step on a
+        GPU.
         """
         self.flush()
         if not self.writes:
@@ -172,7 +173,7 @@ class RunDir:
         if not (self.path / "config.json").exists():
             raise UserError(f"{self.path}: the run folder was deleted or emptied during training")
         stage = {"stage": self.stage} if self.stage else {}
-        entry = {"kind": kind, "step": step, **stage, **figures}
+        entry = {"kind": kind, "step": step, **stage, **values}
         # Unbuffered, so that a process that is killed loses no line.
         try:
             self._log.write(json.dumps(entry, allow_nan=False).encode() + b"\n")
@@ -187,8 +188,8 @@ class RunDir:
             self._open_files.callback(self._tensorboard.close)
         shown = kind != "train" or step % TENSORBOARD_STEPS == 0
         if self._tensorboard is not None and shown:
-            tag = "/".join(filter(None, [self.stage, kind, figures.get("task")]))
-            for name, value in _numbers(tag, figures):
+            tag = "/".join(filter(None, [self.stage, kind, values.get("task")]))
+            for name, value in _numbers(tag, values):
                 self._tensorboard.add_scalar(name, value, step)
 
     def flush(self) -> None:
@@ -238,9 +239,6 @@ def _check(args: Namespace) -> dict[str, Any] | None:
     recorded, given = read_json(config), plain_arguments(args)
     with reading(config, "the record of a run"):
         before = dict(recorded["arguments"])
-    for name, value in vars(args).items():
-        if isinstance(value, Path) and before.get(name):  # older records have paths as typed
-            before[name] = os.path.abspath(before[name])
     if "model_checksum" in recorded and "model" in before:  # its weights count, not its name
         before["model"] = given["model"]
     # Any difference, also in which flags there are, would make it another run.

@@ -170,8 +170,10 @@ class Trainer:
             raise KeyboardInterrupt
 
     def train_step(self, epoch: int, batches: Sequence[Any]) -> None:
-        """One optimizer step. Its loss is read, checked and logged in the next one, while a GPU is
-        at work on that: nobody waits for the GPU."""
+        """One optimizer step.
+
+        Its loss is read, checked and logged during the next step: the CPU never waits for the GPU.
+        """
         # 1. Learning rates of this step. What it changes on the CPU is kept in case it diverges.
         step, before = self.state.step, replace(self.state)
         factor = self.lr_factor(step, self.epoch_ends[-1])
@@ -184,13 +186,13 @@ class Trainer:
             loss = self.backward([batch.to(self.model.device) for batch in batches], step)
             grads = [p.grad for p in self.parameters if p.grad is not None]
             norm = nn.utils.get_total_norm(grads)
-            loss, norm = figures = torch.stack([device.to_float64(loss), device.to_float64(norm)])
-            read = device.read_later(figures)
+            loss, norm = values = torch.stack([device.to_float64(loss), device.to_float64(norm)])
+            read = device.read_later(values)
             self.run.flush()  # records the step before
             # 3. Update, with gradient clipping (Pascanu et al. 2013) as a factor on the gradients;
             # weights stay as they are if the loss or the norm is not finite.
             scale = (norm / self.args.clip).clamp(min=1).float() if self.args.clip else None
-            found_inf = 1 - figures.isfinite().all().float()
+            found_inf = 1 - values.isfinite().all().float()
             for optimizer in self.optimizers.values():
                 optimizer.step(grad_scale=scale, found_inf=found_inf)
                 optimizer.zero_grad(set_to_none=True)
@@ -207,8 +209,8 @@ class Trainer:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self._diverged(last, loss, norm)
         tasks = "+".join(dict.fromkeys(batch.task for batch in last.batches))
-        figures = {"epoch": last.epoch, "loss": loss, "grad_norm": norm, "lr": last.lrs}
-        self.run.log("train", last.before.step, **figures, task=tasks)
+        values = {"epoch": last.epoch, "loss": loss, "grad_norm": norm, "lr": last.lrs}
+        self.run.log("train", last.before.step, **values, task=tasks)
         self._show_progress(tasks, loss, last.lrs)
 
     def _show_progress(self, tasks: str, loss: float, lrs: dict[str, float]) -> None:

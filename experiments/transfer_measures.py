@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from torch import Tensor
 from datasets import Batch, TaskDataset, TokenizedDataset, read_examples, sample_rows
 from engine.metrics import correlation_metrics, linear_cka, similarity_metrics
 from model import SentenceEncoder, pool
-from prediction import compute_rows, embed_batch, embed_dataset, predict
+from prediction import compute_rows, embed_dataset, predict
 from tasks import TASKS
 
 CKA_SENTENCES = 1000
@@ -204,9 +204,8 @@ class Measurement:
                 # All first sentences, then all second ones.
                 stacked = vectors.to(model.device).transpose(0, 1).flatten(0, 1)
                 return model.decode(task.name, stacked).cpu()
-        embed = partial(embed_batch, model)
         datasets = [self.read(file, data.task, "joint") for file in data.files]
-        logits = [predict(model, dataset, self.batch_size, embed) for dataset in datasets]
+        logits = [predict(model, dataset, self.batch_size) for dataset in datasets]
         return torch.cat([x[self.unseen[f]] for x, f in zip(logits, data.files, strict=True)])
 
     def add_logistic(self) -> None:

@@ -10,7 +10,7 @@ from sklearn.metrics import roc_curve
 
 from bert import BertModel
 from datasets import TaskDataset
-from engine.checkpoint import checksum, read_json, write_json
+from engine.checkpoint import read_json, write_json
 from engine.csv_reader import read_rows
 from engine.device import setup_device
 from engine.errors import UserError
@@ -18,6 +18,7 @@ from engine.run_dir import provenance
 from experiments.tables import TASK_TITLES
 from model import SentenceEncoder
 from prediction import mean_cosines
+from saved_runs import model_checksum
 from tasks import TASKS
 from tokenizer import BertTokenizer
 
@@ -38,7 +39,7 @@ def record_untouched(args: argparse.Namespace, limit: int | None) -> None:
         data[file.name] = read_rows(file, TASKS[task].text_columns, "\t")[1]
     tokenizer = BertTokenizer.from_pretrained(args.model)
     bert = BertModel.from_pretrained(args.model)
-    identity = {"model_checksum": checksum(bert.state_dict(), str(tokenizer)), "limit": limit}
+    identity = {"model_checksum": model_checksum(bert, tokenizer), "limit": limit}
     if path.exists():
         check_same(path, data, identity)
         return

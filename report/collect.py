@@ -10,12 +10,12 @@ import numpy as np
 
 from bert import BertModel
 from datasets import TaskDataset, sample_rows
-from engine.checkpoint import checksum, read_json
+from engine.checkpoint import read_json
 from engine.errors import UserError
 from model import MultitaskBERT, SentenceEncoder
 from prediction import baseline, embed_dataset
 from report.analysis import Curves, EmbeddingMap, Predictions, learning_curves, project
-from saved_runs import SavedRun
+from saved_runs import SavedRun, model_checksum
 from tasks import TASKS, Task
 from tokenizer import BertTokenizer
 
@@ -74,7 +74,7 @@ def load_untouched(run: SavedRun, model: MultitaskBERT) -> SentenceEncoder:
     """The encoder that training began with, as `model` is evaluated; UserError if it is gone."""
     name = str(run.arguments.get("model"))
     bert, tokenizer = BertModel.from_pretrained(name), BertTokenizer.from_pretrained(name)
-    if checksum(bert.state_dict(), str(tokenizer)) != run.config.get("model_checksum"):
+    if model_checksum(bert, tokenizer) != run.config.get("model_checksum"):
         raise UserError(f"{name} is not the model that the run began with")
     encoder = SentenceEncoder(bert, tokenizer, model.pooling).eval()
     encoder.dtype = model.dtype

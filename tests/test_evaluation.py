@@ -169,14 +169,6 @@ def test_a_submission_holds_the_six_files(probe_copy, tmp_path, ask, refused):
         assert {name: archive.read(name) for name in archive.namelist()} == files
     assert len(files) == 6
     refused([probe_copy, "--submit", tmp_path / "a.zip"], "a.zip: exists and is not overwritten")
-    # An older record does not list the heads.
-    config = read_json(probe_copy / "config.json")
-    del config["decoders"]
-    write_json(probe_copy / "config.json", config)
-    assert ask(probe_copy, "--submit", tmp_path / "old.zip")[0] == f"{tmp_path / 'old.zip'}\n"
-    # An older record has the path as it was typed, perhaps in another directory.
-    edit_json(probe_copy / "config.json", "arguments", para_dev_out="mine.csv")
-    refused([probe_copy, "--submit", tmp_path / "c.zip"], "config.json", "mine.csv")
 
 
 def end_with(prediction: str):

@@ -81,7 +81,7 @@ def test_metrics_are_of_all_rows_at_once(multitask):
     model, datasets = multitask
     logits = [predict(model, dataset, 7, partial(embed_batch, model)) for dataset in datasets]
     gold = [[example.label for example in dataset.examples] for dataset in datasets]
-    result = evaluate(datasets, logits)
+    result = evaluate(zip(datasets, logits, strict=True))
     sst, para, sts = result["tasks"].values()
     assert sst["rows"] == 16 and sst["accuracy"] == accuracy_score(gold[0], logits[0].argmax(1))
     loss = log_loss(gold[0], logits[0].double().softmax(1), labels=range(5))

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from engine import run_dir
-from engine.checkpoint import read_json, write_json
+from engine.checkpoint import read_json
 from engine.errors import AlreadyFinished, UserError
 from engine.run_dir import RunDir, provenance
 
@@ -201,15 +201,11 @@ def test_other_arguments_and_data_are_refused_by_name(interrupted):
 def test_a_run_resumes_after_it_was_moved_and_from_another_directory(
     interrupted, tmp_path, monkeypatch
 ):
-    """Also with the same model by another name; a record with paths as typed is an older one."""
-    moved, data_dir = interrupted.rename(tmp_path / "moved"), Path("data").absolute()
-    config = read_json(moved / "config.json")
+    """Also with the same model by another name."""
+    interrupted.rename(tmp_path / "moved")
+    data_dir = Path("data").absolute()
     monkeypatch.chdir(tmp_path)
     start(Path("moved"), resume=True, data_dir=data_dir, model="a copy").close()
-    monkeypatch.chdir(data_dir.parent)
-    config["arguments"]["data_dir"] = "data"
-    write_json(moved / "config.json", config)
-    start(moved, resume=True).close()
 
 
 def test_the_commit_is_the_projects_own_whatever_the_environment(tmp_path, monkeypatch):
