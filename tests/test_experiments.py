@@ -2,6 +2,7 @@
 
 import importlib
 import itertools
+import os
 import re
 import shutil
 import signal
@@ -22,6 +23,7 @@ from tasks import TASKS
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE, RESULTS = ROOT / "data" / "sample", ROOT / "results"
+REAL = os.environ.get("MINBERT_DATA")
 
 
 def test_a_record_has_the_loss_and_the_steps_of_each_head():
@@ -317,6 +319,15 @@ def flatten(value, path=""):
         items = value.items() if isinstance(value, dict) else enumerate(value)
         return {k: v for key, inner in items for k, v in flatten(inner, f"{path}/{key}").items()}
     return {path: value}
+
+
+@pytest.mark.skipif(REAL is None, reason="MINBERT_DATA names no folder with the course's data")
+def test_the_committed_tables_are_those_of_the_committed_records(command, tmp_path):
+    shutil.copytree(RESULTS / "records", tmp_path / "records")
+    shutil.copy(RESULTS / "untouched.json", tmp_path)
+    command("report", "--data_dir", REAL, "--out", tmp_path)
+    made, committed = (flatten(read_json(folder / "tables.json")) for folder in (tmp_path, RESULTS))
+    assert made == pytest.approx(committed, abs=1e-5)
 
 
 def test_every_figure_in_the_readme_is_in_the_tables():
