@@ -58,6 +58,7 @@ from saved_runs import (
 )
 from tasks import TASKS, find_tasks
 
+DIFFERENT = "DIFFERENT metrics; has the code changed, or the machine? (see its config.json)"
 LEADERBOARD = ("sst", "para", "sts")  # the tasks that a submission contains
 
 
@@ -92,7 +93,7 @@ def evaluate_run(run: SavedRun, args: Namespace) -> None:
         note(f"{run.folder}: has not finished; these are its best weights so far")
     elif args.data_dir is None:
         same = read_json(recorded).get("dev") == result["dev"]
-        note(f"{recorded}: {'the same metrics, bit for bit' if same else 'DIFFERENT metrics'}")
+        note(f"{recorded}: {'the same metrics, bit for bit' if same else DIFFERENT}")
 
 
 def evaluate_ensemble(runs: Sequence[SavedRun], args: Namespace) -> None:

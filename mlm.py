@@ -87,7 +87,7 @@ def load_datasets(
         lines = [line.strip() for line in text.split("\n") if line.strip()]
         lines = sample_rows(lines, args.limit)
         if len(lines) < 2:
-            raise UserError(f"{args.text}: {len(lines)} lines of text; expected two or more")
+            raise UserError(f"{args.text}: {len(lines)} lines of text; expected at least 2")
         # A random share of the lines, always the same one, is for evaluation.
         count = min(MAX_DEV, max(1, round(DEV_SHARE * len(lines))))
         held_out = set(sample_rows(range(len(lines)), count))

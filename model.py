@@ -290,9 +290,11 @@ class MultitaskBERT(SentenceEncoder):
                 raise UserError(f"decoder {name!r} of {task.name}: expected {', '.join(HEADS)}")
             # `linear` takes one embedding, the others compare two.
             if HEADS[name].num_embeddings != self.embeddings_per_row(task):
+                count = self.embeddings_per_row(task)
+                fitting = [n for n, head in HEADS.items() if head.num_embeddings == count]
                 raise UserError(
-                    f"decoder {name!r} of {task.name}: takes {HEADS[name].num_embeddings}"
-                    f" embeddings per row, but there are {self.embeddings_per_row(task)}"
+                    f"decoder {name!r} of {task.name}: does not take {count} embeddings per row, as"
+                    f" {', '.join(fitting)} does"
                 )
             self.decoders[task.name] = name
             # Heads drop out as much as BERT does.

@@ -66,7 +66,7 @@ def compute_rows(
         row = dataset.describe_rows(bad.nonzero().flatten()[:1].cpu().numpy())
         raise TrainingDiverged(
             f"{dataset.path}: the outputs for {int(bad.sum())} rows are not finite ({row}, ...):"
-            " try a smaller --lr or --precision fp32"
+            " try a smaller --lr or --precision fp32; before any training, check the model"
         )
     return outputs
 

@@ -174,7 +174,7 @@ def evaluate_dev(outputs: Outputs) -> dict[str, Any]:
 def check_different(runs: Sequence[SavedRun]) -> None:
     """UserError unless there are at least two runs, each named once."""
     if len({run.folder.resolve() for run in runs}) < max(len(runs), 2):
-        raise UserError(f"{runs[0].folder}: needs at least two different runs")
+        raise UserError(f"{runs[0].folder}: name at least two runs, each once")
 
 
 def check_ensemble(runs: Sequence[SavedRun]) -> None:

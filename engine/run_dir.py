@@ -103,7 +103,11 @@ class RunDir:
             )
         if run.writes and resumed:
             with open(run.path / "resumed.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(provenance()) + "\n")
+                file.write(json.dumps(now := provenance()) + "\n")
+            before = read_json(run.path / "config.json")
+            changed = now["uncommitted_changes"] or before["uncommitted_changes"]
+            if changed or now["commit"] != before["commit"]:
+                print("note: the code may have changed since this run began", file=sys.stderr)
         distributed.barrier()  # others may still read the state that rank 0 replaces
         distributed.seed_by_rank(args.seed)
         return run

@@ -46,6 +46,7 @@ def compare_runs(args: Namespace) -> None:
     plot_scores(scores, args.out / "compare.png")
     text = f"# Comparison\n\nWritten by `python -m experiments compare`.\n\n{NOTES}\n{table}\n"
     write_text(args.out / "compare.md", f"{text}\n![scores with intervals](compare.png)\n")
+    print(f"{args.out}: compare.md, compare.png")
 
 
 def check_new_folder(out: Path) -> None:

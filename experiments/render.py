@@ -89,7 +89,8 @@ def claim_rows(claims: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         previous = row["claim"]
         names = f"{row['first']} - {row['second']}"
         figures = [f"{row['difference']:+.3f}", interval(row), f"{row['paper']:+.3f}"]
-        figures += [format_p(row["p_corrected"]), format_p(row["p_margin_corrected"])]
+        p_values = [format_p(row["p_corrected"]), format_p(row["p_margin_corrected"])]
+        figures += ["-", "-"] if interval(row) == "-" else p_values
         figures += [f"{row['superiority']:.2f}", f"{row['detectable']:.3f}", str(row["n"])]
         rows.append([claim, names, TASK_TITLES[row["task"]], row["answer"], *figures])
     return rows
@@ -147,7 +148,7 @@ def markdown(results: Mapping[str, Any], conflict: Mapping[str, str]) -> str:
         lines += ["", "## The paper's claims", *markdown_table(claim_rows(results["claims"]))]
         pending = sum(len(claim.contrasts) for claim in CLAIMS) - len(results["claims"])
         if pending:
-            lines += ["", f"Of {pending} more differences the runs, or their tables, are missing."]
+            lines += ["", f"{pending} more differences need cells that no table above shows."]
         lines += ["", bootstrap_note(results["claims"]), origins_note(results["claim_origins"])]
         lines += ["", "![differences](claims.png)"]
     for name, table in results["tables"].items():

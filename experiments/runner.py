@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,8 @@ def run(args: argparse.Namespace) -> None:
         # Check all before the first hour of work.
         for job in jobs:
             check_command(args.out / "records" / f"{job}.json", recorded_command(job, args))
+            script, *flags = build_command(job, args, args.runs, args.data_dir)
+            import_module(Path(script).stem).parse_args(flags)
         pending = pending_jobs(jobs, args)
         done = len(jobs) - len(pending)
         print(f"{len(jobs)} runs, {done} already recorded; their logs: {args.runs}/*.log")

@@ -256,7 +256,7 @@ def test_recorded_runs_are_skipped_and_interrupted_ones_resumed(
     # Of the claims, those about its cells are judged.
     results = read_json(tmp_path / "results/tables.json")
     assert {row["claim"] for row in results["claims"]} == {CLAIMS[-1].text}
-    assert "Of 13 more differences the runs, or their tables, are missing." in text
+    assert "13 more differences need cells that no table above shows." in text
     command("report", "table1", *reported, error="probe-simcse: planned with 2 seeds, but")
 
 
