@@ -33,7 +33,8 @@ def test_runs_are_compared_with_the_first(runs, run_script, tmp_path):
     compare = ["compare", runs / "first", runs / "second", runs / "sst", "--out", tmp_path / "out"]
     code, out, err = run_script(experiments.__main__, *compare)
     assert code == 0, err
-    assert out in read_text(tmp_path / "out/compare.md")
+    out, where = out.rsplit("\n", 2)[:2]
+    assert out in read_text(tmp_path / "out/compare.md") and where.endswith("compare.png")
     assert image.imread(tmp_path / "out/compare.png").std() > 0.01
     rows = [[cell.strip() for cell in line[1:-2].split("|")] for line in out.splitlines()[2:]]
     assert [row[1] for row in rows if row[0].startswith("SST")] == [
@@ -54,8 +55,8 @@ def test_comparisons_that_make_no_sense(runs, run_script, tmp_path):
     one, other, out = runs / "first", runs / "second", ["--out", copy / "new"]
     edit_json(copy / "config.json", "arguments", limit=7)
     for flags, expected in (
-        ([one, *out], "at least two different runs"),
-        ([one, other, one, *out], "at least two different runs"),
+        ([one, *out], "name at least two runs, each once"),
+        ([one, other, one, *out], "name at least two runs, each once"),
         ([one, other, "--out", copy], "not an empty folder"),
         ([one, copy, *out], "they predicted different rows"),
         ([one, copy / "best", *out], "not a run folder"),

@@ -125,9 +125,9 @@ def test_a_run_of_mean_weights_is_a_run_like_any_other(runs, tmp_path, ask, refu
 def test_runs_that_make_no_ensemble_are_refused_by_name(tiny, runs, data, tmp_path, refused):
     first = runs / "first"
     submit = ["--submit", tmp_path / "x.zip"]
-    refused([first, first], first, "at least two different runs")
-    refused([first, runs / "second" / ".." / "first"], first, "at least two different runs")
-    refused([first, "--average", tmp_path / "mean"], first, "at least two different runs")
+    refused([first, first], first, "name at least two runs, each once")
+    refused([first, runs / "second" / ".." / "first"], first, "name at least two runs, each once")
+    refused([first, "--average", tmp_path / "mean"], first, "name at least two runs, each once")
     refused([first, runs / "sentiment"], first, runs / "sentiment", "not sst and para, sst, sts")
     refused([first, runs / "limited"], first, runs / "limited", "not --limit 10 and all rows")
     refused([first, tmp_path / "gone", *submit], "gone: not a run folder")
