@@ -293,8 +293,8 @@ class MultitaskBERT(SentenceEncoder):
                 count = self.embeddings_per_row(task)
                 fitting = [n for n, head in HEADS.items() if head.num_embeddings == count]
                 raise UserError(
-                    f"decoder {name!r} of {task.name}: does not take {count} embeddings per row, as"
-                    f" {', '.join(fitting)} does"
+                    f"decoder {name!r} of {task.name}: does not fit the way its rows are encoded;"
+                    f" use {', '.join(fitting)}"
                 )
             self.decoders[task.name] = name
             # Heads drop out as much as BERT does.

@@ -93,7 +93,7 @@ def kind(name: str) -> str:
     """What "a|b", "a|b, disattenuated", "a|a", "a>b" or "a>a" is about."""
     pair, *rest = name.split(", ")
     first, second = re.split("[|>]", pair)
-    return ", ".join(["one task" if first == second else "two tasks", *rest])
+    return ", ".join([KINDS[first == second], *rest])
 
 
 def summarize_conflict(runs: Sequence[Sequence[Measurement]]) -> dict[str, Any]:

@@ -260,6 +260,14 @@ def test_recorded_runs_are_skipped_and_interrupted_ones_resumed(
     command("report", "table1", *reported, error="probe-simcse: planned with 2 seeds, but")
 
 
+def test_a_wrong_flag_is_refused_before_anything_is_computed(grid, tmp_path, command):
+    flags, started = grid
+    command(
+        "run", "table3", *flags[:-1], "--flags=--limt 9", error="unrecognized arguments: --limt"
+    )
+    assert not started and not (tmp_path / "results/untouched.json").exists()
+
+
 def test_jobs_whose_encoder_failed_are_skipped(grid, tmp_path, command, monkeypatch):
     """Others run. And an encoder is trained again if a job needs it and its folder is gone."""
     flags, started = grid

@@ -164,6 +164,9 @@ def test_a_run_learns_and_fills_in_what_it_has_learnt(
     assert len(scores) == 40 and max(scores) == -result["dev"]["mlm"]["loss"]
     code, out, _ = run_script(evaluation, tmp_path / "run", "--text", "the film is [MASK]")
     assert code == 0 and out.startswith("[MASK] 1: ")
+    flags = ("--text", "the film is [MASK]", "--device", "cuda")  # hidden from the tests
+    code, _, err = run_script(evaluation, tmp_path / "run", *flags)
+    assert code == 2 and "finds no such device" in err
     assert {part.split()[0] for part in out.split(": ")[1].split(", ")[:2]} == set(GOOD[:2])
     code, _, err = run_script(evaluation, tmp_path / "run", "--text", "the film")
     assert code == 2 and "no [MASK] to fill in" in err

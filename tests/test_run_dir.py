@@ -208,6 +208,17 @@ def test_a_run_resumes_after_it_was_moved_and_from_another_directory(
     start(Path("moved"), resume=True, data_dir=data_dir, model="a copy").close()
 
 
+def test_resuming_with_other_code_is_noted(interrupted, monkeypatch, capsys):
+    recorded = read_json(interrupted / "config.json")
+    for commit, changes, noted in (("x", False, True), (None, True, True), (None, False, False)):
+        now = {"commit": commit or recorded["commit"], "uncommitted_changes": changes}
+        monkeypatch.setattr(run_dir, "provenance", lambda now=now: now)
+        config = {**recorded, "uncommitted_changes": False}
+        (interrupted / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        start(interrupted, resume=True).close()
+        assert ("the code may have changed" in capsys.readouterr().err) == noted
+
+
 def test_the_commit_is_the_projects_own_whatever_the_environment(tmp_path, monkeypatch):
     commit = provenance()["commit"]
     monkeypatch.setenv("GIT_DIR", str(tmp_path))  # as a hook of another repository sets it
