@@ -11,7 +11,7 @@ from datasets import read_examples
 from engine.checkpoint import read_json
 from engine.errors import UserError, reading
 from experiments.runner import expand_recipes, planned_seeds
-from experiments.tables import CELLS, TASK_TITLES
+from experiments.tables import CELLS, CLAIMS, TASK_TITLES
 from tasks import TASKS
 
 Record = dict[str, Any]
@@ -62,6 +62,13 @@ def select_seeds(records: Records, cells: Sequence[str], seeds: int | None) -> R
             )
         selected[cell] = runs
     return selected
+
+
+def claimed_cells(records: Records, seeds: int | None) -> list[str]:
+    """The cells that the paper's claims are about and that have all of their planned runs."""
+    claimed = {cell for claim in CLAIMS for *pair, _ in claim.contrasts for cell in pair}
+    recorded = {cell: {run["seed"] for run in records.get(cell, [])} for cell in claimed}
+    return sorted(c for c in claimed if recorded[c] >= set(planned_seeds(c, seeds)))
 
 
 def encoders_of(cells: Sequence[str]) -> list[str]:

@@ -144,17 +144,17 @@ def check_command(path: Path, command: str) -> None:
 def run(args: argparse.Namespace) -> None:
     """Run the jobs of the tables that have no record yet."""
     check_data_dir(args)
+    jobs = list_jobs(args.tables, args.seeds)
+    check_flags(args.flags, jobs)
+    # Check all before the first hour of work, and before there are any folders.
+    for job in jobs:
+        check_command(args.out / "records" / f"{job}.json", recorded_command(job, args))
+        script, *flags = build_command(job, args, args.runs, args.data_dir)
+        import_module(Path(script).stem).parse_args(flags)
     records = args.out / "records"
-    records.mkdir(parents=True, exist_ok=True)
-    args.runs.mkdir(parents=True, exist_ok=True)
+    for folder in (records, args.runs):
+        folder.mkdir(parents=True, exist_ok=True)
     with folder_lock(args.runs):  # two of these commands would run the same jobs
-        jobs = list_jobs(args.tables, args.seeds)
-        check_flags(args.flags, jobs)
-        # Check all before the first hour of work.
-        for job in jobs:
-            check_command(args.out / "records" / f"{job}.json", recorded_command(job, args))
-            script, *flags = build_command(job, args, args.runs, args.data_dir)
-            import_module(Path(script).stem).parse_args(flags)
         pending = pending_jobs(jobs, args)
         done = len(jobs) - len(pending)
         print(f"{len(jobs)} runs, {done} already recorded; their logs: {args.runs}/*.log")

@@ -256,7 +256,7 @@ def test_recorded_runs_are_skipped_and_interrupted_ones_resumed(
     # Of the claims, those about its cells are judged.
     results = read_json(tmp_path / "results/tables.json")
     assert {row["claim"] for row in results["claims"]} == {CLAIMS[-1].text}
-    assert "13 more differences need cells that no table above shows." in text
+    assert "13 more differences wait for runs of their cells." in text
     command("report", "table1", *reported, error="probe-simcse: planned with 2 seeds, but")
 
 
@@ -265,7 +265,7 @@ def test_a_wrong_flag_is_refused_before_anything_is_computed(grid, tmp_path, com
     command(
         "run", "table3", *flags[:-1], "--flags=--limt 9", error="unrecognized arguments: --limt"
     )
-    assert not started and not (tmp_path / "results/untouched.json").exists()
+    assert not started and not (tmp_path / "results").exists()
 
 
 def test_jobs_whose_encoder_failed_are_skipped(grid, tmp_path, command, monkeypatch):
