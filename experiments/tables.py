@@ -64,8 +64,10 @@ CELLS: dict[str, Cell] = {
     # rates are those of `python -m experiments sweep`.)
     "best": Cell(BEST, 5),
     "small": Cell(SMALL, 3),
-    # A step of R-Drop takes twice the time: beside it, plain training for as long.
+    # A step of R-Drop takes twice the time, and LP-FT trains its heads for 2 + 2 epochs: beside
+    # both, plain training for 4 epochs.
     "small-rdrop": Cell(f"{SMALL} --rdrop 1", 3),
+    "small-lpft": Cell(f"{SMALL} --option lpft --probe_epochs 2", 3),
     "small-long": Cell(f"{SMALL} --epochs 4", 3),
     "small-separate": Cell(f"{SMALL} --para_encoding separate", 3),
     "small-pooler": Cell(f"{SMALL} --pooling pooler", 3),
@@ -275,7 +277,8 @@ TABLES: dict[str, Table] = {
         (
             Column("small", "All ingredients"),
             Column("small-rdrop", "With R-Drop", ("small",)),
-            Column("small-long", "4 epochs", ("small", "small-rdrop")),
+            Column("small-lpft", "LP-FT, 2 + 2 epochs", ("small",)),
+            Column("small-long", "4 epochs", ("small", "small-rdrop", "small-lpft")),
             Column("small-separate", "Quora encoded separately", ("small",)),
             Column("small-pooler", "Pooler", ("small",)),
             Column("small-dot", "STS by weighted dot", ("small",)),
