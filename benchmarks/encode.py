@@ -5,8 +5,8 @@
 The peer is `SentenceTransformer.encode`, fp32 and bf16, on the same distinct sentences of the
 training files of SST, Quora and STS, in the same random order and batch size, with mean pooling.
 The embeddings are checked: scaled to unit length, ours in fp32 differ from the peer's by at most
-1e-5, and those of other precisions have a cosine of at least .999 to them. One at a time, ours are
-encoded inside `with model.evaluating():`, which casts the weights once.
+1e-5, and in other precisions their cosine to the peer's is at least .999. For one sentence at a
+time, ours run inside `with model.evaluating():`, which casts the weights once.
 """
 
 from argparse import Namespace

@@ -2,9 +2,9 @@
 
     python benchmarks/run.py optimizer
 
-The parameters of a BERT as large as all-MiniLM-L6-v2 and of BERT-base, with random weights and
-gradients and the weight decay of training. Ours is `AdamW(fused=True)`, as the scripts train; the
-peers are `torch.optim.AdamW` as a loop over tensors, as `foreach` and as `fused`.
+The parameters are those of a BERT as large as all-MiniLM-L6-v2 and of BERT-base, with random
+weights and gradients and the weight decay of training. Ours is `AdamW(fused=True)`, as in the
+scripts; the peers are `torch.optim.AdamW` as a loop over tensors, as `foreach` and as `fused`.
 """
 
 from argparse import Namespace

@@ -2,11 +2,11 @@
 
     python benchmarks/run.py probe --data_dir DATA
 
-Ours is the job of `classifier.py --option pretrain`, with the run folder that it writes: the frozen
-encoder embeds each row once. The peer does it the usual way: `transformers.BertModel` without
-gradients on every batch of every epoch, padded to its longest sentence, a linear head on the
-pooler's output, fused `torch.optim.AdamW`, dev predicted after each epoch. Loading the model and
-tokenising are within the time of both, and nothing is warmed up.
+Ours is the job of `classifier.py --option pretrain`, including the run folder that it writes: the
+frozen encoder embeds each row once. The peer does it the usual way: `transformers.BertModel`
+without gradients on every batch of every epoch, padded to its longest sentence, a linear head on
+the pooler's output, fused `torch.optim.AdamW`, dev predicted after each epoch. Both times include
+loading the model and tokenising, and there is no warm-up.
 """
 
 from argparse import Namespace

@@ -1,15 +1,15 @@
-"""Training over model sizes, and its cost against the number of rows.
+"""Training speed and memory by model size, and training cost by number of rows.
 
     python benchmarks/run.py scale --data_dir DATA
     python benchmarks/run.py scale --data_dir DATA --device cuda --only base
 
 Sizes (`harness.SIZES`) are BERTs with random weights, trained for an epoch on `--rows` sentences of
-SST, ours in the default precision, the peer with the plain loop of `train` in fp32. What does not
-fit in memory is skipped.
+SST: ours in the default precision, the peer with the plain loop of `train` in fp32. Models that do
+not fit in memory are skipped.
 
-Cost against rows: 1,000, 10,000 and 100,000 rows (SST's, repeated) are read, tokenised and trained
-on with the tiny model. If the seconds per row stay the same, cost grows linearly. The memory that
-training adds is counted from when all rows are read, in a process that has trained on a few before.
+Cost by rows: the tiny model reads, tokenises and trains on 1,000, 10,000 and 100,000 rows (SST's,
+repeated). If the seconds per row stay the same, cost grows linearly. "Memory that training adds" is
+counted from when all rows have been read, in a process that has already trained on a few rows.
 """
 
 import csv

@@ -4,8 +4,8 @@
 
 Supervised SimCSE with mean pooling at a temperature of 0.05. The peers are the plain loop of
 `train` and the trainer of sentence-transformers with its MultipleNegativesRankingLoss, which
-tokenises as it goes: against it ours ("from text") reads and tokenises within the time, too. Ours
-is `ContrastiveBackward` in `Trainer`, as `simcse.py` uses them.
+tokenises during training: compared with it, our time ("from text") includes reading and tokenising,
+too. Ours is `ContrastiveBackward` in `Trainer`, as in `simcse.py`.
 """
 
 from argparse import Namespace

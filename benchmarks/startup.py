@@ -2,7 +2,7 @@
 
     python benchmarks/run.py startup --data_dir DATA
 
-Ours is `classifier.py`, from the start of its process until the log has the first step: imports,
+Ours is `classifier.py`, from the start of the process until the first step is logged: imports,
 reading and tokenising SST's training and dev files, loading the model, one step. The peer does the
 same with `transformers`, without the dev file, and exits. `--help` has no peer.
 """

@@ -2,8 +2,8 @@
 
     python benchmarks/run.py tokenization --data_dir DATA
 
-Ours is `BertTokenizer.encode_batch`, the peer `transformers.BertTokenizerFast`, both to lists of
-ids. That the ids are equal is checked.
+Ours is `BertTokenizer.encode_batch`, the peer `transformers.BertTokenizerFast`; both return lists
+of ids, which are checked to be equal.
 """
 
 from argparse import Namespace

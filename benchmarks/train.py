@@ -3,11 +3,12 @@
     python benchmarks/run.py train --data_dir DATA
 
 All train the same model on the same rows, with the same batch size, learning rate and number of
-epochs. The peers (`benchmarks/peers.py`): the plain loop of the tutorials in fp32;
+epochs. The peers (`benchmarks/peers.py`): the plain loop of tutorials in fp32;
 `transformers.Trainer` with batches grouped by length; the trainer of sentence-transformers on both
-pair tasks, with mean pooling and cosine similarity. Ours is `Trainer` as `multitask_classifier.py`
-uses it, without evaluating and saving. Rows are tokenised before the clock starts;
-sentence-transformers tokenises as it goes, so against it ours reads and tokenises within the time.
+pair tasks, with mean pooling and cosine similarity. Ours is `Trainer` as in
+`multitask_classifier.py`, without evaluating and saving. Rows are tokenised before the clock
+starts. Only sentence-transformers tokenises during training; compared with it, our time includes
+reading and tokenising, too.
 """
 
 from argparse import Namespace
