@@ -1,4 +1,4 @@
-"""BERT (Devlin et al. 2018, https://arxiv.org/abs/1810.04805), written out by hand.
+"""BERT (Devlin et al. 2018, https://arxiv.org/abs/1810.04805), written from scratch.
 
     bert = BertModel.from_pretrained("bert-base-uncased")
     output = bert(input_ids, attention_mask)
@@ -29,7 +29,7 @@ ACTIVATIONS = {
     "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
 }
-# Settings of other architectures, which this code lacks, and the values that mean plain BERT.
+# Settings of other architectures, which are not supported, and their values in plain BERT.
 UNSUPPORTED = {
     "position_embedding_type": (None, "absolute"),
     "is_decoder": (None, False),
@@ -58,7 +58,7 @@ class BertConfig:
 
     @classmethod
     def from_file(cls, path: Path) -> "BertConfig":
-        """Read a model's `config.json`; UserError names a setting that this code lacks."""
+        """Read a model's `config.json`; UserError names an unsupported setting."""
         content = read_json(path)
         model_type = content.get("model_type", "bert" if "hidden_size" in content else None)
         if model_type != "bert":
@@ -68,14 +68,14 @@ class BertConfig:
                 raise UserError(f"{path}: {key} is {content[key]!r}, which is not supported")
         names = {field.name for field in fields(cls)}
         with reading(path, "a BERT configuration"):
-            # null means the default, as it does to transformers.
+            # null means the default, as in transformers.
             return cls(**{k: v for k, v in content.items() if k in names and v is not None})
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value, kind = getattr(self, field.name), field.type
             low, high = (0, 1) if kind is float else (1, math.inf)
-            if field.name == "pad_token_id":  # the only id among the whole numbers
+            if field.name == "pad_token_id":  # an id, so it may be 0
                 low = 0
             if kind is not str and not (type(value) in (int, kind) and low <= value < high):
                 expected = f"{kind.__name__} in [{low}, {high})"
@@ -92,9 +92,9 @@ class BertConfig:
 
 
 class Dropout(nn.Dropout):
-    """Dropout that is fast on CPUs, where PyTorch draws a float64 per element: 20% of a step.
+    """Dropout that is fast on CPUs, where PyTorch's draws a float64 per element: 20% of a step.
 
-    16 random bits per element decide; the probability is rounded to a multiple of 2^-16.
+    Here 16 random bits per element decide; the probability is rounded to a multiple of 2^-16.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ class Dropout(nn.Dropout):
         dropped = min(round(self.p * 2**16), 2**16 - 1)
         bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
         keep = bits.view(torch.int16)[: x.numel()].view(x.shape).ge_(dropped - 2**15)
-        # (As bools the mask would take less memory, but mixed types multiply at half the speed.)
+        # (A bool mask would take less memory, but multiplying mixed types is half as fast.)
         return x * keep.to(x.dtype).mul_(2**16 / (2**16 - dropped))
 
 
@@ -147,7 +147,7 @@ class BertSelfAttention(nn.Module):
     def attention(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
         """(B, H, T, K) each and the mask (B, 1, 1, T) -> the attention's output (B, H, T, K)."""
         # SOLUTION
-        # PyTorch's fused kernel computes the same. On CPUs it has none with dropout.
+        # PyTorch's fused kernel computes the same. On CPUs it does not support dropout.
         dropout = self.dropout.p if self.training else 0.0
         if not dropout or query.device.type != "cpu":
             return F.scaled_dot_product_attention(query, key, value, mask, dropout)
@@ -189,11 +189,11 @@ class BertLayer(nn.Module):
     ) -> Tensor:
         """The end of a sublayer: dense layer, dropout, residual connection, LayerNorm.
 
-        input: what went into the sublayer, (B, T, D). output: what came out of it, which
-        `dense_layer` brings to (B, T, D); `dropout` is applied before it is added to `input`.
+        input: the sublayer's input, (B, T, D). output: the sublayer's output, which `dense_layer`
+        maps to (B, T, D); `dropout` is applied before it is added to `input`.
         """
         # SOLUTION: BERT normalizes last, after the residual connection
-        # (Newer transformers normalize first, the input of the sublayer.)
+        # (Newer transformers normalize the sublayer's input instead.)
         return ln_layer(input + dropout(dense_layer(output)))
         # END SOLUTION
 
@@ -213,7 +213,7 @@ class BertLayer(nn.Module):
 class BertModel(nn.Module):
     """Embeddings, encoder layers, and the pooler: a dense layer and tanh on the [CLS] token.
 
-    Constructed directly, its weights are random, drawn as BERT's were: normal with standard
+    A model constructed directly has random weights, initialized as in BERT: normal with standard
     deviation `initializer_range`, biases 0.
     """
 
@@ -250,8 +250,8 @@ class BertModel(nn.Module):
         if token_type_ids is None:  # one sentence: segment 0
             token_type_ids = torch.zeros_like(input_ids)
         # SOLUTION: self.position_ids holds the positions; LayerNorm and dropout come last
-        # Attention does not see the order of tokens: it is in the position embeddings, which are
-        # learned, and end at max_position_embeddings.
+        # Attention does not see the order of tokens; position embeddings add it. They are learned,
+        # and end at max_position_embeddings.
         x = self.word_embedding(input_ids) + self.pos_embedding(self.position_ids[:, :length])
         x = x + self.tk_type_embedding(token_type_ids)
         return self.embed_dropout(self.embed_layer_norm(x))
@@ -259,7 +259,7 @@ class BertModel(nn.Module):
 
     def encode(self, hidden_states: Tensor, attention_mask: Tensor) -> Tensor:
         """Embeddings (B, T, D) and mask (B, T) -> the last layer's hidden states (B, T, D)."""
-        # -1e9 and not -inf: a row of padding alone stays finite, and bfloat16 can represent it.
+        # -1e9, not -inf: a row with only padding stays finite, and bfloat16 can represent it.
         additive = (1.0 - attention_mask[:, None, None, :].to(hidden_states.dtype)) * -1e9
         for layer in self.bert_layers:
             hidden_states = layer(hidden_states, additive)
@@ -292,7 +292,7 @@ class BertModel(nn.Module):
         """Load a HuggingFace BERT checkpoint, in float32 and evaluation mode.
 
         name: a folder, a hub id (`cache_dir`, `revision` and `local_files_only` are for these), or
-        a bundled model. config: instead of the checkpoint's, a configuration or the path of one.
+        a bundled model. config: a configuration, or its path, to use instead of the checkpoint's.
         overrides: fields of `BertConfig` to change, such as `hidden_dropout_prob=0.3`; None keeps
         the checkpoint's own.
         """
@@ -315,7 +315,7 @@ class BertModel(nn.Module):
     def save_pretrained(self, folder: str | Path, head: dict[str, Tensor] | None = None) -> None:
         """Write `config.json` and `model.safetensors`, which `transformers.BertModel` loads.
 
-        With the tensors of a pre-training head, they are those of a `BertForMaskedLM`.
+        With the tensors of a pre-training head, the files hold a `BertForMaskedLM`.
         """
         folder, prefix = Path(folder), "bert." if head else ""
         architecture = "BertForMaskedLM" if head else "BertModel"
@@ -369,7 +369,7 @@ def encoder_names(tensors: dict[str, Tensor], source: Path) -> dict[str, str]:
     """The encoder's tensors in a checkpoint: stored name -> HuggingFace's name in a plain model."""
     names = {stored: plain_name(stored) for stored in tensors}
     if any(name.startswith("bert.") for name in names.values()):
-        # A model with heads: what is neither `bert.` nor of the encoder is theirs.
+        # A model with heads: tensors outside `bert.` and the encoder belong to the heads.
         heads = {name.split(".")[0] for name in names.values()} - {"bert", *ENCODER_PARTS}
         names = {stored: n for stored, n in names.items() if n.split(".")[0] not in heads}
         names = {stored: name.removeprefix("bert.") for stored, name in names.items()}
@@ -384,11 +384,11 @@ def load_weights(
 ) -> None:
     """Copy the tensors of a checkpoint into `model`, strictly both ways.
 
-    A `bert.` prefix, TensorFlow's `gamma` and `beta`, and heads are accepted. `pooler` wins over
-    the checkpoint's own; if neither has one, it keeps its random weights. UserError names a tensor
-    that is missing, unexpected, duplicate or misshapen.
+    A `bert.` prefix, TensorFlow's `gamma` and `beta`, and heads are accepted. `pooler` overrides
+    the checkpoint's own; if neither has one, the pooler keeps its random weights. UserError names a
+    tensor that is missing, unexpected, duplicate or misshapen.
     """
-    # Nothing is skipped silently: a checkpoint that half fits would train to a bad score.
+    # Nothing is skipped silently: a partly loaded checkpoint would train to a bad score.
     expected = {hub_name(name): parameter for name, parameter in model.named_parameters()}
     weights: dict[str, Tensor] = {}
     for stored, name in encoder_names(tensors, source).items():
@@ -396,7 +396,7 @@ def load_weights(
         if name not in expected:
             raise UserError(f"{source}: {stored} is not a weight of the model in config.json")
         if name in weights:
-            raise UserError(f"{source}: {stored} is there twice, under two names")
+            raise UserError(f"{source}: {stored} appears twice, under two names")
         if tensor.shape != expected[name].shape:
             raise UserError(
                 f"{source}: {stored} has shape {tuple(tensor.shape)}, but config.json makes it"

@@ -2,7 +2,7 @@
 
     python classifier.py --task sst --option finetune --use_gpu
 
-It is multitask_classifier.py with a single task, and leaves the same run folder.
+It is multitask_classifier.py with a single task, and writes the same run folder.
 """
 
 from argparse import Namespace
@@ -12,7 +12,7 @@ import multitask_classifier as multitask
 from engine import cli
 from model import POOLINGS
 
-# The flags of multitask_classifier.py that mean nothing for a single task.
+# Flags of multitask_classifier.py that have no effect with a single task.
 SINGLE_TASK = {
     "sampling": "roundrobin",
     "pair_encoding": "separate",
@@ -25,10 +25,10 @@ SINGLE_TASK = {
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     """The command line, checked and completed."""
     parser = cli.ArgumentParser(__doc__)
-    parser.add_argument("--task", choices=["sst", "cfimdb"], default="sst", help="what to train on")
+    parser.add_argument("--task", choices=["sst", "cfimdb"], default="sst", help="task to train on")
     multitask.add_supervised_flags(parser)
     cli.add_training_flags(parser, POOLINGS)
-    multitask.add_file_flags(parser.add_argument_group("files").add_argument, "", "the task")
+    multitask.add_file_flags(parser.add_argument_group("files").add_argument, "", "the task's")
     parser.set_defaults(**SINGLE_TASK)
     args = parser.parse_args(argv)
     # From here on it is a multitask run of one task.

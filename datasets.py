@@ -1,9 +1,9 @@
 """The course's csv files as batches: read, tokenised once, grouped by length, tasks mixed.
 
 Which rows are trained on, in which order, is a pure function of (files, batch size, seed, epoch):
-resuming needs no state but a step number, and a pass over a set sees every row exactly once.
+resuming needs only a step number, and a pass over a set sees every row exactly once.
 
-The course lower-cases pairs and puts spaces around ". ? , '" before tokenising. That is left out:
+The course lower-cases pairs and puts spaces around ". ? , '" before tokenising. We do not:
 the tokenizer does both if the model is uncased, and a cased model should see the case.
 """
 
@@ -50,10 +50,10 @@ def read_examples(
 ) -> tuple[list[Example], int, str]:
     """Read one of the course's tab-separated files, whose rows `task` describes.
 
-    labelled: whether rows have labels; None: if the file has the column. A row with an empty label
-    is left out: the course's files have some.
+    labelled: whether rows have labels; None: only if the file has the column. Rows with an empty
+    label, of which the course's files have some, are skipped.
 
-    Returns the examples in file order, the number of rows left out, and the file's sha256.
+    Returns the examples in file order, the number of skipped rows, and the file's sha256.
     """
     column = task.label_column
     required, optional = ([column] if labelled else []), ([column] if labelled is None else [])
@@ -94,9 +94,9 @@ def _parse_label(text: str, task: Task, where: str) -> float | None:
 
 
 def sample_rows(rows: Sequence[Row], limit: int | None) -> list[Row]:
-    """All rows, or a random subset of `limit`, always the same one, in their order.
+    """All rows, or a fixed random subset of `limit` rows, in their original order.
 
-    The first rows would not do: the course's SST file begins with its positive sentences.
+    Not the first rows: the course's SST file begins with its positive sentences.
     (Reservoir sampling: Vitter 1985, https://doi.org/10.1145/3147.3165, algorithm R.)
     """
     kept = list(range(len(rows)))[:limit]
@@ -170,8 +170,8 @@ class TokenizedDataset:
         columns: Sequence[Sequence[str]],  # the first sentence of every row, the second, ...
         tokenizer: BertTokenizer,
         joint: bool = False,  # encode two sentences as one sequence, "[CLS] a [SEP] b [SEP]"
-        unit: str = "rows",  # what messages call the rows
-        min_batch_size: int = 1,  # a last training batch below it joins the one before
+        unit: str = "rows",  # the word for rows in messages
+        min_batch_size: int = 1,  # a smaller last training batch joins the one before
         checksum: str = "",  # sha256 of the file
     ):
         self.name = name
@@ -209,7 +209,7 @@ class TokenizedDataset:
         return f"{self.path}: {len(self):,} {self.unit}{truncated}"
 
     def describe_rows(self, rows: np.ndarray) -> str:
-        """What a message calls these rows."""
+        """These rows, for a message."""
         return f"{self.unit} " + " ".join(str(row + 1) for row in rows)
 
     def batch(self, rows: np.ndarray, global_rows: np.ndarray | None = None) -> Batch:
@@ -263,7 +263,7 @@ class TokenizedDataset:
     ) -> Iterator[Batch]:
         """Every row (or each of `rows`) once, longest first: too large a batch fails at once.
 
-        With `shard`, the batches are dealt out to the processes in turn.
+        With `shard`, the processes take turns at the batches.
         """
         rank, world_size = (distributed.rank(), distributed.world_size()) if shard else (0, 1)
         order = np.arange(len(self)) if rows is None else rows
@@ -273,7 +273,7 @@ class TokenizedDataset:
 
 
 class TaskDataset(TokenizedDataset):
-    """One file of one task. Attributes: `task`, `examples`, `unlabelled` (rows left out)."""
+    """One file of one task. Attributes: `task`, `examples`, `unlabelled` (skipped rows)."""
 
     def __init__(
         self,
@@ -315,7 +315,7 @@ class TaskMixture:
     and an epoch takes the next few of each:
 
     - `roundrobin`: the tasks in turn, as in the paper. An epoch is one pass over the smallest set;
-      the larger ones continue in the next epoch where they stopped.
+      in the next epoch, larger sets continue where they stopped.
     - `proportional`: an epoch is one pass over every set, in random order.
     - `annealed`: as many steps as `proportional`, shared in proportion to (set size)^a, where a
       falls from 1 in the first epoch to 0.2 in the last (Stickland & Murray 2019, section 4.2).
@@ -365,7 +365,7 @@ class TaskMixture:
 
     def steps(self, epoch: int, first: int = 0) -> Iterator[list[Batch]]:
         """The epoch's steps from number `first` on; skipped ones cost nothing."""
-        # How far each task's stream is: whole epochs, and the skipped steps of this one.
+        # The position in each task's stream: earlier epochs, and the skipped steps of this one.
         earlier = [self.task_steps(e) for e in range(epoch)]
         order = self.order(epoch)
         skipped = Counter(i for step in order[:first] for i in step)
@@ -374,7 +374,7 @@ class TaskMixture:
         for step in order[first:]:
             batches: list[Batch] = []
             for i in step:
-                # The stream continues from epoch to epoch; each pass has an order of its own.
+                # The stream continues from epoch to epoch; each pass has its own order.
                 number, place = divmod(position[i], self.pass_steps[i])
                 position[i] += 1
                 dataset = self.datasets[i]

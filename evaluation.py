@@ -1,6 +1,6 @@
 """Everything about saved runs: evaluate, predict, report, submit, compare, average, export.
 
-    python evaluation.py runs/NAME                                      # dev metrics again
+    python evaluation.py runs/NAME                                      # evaluate on dev again
     python evaluation.py runs/NAME --data FILE.csv --task sst --out PREDICTIONS.csv
     python evaluation.py runs/NAME --text "A fine film."                # --text twice for a pair
     python evaluation.py runs/NAME --report                             # RUN/report/index.html
@@ -11,7 +11,7 @@
     python evaluation.py runs/A runs/B runs/C                           # an ensemble; also --submit
     python evaluation.py runs/A runs/B runs/C --average runs/MEAN       # the mean of their weights
 
-Batch size, precision, pooling, pair encoding and dev files are those that the run recorded.
+Batch size, precision, pooling, pair encoding and dev files are those of the run.
 """
 
 import json
@@ -97,7 +97,7 @@ def evaluate_run(run: SavedRun, args: Namespace) -> None:
 
 
 def evaluate_ensemble(runs: Sequence[SavedRun], args: Namespace) -> None:
-    """Print the dev metrics of the runs' averaged logits and, with --average, of their weights."""
+    """Print the dev metrics of the runs' averaged logits and, with --average, weights."""
     if args.average:
         check_average(runs, args.average)
     evaluation = evaluate_dev(predict_ensemble(runs, ["dev"], args.data_dir, args.device))
@@ -135,7 +135,7 @@ def compare_runs(first: SavedRun, args: Namespace) -> None:
     note(
         f"differences: {first.folder} minus {args.compare}",
         "intervals: bootstrap over rows; p: paired test with Holm's correction, significant below"
-        f" {SIGNIFICANCE}; the variance between seeds is in neither",
+        f" {SIGNIFICANCE}; neither covers the variance between seeds",
     )
 
 
@@ -178,7 +178,7 @@ def predict_texts(run: SavedRun, args: Namespace) -> None:
         joint = len(texts) > model.embeddings_per_row(task)
         columns = [[text] for text in texts]
         dataset = TokenizedDataset(task.name, Path("--text"), columns, model.tokenizer, joint)
-        if dataset.truncated:  # tell, as the end of the text was not read
+        if dataset.truncated:  # say so: the end of the text was not read
             note(dataset)
         with model.evaluating():
             batch = dataset.batch(np.arange(1)).to(model.device)
@@ -253,7 +253,7 @@ def pack(files: dict[tuple[str, str], str], out: Path) -> None:
 
 
 def report(run: SavedRun, args: Namespace) -> None:
-    """Write the run's report/: a page with tables, pictures and the worst predictions."""
+    """Write the run's report/: a page with tables, plots and the worst predictions."""
     from report.page import write_report  # matplotlib takes a second
 
     print(write_report(run, args.data_dir, args.device))
@@ -325,14 +325,14 @@ ACTIONS_OF_FLAG = {
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     """The command line, checked; `action` is a key of `ACTIONS`."""
     parser = ArgumentParser(__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, help="a run folder, or several: an ensemble")
-    group = parser.add_argument_group("what to do (default: dev metrics again)")
+    parser.add_argument("runs", nargs="+", type=Path, help="a run folder, or several (ensemble)")
+    group = parser.add_argument_group("what to do (default: evaluate on dev again)")
     add = group.add_mutually_exclusive_group().add_argument
     add("--data", type=Path, metavar="FILE", help="predict a csv file in the course's format")
     add("--text", action="append", help="predict a sentence, or a pair: --text A --text B")
-    add("--submit", type=Path, metavar="ZIP", help="check the predictions, and pack them")
+    add("--submit", type=Path, metavar="ZIP", help="check and pack the leaderboard files")
     add("--compare", type=Path, metavar="OTHER", help="compare dev metrics with another run's")
-    add("--report", action="store_true", default=None, help="write a page about the run: report/")
+    add("--report", action="store_true", default=None, help="write a one-page report of the run")
     export_help = (
         "write the encoder as ONNX (after ./setup.sh --dev), or for the course's BertModel"
     )
@@ -340,10 +340,10 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     average_help = "new run folder for the mean of the runs' weights"
     add("--average", type=Path, metavar="FOLDER", help=average_help)
     add = parser.add_argument
-    add("--task", help="the task whose columns the file of --data has")
-    add("--out", type=Path, help="a new file, for --data (predictions) or --export (the model)")
+    add("--task", help="the task of the --data file")
+    add("--out", type=Path, help="new file for --data (predictions) or --export (model)")
     add("--data_dir", type=Path, help="folder of the csv files (default: the files the run read)")
-    add("--device", choices=["auto", "cpu", "cuda", "mps"], help="(default: the run's)")
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], help="device (default: the run's)")
     args = parser.parse_args(argv)
     actions = {**ACTIONS, **ENSEMBLE_ACTIONS}
     given = [action for action in actions if getattr(args, action, None) is not None]
@@ -352,7 +352,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
         parser.error(f"--{args.action} takes one run")
     # A flag that would have no effect is refused, not ignored.
     for flag, useful in ACTIONS_OF_FLAG.items():
-        if flag == "device" and len(args.runs) > 1:  # an ensemble predicts, whatever it is asked
+        if flag == "device" and len(args.runs) > 1:  # every action of an ensemble predicts
             continue
         if getattr(args, flag) is not None and args.action not in useful:
             parser.error(f"--{flag} has no effect {f'with --{given[0]}' if given else 'by itself'}")
@@ -364,7 +364,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Answer what the command line asks."""
+    """Do what the command line asks."""
     args = parse_args(argv)
     runs = [SavedRun(folder) for folder in args.runs]
     if len(runs) == 1 and args.action in ACTIONS:

@@ -39,9 +39,10 @@ def hide_tokens(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Choose what to hide in one sequence: ids (T,) -> the input (T,), and where to predict (T,).
 
-    `probability` of its tokens, at least one, are to be predicted: 80% of these become [MASK], 10%
-    a random token and 10% stay, as at test time there is no [MASK]. special: (V,) bool, tokens that
-    are never hidden. continues: (V,) bool, word pieces ("##..."): hide whole words; None: pieces.
+    A fraction `probability` of its tokens, at least one, is to be predicted: 80% of these become
+    [MASK], 10% a random token and 10% stay, because there is no [MASK] at test time. special: (V,)
+    bool, tokens that are never hidden. continues: (V,) bool, word pieces ("##..."), to hide
+    whole words; None: hide pieces.
     """
     candidates = np.flatnonzero(~special[ids])
     hidden = np.zeros(len(ids), dtype=bool)
@@ -52,7 +53,7 @@ def hide_tokens(
         np.ones(len(candidates), dtype=bool) if continues is None else ~continues[ids[candidates]]
     )
     words = starts.cumsum()
-    # As many as asked for; the last word may go beyond it by a piece or two.
+    # Stop at the wanted number; the last word may exceed it by a piece or two.
     wanted = max(1, round(probability * len(candidates)))
     for word in rng.permutation(np.unique(words)):
         if hidden.sum() >= wanted:
@@ -66,7 +67,7 @@ def hide_tokens(
 
 
 class MaskedLMHead(nn.Module):
-    """A dense layer, LayerNorm, and the word embeddings once more, as the output layer's matrix."""
+    """A dense layer, LayerNorm, and an output layer whose matrix is the word embedding."""
 
     def __init__(self, config: BertConfig):
         super().__init__()
@@ -104,7 +105,7 @@ class MaskedLM(SentenceEncoder):
 
     @classmethod
     def from_pretrained(cls, name: str | Path, **options: float | None) -> "MaskedLM":
-        """Load BERT and its pre-training head; one that is missing is drawn at random, with a note.
+        """Load BERT and its pre-training head; a missing head starts at random, with a note.
 
         options: fields of `BertConfig` to change.
         """

@@ -1,8 +1,8 @@
-"""Pre-train BERT on plain text by masked language modelling, as it was pre-trained first.
+"""Pre-train BERT on plain text by masked language modelling, its original objective.
 
     python mlm.py --tasks sst,para,sts --use_gpu              # on the tasks' own sentences
     python mlm.py --text FILE.txt --use_gpu                   # a sentence per line
-    python mlm.py --text FILE.txt --from_scratch 4x256        # a BERT of one's own
+    python mlm.py --text FILE.txt --from_scratch 4x256        # from random weights
     python multitask_classifier.py --option finetune --use_gpu --model runs/NAME
     python evaluation.py runs/NAME --text "the movie was [MASK]"
 
@@ -39,7 +39,7 @@ from saved_runs import run_facts
 from tasks import find_tasks
 from tokenizer import BertTokenizer
 
-DEV_SHARE, MAX_DEV = 0.05, 2000  # of a text's lines, and of dev sentences in all
+DEV_SHARE, MAX_DEV = 0.05, 2000  # share of a text's lines; limit of dev sentences
 HEAD_SIZE = 64  # features of an attention head, as in BERT-base
 
 
@@ -55,7 +55,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     probability = cli.number(float, 0, 1, above=True, below=True)
     probability_help = "fraction of the tokens to predict"
     add("--mlm_probability", type=probability, default=0.15, metavar="P", help=probability_help)
-    add("--whole_word", action="store_true", help="hide all pieces of a word together")
+    add("--whole_word", action="store_true", help="mask all pieces of a word together")
     add("--epochs", type=cli.POSITIVE_INT, default=10, help="passes over the sentences")
     add("--lr", type=cli.POSITIVE, default=5e-5, help="peak learning rate")
     cli.add_training_flags(parser, POOLINGS)
@@ -81,14 +81,14 @@ def size(text: str) -> list[int]:
 def load_datasets(
     args: Namespace, tokenizer: BertTokenizer
 ) -> tuple[TokenizedDataset, TokenizedDataset]:
-    """The sentences to train on, and others for evaluation."""
+    """The training sentences, and others for evaluation."""
     if args.text:
         text = read_text(args.text)
         lines = [line.strip() for line in text.split("\n") if line.strip()]
         lines = sample_rows(lines, args.limit)
         if len(lines) < 2:
             raise UserError(f"{args.text}: {len(lines)} lines of text; expected at least 2")
-        # A random share of the lines, always the same one, is for evaluation.
+        # A fixed random share of the lines is held out for evaluation.
         count = min(MAX_DEV, max(1, round(DEV_SHARE * len(lines))))
         held_out = set(sample_rows(range(len(lines)), count))
         parts = [[x for i, x in enumerate(lines) if (i in held_out) == dev] for dev in (0, 1)]
@@ -124,7 +124,7 @@ def task_sentences(args: Namespace, split: str) -> tuple[list[str], str]:
 
 @dataclass
 class Masking:
-    """Chooses the hidden tokens of a batch, by the seed, the step and the numbers of its rows."""
+    """Chooses the hidden tokens of a batch from the seed, the step and its row numbers."""
 
     tokenizer: BertTokenizer
     args: Namespace  # `mlm_probability`, `whole_word` and `seed`
@@ -145,8 +145,8 @@ class Masking:
         ids, lengths = original.input_ids.numpy(), original.attention_mask.numpy().sum(axis=1)
         hidden = np.zeros(ids.shape, dtype=bool)
         for i, (row, length) in enumerate(zip(batch.rows, lengths, strict=True)):
-            # A function of row and step alone, and not of padding: several processes hide what one
-            # would, and a resumed run what an uninterrupted one would.
+            # A function of row and step alone, not of padding: so several processes hide the same
+            # tokens as one, and a resumed run the same as an uninterrupted one.
             rng = np.random.default_rng([self.args.seed, step, int(row)])
             options = (self.continues, self.special, self.tokenizer.mask_token_id)
             chosen = hide_tokens(ids[i, :length], *options, self.args.mlm_probability, rng)
@@ -166,7 +166,7 @@ class MaskedLMBackward:
     def __call__(self, batches: Sequence[Batch], step: int) -> Tensor:
         """Leave gradients in the model's parameters; returns the mean loss."""
         hidden_batches = [self.masking(batch, step) for batch in batches]
-        # One division for all batches and processes, so that every hidden token counts alike.
+        # One division for all batches and processes, so that all hidden tokens have equal weight.
         counts = torch.tensor([sum(len(hidden[0]) for _, hidden in hidden_batches)])
         count = max(1, distributed.all_reduce_sum(counts).item())
         total = to_float64(self.model.head.bias.new_zeros(()))
@@ -207,7 +207,7 @@ def evaluate_model(
 
 
 def load_model(args: Namespace) -> MaskedLM:
-    """--model, or with --from_scratch a smaller BERT of random weights with its vocabulary."""
+    """--model, or with --from_scratch a BERT with random weights and the tokenizer of --model."""
     rate = args.hidden_dropout_prob
     if not args.from_scratch:
         model = MaskedLM.from_pretrained(args.model, hidden_dropout_prob=rate)
@@ -230,7 +230,7 @@ def load_model(args: Namespace) -> MaskedLM:
 
 
 def run_training(args: Namespace) -> dict[str, Any]:
-    """Train as the command line says, from files to a finished run; what `result.json` holds."""
+    """Train as the command line says; returns the content of `result.json`."""
     with distributed.process_group(args):
         recorded = RunDir.check(args)
         device, dtype = setup_device(args.seed, args.device, args.precision, recorded)

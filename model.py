@@ -31,8 +31,8 @@ LENGTH_STEP = 4  # on CPUs, bf16 batches are padded to a multiple of this many t
 def pool(output: dict[str, Tensor], attention_mask: Tensor, pooling: str) -> Tensor:
     """One embedding (B, D) per sequence from BERT's output.
 
-    `pooler` is the paper's choice, dense + tanh on the [CLS] token; `cls` that token's hidden state
-    itself; `mean` the average over all tokens but padding.
+    `pooler`, the paper's choice: dense + tanh on the [CLS] token. `cls`: the hidden state of [CLS].
+    `mean`: the average over all tokens except padding.
     """
     hidden_states = output["last_hidden_state"]  # (B, T, D)
     if pooling == "pooler":
@@ -40,7 +40,7 @@ def pool(output: dict[str, Tensor], attention_mask: Tensor, pooling: str) -> Ten
     if pooling == "cls":
         return hidden_states[:, 0]
     if pooling == "mean":
-        # Padding must not count: the embedding of a text would depend on its batch.
+        # Leave out padding: otherwise a text's embedding would depend on its batch.
         mask = attention_mask[:, :, None].to(hidden_states.dtype)  # (B, T, 1), 0 at padding
         wide = torch.promote_types(hidden_states.dtype, torch.float32)  # sum bf16 in fp32
         total = (hidden_states * mask).sum(1, dtype=wide)
@@ -114,7 +114,7 @@ class CosineHead(nn.Module):
         return self.dense(F.cosine_similarity(u, v, dim=-1)[:, None])
 
 
-# Each --{task}_decoder has these as its choices.
+# The choices of every --{task}_decoder.
 HEADS: dict[str, type[nn.Module]] = {
     "linear": LinearHead,
     "concat": ConcatHead,
@@ -140,7 +140,7 @@ class SentenceEncoder(nn.Module):
                 f"the tokenizer has {tokenizer.vocab_size} tokens, but vocab_size in config.json is"
                 f" {bert.config.vocab_size}: they are not of one model"
             )
-        self.bert = bert  # under this name, the course's: students' code reaches into it
+        self.bert = bert  # the course's name, which students' code uses
         self.tokenizer = tokenizer
         self.pooling = pooling
         self.decoders: dict[str, str] = {}  # task -> its head, a row of `HEADS`
@@ -176,7 +176,7 @@ class SentenceEncoder(nn.Module):
         """BERT's outputs for a batch (B, T), in the precision `dtype`."""
         length = input_ids.size(1)
         if self.dtype == torch.bfloat16 and input_ids.device.type == "cpu":
-            # oneDNN compiles a kernel for every new length. Rounded up, lengths repeat.
+            # oneDNN compiles a kernel for every new length; rounding up makes lengths repeat.
             limit = self.bert.config.max_position_embeddings
             padding = min(-length % LENGTH_STEP, limit - length)
             input_ids = F.pad(input_ids, (0, padding), value=self.bert.config.pad_token_id)
@@ -193,10 +193,10 @@ class SentenceEncoder(nn.Module):
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """In the block: evaluation mode, no gradients, and weights cast to bfloat16 only once.
+        """A block in evaluation mode, without gradients; weights are cast to bfloat16 only once.
 
-        Autocast keeps the weights that it has cast until the outermost context ends, even if that
-        is a disabled one.
+        Autocast caches the weights that it casts until the outermost context ends, even if that
+        context is a disabled one.
         """
         training = [module for module in self.modules() if module.training]
         if training:  # eval() takes a millisecond
@@ -205,18 +205,18 @@ class SentenceEncoder(nn.Module):
             with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=False):
                 yield
         finally:
-            for module in training:  # not train(): a part may have been in evaluation mode
+            for module in training:  # not train(): some parts may have been in evaluation mode
                 module.training = True
 
     def encode(self, texts: Sequence[str], batch_size: int = 64) -> np.ndarray:
         """Embeddings of texts, a float32 array (N, D), in their order.
 
-        Texts of similar length share a batch; those beyond the model's limit are truncated. Open
-        `with model.evaluating():` around many small calls, and weights are cast once for all.
+        Texts of similar length share a batch; those beyond the model's limit are truncated. For
+        many small calls, wrap them in `with model.evaluating():` to cast the weights only once.
         """
         if isinstance(texts, str):
             raise TypeError("encode takes a list of str; for one sentence, encode([text])[0]")
-        # `shard=False`: every process may encode texts of its own.
+        # `shard=False`: every process may encode its own texts.
         vectors = np.empty((len(texts), self.bert.config.hidden_size), dtype=np.float32)
         dataset = TokenizedDataset("", Path("texts"), [list(texts)], self.tokenizer)
         with self.evaluating():
@@ -230,10 +230,10 @@ class SentenceEncoder(nn.Module):
         """Write a HuggingFace folder of encoder and tokenizer, with the heads beside them.
 
         `transformers` and `sentence-transformers` load it, the latter with the same `encode`. The
-        folder appears whole or not at all, in place of one that was written like this before.
+        folder appears whole or not at all, and replaces one that this method wrote before.
         """
         folder = Path(folder).resolve()
-        # Overwrite only what this method wrote, never a user's folder of something else.
+        # Overwrite only what this method wrote, never another folder of the user's.
         ours = (folder / "heads.json").exists()
         if folder.exists() and not ours and any(folder.iterdir()):
             raise UserError(f"{folder}: contains something other than a model; left alone")
@@ -241,7 +241,7 @@ class SentenceEncoder(nn.Module):
             self._write(draft)
 
     def head_tensors(self) -> dict[str, Tensor]:
-        """Tensors of a pre-training head, to be saved with BERT's; none here."""
+        """Tensors of a pre-training head to save with BERT's; none here."""
         return {}
 
     def _write(self, folder: Path) -> None:
@@ -283,7 +283,7 @@ class MultitaskBERT(SentenceEncoder):
         self.pair_encoding = dict(pair_encoding)
         self.heads = nn.ModuleDict()
         for task in tasks:
-            # One embedding of a jointly encoded pair leaves nothing to compare.
+            # A jointly encoded pair has one embedding: there is nothing to compare.
             default = "linear" if self.encoding(task) == "joint" else task.head
             name = (decoders or {}).get(task.name) or default
             if name not in HEADS:
@@ -297,7 +297,7 @@ class MultitaskBERT(SentenceEncoder):
                     f" use {', '.join(fitting)}"
                 )
             self.decoders[task.name] = name
-            # Heads drop out as much as BERT does.
+            # Heads have BERT's dropout probability.
             width, dropout = bert.config.hidden_size, bert.config.hidden_dropout_prob
             self.heads[task.name] = HEADS[name](width, task, dropout)
 
@@ -308,7 +308,7 @@ class MultitaskBERT(SentenceEncoder):
     def train(self, mode: bool = True) -> "MultitaskBERT":
         """Switch dropout on or off; a frozen BERT has none."""
         super().train(mode)
-        # With dropout, a frozen BERT would give a sentence another embedding in every epoch.
+        # With dropout, a frozen BERT would give a sentence a different embedding in every epoch.
         self.bert.train(mode and any(p.requires_grad for p in self.bert.parameters()))
         return self
 
@@ -364,7 +364,7 @@ class MultitaskBERT(SentenceEncoder):
     ) -> Tensor:
         """Logits (B, C) of pairs tokenised separately, (B, T1) and (B, T2)."""
         pad = self.bert.config.pad_token_id
-        # The course tokenises the sentences of a pair separately, whatever the model wants.
+        # The course always tokenises the sentences of a pair separately.
         if self.encoding(TASKS[task]) == "joint":
             pairs = zip(ids_1, mask_1.bool(), ids_2, mask_2.bool(), strict=True)
             joined = [self._join(a[keep_a], b[keep_b]) for a, keep_a, b, keep_b in pairs]

@@ -57,13 +57,13 @@ def add_supervised_flags(parser: ArgumentParser) -> None:
     options = ["pretrain", "finetune", "lpft"]
     help_text = "pretrain: heads only (linear probing); finetune: BERT too; lpft: one, then both"
     add("--option", choices=options, default="pretrain", help=help_text)
-    add("--epochs", type=cli.POSITIVE_INT, help="(default: 10 for pretrain, else 3)")
+    add("--epochs", type=cli.POSITIVE_INT, help="epochs (default: 10 for pretrain, else 3)")
     add("--lr", type=cli.POSITIVE, help="peak learning rate (default: pretrain 1e-2, else 5e-5)")
-    head_help = "peak rate of the heads if BERT is trained too (default: 1e-2)"
+    head_help = "peak learning rate of the heads if BERT is trained too (default: 1e-2)"
     add("--head_lr", type=cli.POSITIVE, help=head_help)
-    probe_help = "of the heads alone, with lpft (default: until dev stops improving)"
+    probe_help = "epochs of probing in lpft (default: until dev stops improving)"
     add("--probe_epochs", type=cli.POSITIVE_INT, metavar="EPOCHS", help=probe_help)
-    rdrop_help = "weight of R-Drop: two dropout passes should agree (default: 0, one pass)"
+    rdrop_help = "weight of R-Drop, which makes two dropout passes agree (default: 0, off)"
     add("--rdrop", type=cli.NON_NEGATIVE, default=0.0, metavar="ALPHA", help=rdrop_help)
     add("--no_test", action="store_true", help="do not read or predict the test files")
 
@@ -72,9 +72,9 @@ def add_file_flags(add: Callable[..., Any], prefix: str, title: str) -> None:
     """A task's three input files and two output files, under the course's flag names."""
     splits = {"train": "training", "dev": "dev", "test": "test"}
     for split, word in splits.items():
-        add(f"--{prefix}{split}", type=Path, help=f"{title}: {word} file (default: in --data_dir)")
+        add(f"--{prefix}{split}", type=Path, help=f"{title} {word} file (default: in --data_dir)")
     for split in ("dev", "test"):
-        help_text = f"{title}: {split} predictions (default: predictions/ in the run folder)"
+        help_text = f"{title} {split} predictions (default: predictions/ in the run folder)"
         add(f"--{prefix}{split}_out", type=Path, help=help_text)
 
 
@@ -83,14 +83,14 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     parser = cli.ArgumentParser(__doc__, fromfile_prefix_chars="@")
     add_supervised_flags(parser)
     add = parser.add_argument_group("multitask training").add_argument
-    add("--tasks", default="sst,para,sts", help=f"comma-separated; there are {', '.join(TASKS)}")
+    add("--tasks", default="sst,para,sts", help=f"comma-separated, of {', '.join(TASKS)}")
     add("--sampling", choices=SAMPLINGS, default="roundrobin", help="how an epoch mixes the tasks")
-    pair_help = "an embedding per sentence, or one for '[CLS] a [SEP] b [SEP]'"
+    pair_help = "one embedding per sentence, or one for '[CLS] a [SEP] b [SEP]'"
     add("--pair_encoding", choices=PAIR_ENCODINGS, default="separate", help=pair_help)
     add("--leave_out", metavar="TASK", help="train this task's head only, not BERT")
     surgery_help = "sum, pcgrad: a batch of each task per step; pcgrad projects out conflicts"
     add("--surgery", choices=["none", *GRADIENT_COMBINERS], default="none", help=surgery_help)
-    conflict_help = "log gradient conflict every N steps; says beforehand what that costs"
+    conflict_help = "log gradient conflict every N steps; prints the cost beforehand"
     add("--measure_conflict", type=cli.COUNT, default=0, metavar="N", help=conflict_help)
     rows_help = "rows per batch of --measure_conflict (default: --batch_size)"
     add("--conflict_rows", type=cli.POSITIVE_INT, metavar="ROWS", help=rows_help)
@@ -110,7 +110,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
 
 
 def complete_supervised_args(args: Namespace, parser: ArgumentParser, name: str) -> None:
-    """Fill in what depends on --option, and refuse flags that contradict each other."""
+    """Fill in defaults that depend on --option, and refuse contradictory flags."""
     cli.complete_training_args(args, parser, f"{name}-{args.option}")
     if args.option == "pretrain" and args.lr and args.head_lr:
         parser.error("--lr and --head_lr are the same with --option pretrain; give one of them")
@@ -118,7 +118,7 @@ def complete_supervised_args(args: Namespace, parser: ArgumentParser, name: str)
     for flag in [flag for flag in vars(args) if flag.endswith(("test", "test_out"))]:
         if args.no_test and flag != "no_test" and getattr(args, flag) is not None:
             parser.error(f"--{flag} contradicts --no_test; give one of them")
-    # Only heads are trained by linear probing, so there is one learning rate, by either name.
+    # Linear probing trains only heads, so there is one learning rate, under either name.
     if args.option == "pretrain":
         args.head_lr = args.head_lr or args.lr or DEFAULT_HEAD_LR
     else:
@@ -128,7 +128,7 @@ def complete_supervised_args(args: Namespace, parser: ArgumentParser, name: str)
     if args.probe_epochs and args.option != "lpft":
         parser.error("--probe_epochs is for --option lpft")
     if args.option == "lpft" and args.final_only and not args.probe_epochs:
-        parser.error("--final_only with --option lpft needs --probe_epochs: dev may not decide")
+        parser.error("--final_only with --option lpft needs --probe_epochs: dev must not decide")
     if args.rdrop and args.hidden_dropout_prob == 0:
         parser.error("--rdrop needs dropout: --hidden_dropout_prob above 0")
 
@@ -141,7 +141,7 @@ def check_multitask_args(args: Namespace, parser: ArgumentParser) -> None:
         parser.error(f"--tasks {task}: no such task; there are {', '.join(TASKS)}")
     if len(set(args.tasks)) < len(args.tasks):
         parser.error(f"--tasks {listed}: name each task once")
-    # A file of a task that is left out would never be read.
+    # A file of a task that is not trained would never be read.
     for task in set(TASKS) - set(args.tasks):
         for flag in [flag for flag in vars(args) if flag.startswith(f"{task}_")]:
             if getattr(args, flag) is not None:
@@ -197,8 +197,8 @@ def load_datasets(args: Namespace, tasks: list[Task], tokenizer: BertTokenizer) 
 def output_paths(args: Namespace, resumed: bool) -> dict[tuple[str, str], Path]:
     """(task, split) -> its prediction file.
 
-    UserError if one that the user named exists (unless this run may have written it before), is
-    named twice, or cannot be written.
+    UserError if a file that the user named exists (unless this run may have written it), is named
+    twice, or cannot be written.
     """
     paths: dict[tuple[str, str], Path] = {}
     taken = [args.run_dir.resolve()]
@@ -227,8 +227,8 @@ def row_losses(
 ) -> Tensor:
     """The loss of each row, (B,); with `detach` it reaches the head but not BERT.
 
-    With `rdrop` (alpha) that of R-Drop (Liang et al. 2021, https://arxiv.org/abs/2106.14448): the
-    mean loss of two passes under different dropout masks, plus alpha times their disagreement.
+    With `rdrop` (alpha), the loss of R-Drop (Liang et al. 2021, https://arxiv.org/abs/2106.14448):
+    the mean loss of two passes with different dropout masks, plus alpha times their disagreement.
     """
     labels = TASKS[batch.task].labels
 
@@ -249,7 +249,7 @@ def row_losses(
 
 
 def make_backward(args: Namespace, model: MultitaskBERT, embed: Embed) -> Backward:
-    """How a step gets its gradients: of one task's loss, or combined from those of all tasks."""
+    """How a step gets its gradients: from one task's loss, or combined from those of all tasks."""
 
     def backward_task(batches: Sequence[Batch]) -> Tensor:
         # A step trains BERT and the head of its own task; the other heads have no gradients.
@@ -288,10 +288,7 @@ class DevEvaluator:
 
 
 def make_optimizers(args: Namespace, model: MultitaskBERT, frozen: bool) -> dict[str, AdamW]:
-    """An AdamW for BERT, unless it is frozen, and one for each head.
-
-    As in the paper: with a common one, a task's batches would move the moments of other heads.
-    """
+    """An AdamW for BERT, unless it is frozen, and, as in the paper, one for each head."""
     # BERT gets a small learning rate, new heads a large one.
     rates = {name: (head, args.head_lr) for name, head in model.heads.items()}
     rates = rates if frozen else {"bert": (model.bert, args.lr), **rates}
@@ -309,7 +306,7 @@ def train(
     frozen: bool,
     best_folder: str = "best",
 ) -> Trainer:
-    """Train the heads, and BERT unless it is frozen; the trainer, which has the best evaluation."""
+    """Train the heads, and BERT unless frozen; returns the trainer, with the best evaluation."""
     mixture = TaskMixture(
         datasets["train"],
         args.batch_size,
@@ -320,7 +317,7 @@ def train(
         all_tasks=args.surgery != "none",
     )
     embed: Embed = partial(embed_batch, model)
-    if frozen:  # BERT gives a sentence the same embedding in every epoch: compute each once
+    if frozen:  # a sentence has the same embedding in every epoch: compute it once
         embed = EmbeddingCache(model, args.batch_size)
         for dataset, rows in zip(datasets["train"], mixture.rows_used(), strict=True):
             embed.add(dataset, rows)
@@ -355,9 +352,9 @@ def load_best(model: MultitaskBERT, folder: Path) -> None:
 def train_by_option(
     args: Namespace, model: MultitaskBERT, datasets: Datasets, run: RunDir
 ) -> Trainer:
-    """`train` in the one or two stages of --option; the best weights are then loaded."""
+    """Train in the one or two stages of --option, then load the best weights."""
     if args.option == "lpft":
-        # A run that is resumed in the second stage has been through the first.
+        # A run resumed in the second stage has already finished the first.
         if run.state is None or run.state[1]["stage"] == "probe":
             run.stage = "probe"
             probe_args = Namespace(**{**vars(args), **PROBE})
@@ -380,7 +377,7 @@ def train_by_option(
 def write_results(
     args: Namespace, datasets: Datasets, baselines: dict[str, tuple[str, float]], trainer: Trainer
 ) -> dict[str, Any]:
-    """Write the best weights' predictions and result.json, and print a table; that result."""
+    """Write predictions of the best weights and result.json, print a table; returns the result."""
     evaluator, best = trainer.evaluate_model, trainer.state.best
     outputs, metrics = output_paths(args, resumed=True), best["tasks"]
     for (task, split), path in outputs.items():
@@ -418,9 +415,9 @@ def results_table(
 
 
 def run_training(args: Namespace) -> dict[str, Any]:
-    """Train as the command line says, from files to a finished run; what `result.json` holds."""
+    """Train as the command line says; returns the content of `result.json`."""
     with distributed.process_group(args):
-        # 1. Check everything that can be checked before anything is written.
+        # 1. Check as much as possible before anything is written.
         tasks = find_tasks(args.tasks)
         recorded = RunDir.check(args)
         device, dtype = setup_device(args.seed, args.device, args.precision, recorded)
@@ -436,7 +433,7 @@ def run_training(args: Namespace) -> dict[str, Any]:
         model = MultitaskBERT(bert, tasks, decoders, args.pooling, encodings, tokenizer)
         model.dtype = dtype
         distributed.broadcast_parameters(model.to(device))
-        # 3. The run folder records all that is needed to repeat the run.
+        # 3. The run folder records everything needed to repeat the run.
         run = RunDir.start_or_resume(args, **run_facts(model, datasets))
         with closing(run):
             # 4. Train, then predict with the best weights.

@@ -1,4 +1,4 @@
-"""AdamW written out, parameter groups, and the learning-rate schedule.
+"""AdamW, parameter groups, and the learning-rate schedule.
 
 Adam (Kingma & Ba 2014, https://arxiv.org/abs/1412.6980, algorithm 1 with the "efficient" bias
 correction at the end of section 2) with decoupled weight decay (Loshchilov & Hutter 2017,
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-FUSED_DEVICES = ["cpu", "cuda"]  # which have the fused kernel
+FUSED_DEVICES = ["cpu", "cuda"]  # those with the fused kernel
 Update = tuple[tuple[Tensor, ...], int]  # (parameter, gradient, its two moments), step t
 
 
@@ -39,7 +39,7 @@ class AdamW(torch.optim.Optimizer):
         eps: float = 1e-6,  # added to the root of the second moment
         weight_decay: float = 0.0,
         correct_bias: bool = True,  # False: a = lr, as the first BERT code did
-        fused: bool = False,  # let PyTorch's fused kernel do the update, where it can
+        fused: bool = False,  # use PyTorch's fused kernel where possible
     ):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, {**defaults, "correct_bias": correct_bias})
@@ -52,7 +52,7 @@ class AdamW(torch.optim.Optimizer):
         return {**super().__getstate__(), "fused": self.fused}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters, whose own hyperparameters win over the defaults.
+        """Add a group of parameters, whose own hyperparameters override the defaults.
 
         ValueError names the first hyperparameter that is out of range.
         """
@@ -108,12 +108,12 @@ class AdamW(torch.optim.Optimizer):
         return loss
 
     def uncount(self) -> None:
-        """Take back that the last step, which was skipped, counts in the bias correction."""
+        """Do not count the last step, which was skipped, in the bias correction."""
         for state in self.counted:
             state["step"] -= 1
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned; ValueError if it is of parameters of other shapes."""
+        """Restore what `state_dict` returned; ValueError if the shapes of parameters differ."""
         _without_compiler(torch.optim.Optimizer.load_state_dict)(self, state_dict)
         for p, state in self.state.items():
             for name in MOMENTS:  # the fused kernel would read beyond the end of a shorter one
@@ -139,12 +139,12 @@ def adamw_update(
     # Running means of the gradient and of its square.
     m.mul_(beta1).add_(grad, alpha=1 - beta1)
     v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    # They start at 0, which the bias correction makes up for in the first steps.
+    # They start at 0; the bias correction compensates for that in the first steps.
     step_size = group["lr"]
     if group["correct_bias"]:
         step_size *= math.sqrt(1 - beta2**t) / (1 - beta1**t)
     p.addcdiv_(m, v.sqrt().add_(group["eps"]), value=-step_size)
-    # Rounded separately from the update, as in the course, whose check of AdamW is that strict.
+    # Rounded separately from the update, as in the course: its check of AdamW is that strict.
     p.add_(p, alpha=-group["lr"] * group["weight_decay"])
     # END SOLUTION
 
@@ -153,7 +153,7 @@ def adamw_update(
 def fused_updates(
     updates: Sequence[Update], group: dict[str, Any], scaling: dict[str, Tensor | None]
 ) -> list[Update]:
-    """Make those updates that PyTorch's fused kernel can, and return the others."""
+    """Apply the updates that PyTorch's fused kernel supports, and return the others."""
     # Parameters that can be updated together: usually all of a group.
     fused: dict[tuple, list[tuple[Tensor, ...]]] = {}
     others = []
@@ -168,7 +168,7 @@ def fused_updates(
 
 
 def _can_be_fused(tensors: tuple[Tensor, ...]) -> bool:
-    """Whether the fused kernel, which reads raw memory, may take these."""
+    """Whether the fused kernel, which reads raw memory, can update these tensors."""
     return tensors[0].device.type in FUSED_DEVICES and all(
         t.dtype in (torch.float32, torch.float64) and t.is_contiguous() and not t.is_neg()
         for t in tensors
@@ -181,7 +181,7 @@ def fused_adamw_update(
     group: dict[str, Any],
     **scaling: Tensor | None,  # grad_scale and found_inf
 ) -> None:
-    """The same for many parameters (p, grad, m, v) at once, by PyTorch's fused kernel.
+    """`adamw_update` for many parameters (p, grad, m, v) at once, by PyTorch's fused kernel.
 
     PyTorch's AdamW decays before the update and adds eps to the bias-corrected root:
 
@@ -221,9 +221,9 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
 def lr_factor(schedule: str, warmup: float, step: int, total: int) -> float:
     """The factor on the learning rate at `step` (0, 1, ... total - 1).
 
-    It rises linearly over the first `warmup` of the steps, a fraction of them, from 1 / (their
-    number): where transformers starts, at 0, a step would change nothing. Then "linear" falls along
-    a line that would reach 0 at step `total`, and "constant" stays at 1.
+    It rises linearly during the first steps, the fraction `warmup` of all. It starts at 1 / (their
+    number), not at 0 as in transformers, where the first step changes nothing. Then "linear" falls
+    linearly, to reach 0 at step `total`; "constant" stays at 1.
     """
     # Adam estimates its moments from few gradients at first: keep these steps small.
     warmup_steps = round(warmup * total)

@@ -90,7 +90,7 @@ def embed_dataset(
 
 @dataclass
 class EmbeddingCache:
-    """Embeddings of a frozen encoder, each row's computed once: in linear probing they are fixed.
+    """Embeddings of a frozen encoder, computed once per row: linear probing does not change them.
 
     Rows are encoded in evaluation batches before training, so that they do not depend on when
     training is interrupted and resumed.
@@ -131,7 +131,7 @@ def predict(
 
 def task_metrics(dataset: TaskDataset, logits: Tensor) -> dict[str, Any]:
     """The task's metrics (the primary one first), mean loss and number of rows."""
-    # Over all rows at once: a mean of batch means would weigh the last, short batch too much.
+    # Over all rows at once: a mean of batch means would give a short last batch too much weight.
     labels = dataset.task.labels
     metrics = labels.metrics(labels.predict(logits).numpy(), dataset.labels.numpy())
     loss = labels.loss(logits, dataset.labels).double().mean().item()
@@ -147,7 +147,7 @@ def primary_metric(metrics: dict[str, Any]) -> float:
 
 def overall_score(metrics: dict[str, dict[str, Any]]) -> float:
     """The course's overall score: the mean over tasks of accuracy, or of (Pearson + 1) / 2."""
-    # Pearson's r is from -1 to 1, accuracy from 0 to 1: the first is brought to the same range.
+    # Pearson's r is from -1 to 1, accuracy from 0 to 1: map r to the range of accuracy.
     scores = [TASKS[name].labels.course_score(primary_metric(m)) for name, m in metrics.items()]
     return sum(scores) / len(scores)
 
@@ -163,7 +163,7 @@ def constant_note(metrics: dict[str, Any]) -> str:
 
 
 def summarize(metrics: dict[str, dict[str, Any]]) -> str:
-    """One line for people: each task's primary metric, and the overall score."""
+    """A one-line summary: each task's primary metric, and the overall score."""
     parts = [
         f"{name} {next(iter(scores))} {primary_metric(scores):.3f}{constant_note(scores)}"
         for name, scores in metrics.items()
@@ -186,9 +186,9 @@ def majority_share(gold: np.ndarray) -> float:
 
 
 def baseline(model: SentenceEncoder, dataset: TaskDataset, batch_size: int) -> tuple[str, float]:
-    """The name and the value of what a dev score has to beat, computed before training.
+    """The name and value of the baseline that a dev score has to beat, computed before training.
 
-    For classes the share of the most frequent one; for scores of pairs Pearson's r of the cosine of
+    For classes, the share of the most frequent one. For similarity, Pearson's r of the cosine of
     mean-pooled embeddings, the best that the untouched encoder does without a head.
     """
     gold = dataset.labels.numpy()
@@ -199,7 +199,7 @@ def baseline(model: SentenceEncoder, dataset: TaskDataset, batch_size: int) -> t
 
 
 def mean_cosines(model: SentenceEncoder, dataset: TaskDataset, batch_size: int) -> np.ndarray:
-    """The cosine of the two sentences' mean-pooled embeddings, of each pair, (N,)."""
+    """For each pair, the cosine of its sentences' mean-pooled embeddings, (N,)."""
     # The pairs again, encoded separately whatever the model's pair encoding is.
     texts = list(zip(*(example.texts for example in dataset.examples), strict=True))
     pairs = TokenizedDataset(dataset.name, dataset.path, texts, model.tokenizer)

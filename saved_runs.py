@@ -27,12 +27,12 @@ Outputs = dict[tuple[str, str], tuple[TaskDataset, Tensor]]
 
 
 def note(*lines: object) -> None:
-    """Print what is not the answer itself to standard error."""
+    """Print messages, as opposed to results, to standard error."""
     print(*lines, sep="\n", file=sys.stderr)
 
 
 def model_checksum(bert: BertModel, tokenizer: BertTokenizer) -> str:
-    """What tells models apart in records: a checksum of weights, vocabulary and limit."""
+    """A checksum of weights, vocabulary and token limit, which identifies a model in records."""
     return checksum(bert.state_dict(), f"{tokenizer.backend.to_str()} {tokenizer.max_length}")
 
 
@@ -79,8 +79,8 @@ class SavedRun:
     ) -> Any:
         """The best model, with the run's precision and threads, on the run's device or another."""
         model = kind.from_pretrained(self.folder)
-        # With as many threads as the run had, sums are in the same order, and the metrics are the
-        # run's bit for bit; also if it had several processes.
+        # With the run's number of threads, sums are in the same order and the metrics are
+        # bit-identical, even if the run had several processes.
         recorded = {**self.config, "device": device or self.config["device"], "processes": 1}
         chosen, model.dtype = setup_device(0, "auto", "auto", recorded)
         return model.to(chosen)
@@ -116,7 +116,7 @@ class SavedRun:
     def dataset(
         self, model: MultitaskBERT, task: Task, split: str, data_dir: Path | None
     ) -> TaskDataset:
-        """The run's rows of a file, or those of its namesake in another data folder."""
+        """The run's rows of a file, or of the file of that name in another data folder."""
         path, labelled = self.data_file(task, split, data_dir), split != "test"
         pairs = model.encoding(task)
         return TaskDataset(path, task, model.tokenizer, pairs, labelled, self.limit)
@@ -129,7 +129,7 @@ class SavedRun:
         tasks: Sequence[str] | None = None,
     ) -> Outputs:
         """The model's logits on some splits of some tasks, by default all that have a head."""
-        # All files are read before the first is predicted, which takes long.
+        # Read all files before predicting, which takes long.
         tasks = find_tasks(list(model.heads) if tasks is None else tasks)
         datasets = {
             (task.name, split): self.dataset(model, task, split, data_dir)
@@ -183,12 +183,12 @@ def check_ensemble(runs: Sequence[SavedRun]) -> None:
     check_different(runs)
     for run in runs:
         if not run.config.get("decoders"):
-            raise UserError(f"{run.folder}: has no heads, whose outputs an ensemble averages")
+            raise UserError(f"{run.folder}: has no heads; an ensemble averages their outputs")
         pair = f"{run.folder} and {first.folder}"
         mine, theirs = (", ".join(sorted(r.config["decoders"])) for r in (run, first))
         if mine != theirs:
             raise UserError(f"{pair}: an ensemble needs the same tasks, not {mine} and {theirs}")
-        # Not on other rows either: --limit draws the same ones in every run.
+        # The rows must be the same, too: --limit draws the same ones in every run.
         if run.limit != first.limit:
             limits = (f"--limit {r.limit}" if r.limit else "all rows" for r in (run, first))
             raise UserError(f"{pair}: an ensemble needs the same rows, not {' and '.join(limits)}")
@@ -204,7 +204,7 @@ def check_ensemble(runs: Sequence[SavedRun]) -> None:
 def predict_ensemble(
     runs: Sequence[SavedRun], splits: Sequence[str], data_dir: Path | None, device: str | None
 ) -> Outputs:
-    """The logits of runs, averaged (scores are logits); the dev scores of each are printed."""
+    """The runs' logits, averaged (scores are logits); prints the dev scores of each run."""
     members = [run.predict(run.load_model(device), splits, data_dir) for run in runs]
     for run, outputs in zip(runs, members, strict=True):
         note(f"{run.folder}: {evaluate_dev(outputs)['summary']}")
@@ -246,11 +246,11 @@ def average_weights(runs: Sequence[SavedRun], device: str | None) -> MultitaskBE
 
 
 def save_average(runs: Sequence[SavedRun], folder: Path, device: str | None) -> dict[str, Any]:
-    """Write the mean of the runs' weights as a run of its own; the dev evaluation of it."""
+    """Write the mean of the runs' weights as a new run; returns its dev evaluation."""
     first, model = runs[0], average_weights(runs, device)
     outputs = first.predict(model, [split for split in first.files if split != "train"], None)
     evaluation = evaluate_dev(outputs)
-    # Predictions go into the new folder, not where the first run's user wanted that run's.
+    # Predictions go into the new folder, not to the files named for the first run.
     own_files = ("dev_out", "test_out")
     arguments = {k: None if k.endswith(own_files) else v for k, v in first.arguments.items()}
     args = Namespace(**{**arguments, "run_dir": folder, "resume": False})

@@ -4,8 +4,8 @@
     python multitask_classifier.py --option finetune --use_gpu --model runs/NAME/best
 
 Supervised: an NLI premise is pulled towards its entailment, and pushed away from its contradiction
-and from the sentences of other rows. Unsupervised: a sentence is pulled towards itself under
-another dropout mask. The run folder is like that of the other scripts, without predictions.
+and from the sentences of other rows. Unsupervised: a sentence is pulled towards its own embedding
+under another dropout mask. The run folder is like that of the other scripts, without predictions.
 
 Shapes: B rows of a step, D hidden size, V views of a row: (premise, entailment, contradiction), or
 the same sentence twice.
@@ -45,11 +45,11 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     parser = cli.ArgumentParser(__doc__)
     add = parser.add_argument_group("method").add_argument
     modes = ["supervised", "unsupervised"]
-    add("--mode", choices=modes, default=modes[0], help="NLI triples, or sentences with themselves")
+    add("--mode", choices=modes, default=modes[0], help="NLI triples, or single sentences")
     add("--epochs", type=cli.POSITIVE_INT, default=3, help="passes over the triples or sentences")
     add("--lr", type=cli.POSITIVE, default=5e-5, help="peak learning rate")
-    add("--temperature", type=cli.POSITIVE, default=0.05, help="SimCSE: 0.05; the paper: 1")
-    weight_help = "of a row's own contradiction among its negatives (default: 1)"
+    add("--temperature", type=cli.POSITIVE, default=0.05, help="0.05 in SimCSE, 1 in the paper")
+    weight_help = "weight of a row's own contradiction among its negatives (default: 1)"
     add("--hard_negative_weight", type=cli.POSITIVE, help=weight_help)
     cli.add_training_flags(parser, POOLINGS)
     add = parser.add_argument_group("files").add_argument
@@ -59,7 +59,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     cli.complete_training_args(args, parser, f"simcse-{args.mode}")
     if args.mode == "unsupervised" and args.hard_negative_weight:
         parser.error("--hard_negative_weight: --mode unsupervised has no hard negatives")
-    args.hard_negative_weight = args.hard_negative_weight or 1.0  # every negative counts alike
+    args.hard_negative_weight = args.hard_negative_weight or 1.0  # all negatives have equal weight
     if min(args.batch_size, args.limit or 2) < 2:
         parser.error("a contrastive loss needs two rows per batch: raise --batch_size or --limit")
     return args
@@ -73,16 +73,16 @@ def contrastive_loss(
     temperature: float = 0.05,
     hard_negative_weight: float = 1.0,
 ) -> Tensor:
-    """The loss of each row, (B,): equation (1) of the paper in its standard form, that of SimCSE.
+    """The loss of each row, (B,): equation (1) of the paper in its standard form, SimCSE's.
 
         -log e(i, i+) / sum_j [e(i, j+) + w_ij e(i, j-)],    e(i, j) = exp(cos(h_i, h_j) / t)
 
-    with w_ij = `hard_negative_weight` for j = i, else 1 (Gao et al. 2021, equations 5 and 8). The
-    paper prints h_i where SimCSE has h_j in the denominator, a slip: all terms of the sum would be
-    equal, and no other row a negative. It prints no temperature either, which means t = 1.
+    with w_ij = `hard_negative_weight` for j = i, else 1 (Gao et al. 2021, equations 5 and 8). In
+    the denominator the paper prints h_i instead of SimCSE's h_j, by mistake: all terms of the sum
+    would be equal, and no other row a negative. It prints no temperature, which means t = 1.
 
     anchors, positives, negatives: (B, D); without negatives e(i, j-) is 0. excluded: (B, C) bool, C
-    candidates (positives, then negatives) left out of a row's sum, but for its own positive.
+    candidates (positives, then negatives) to leave out of a row's sum; its own positive stays.
     """
     # SOLUTION: scores (B, C) are cosines / t; row i's label is candidate i; then cross-entropy
     # Cosine of each row's anchor with every candidate: a row of scores (B, C), classified.
@@ -90,7 +90,7 @@ def contrastive_loss(
     scores = F.normalize(anchors, dim=-1) @ F.normalize(candidates, dim=-1).T / temperature
     diagonal = torch.arange(len(anchors), device=scores.device)  # row i's positive is candidate i
     if negatives is not None:
-        # A weight of the exponential is a summand of the score: w exp(s) = exp(s + log w).
+        # A factor on the exponential is a term added to the score: w exp(s) = exp(s + log w).
         weights = torch.zeros_like(scores)
         weights[diagonal, diagonal + len(anchors)] = math.log(hard_negative_weight)
         scores = scores + weights
@@ -139,11 +139,11 @@ class ContrastiveBackward:
     """Gradients of `contrastive_loss` over all rows of a step together, for `Trainer`.
 
     With several batches in a step (--accumulate) the loss is still that of one big batch, in which
-    every row is a negative of every other, at the memory of a small one (gradient caching, Gao et
+    every row is a negative of every other, with the memory of a small one (gradient caching, Gao et
     al. 2021, https://arxiv.org/abs/2101.06983).
 
-    Of several processes, each embeds its own rows; all compute the loss over all rows, and each
-    backpropagates through its own: the sum of their gradients is that of the big batch.
+    With several processes, each embeds its own rows, computes the loss over all rows, and
+    backpropagates through its own: the sum of the gradients is that of the big batch.
     """
 
     model: SentenceEncoder
@@ -160,8 +160,8 @@ class ContrastiveBackward:
         return loss.detach()
 
     def cached_backward(self, batches: Sequence[Batch]) -> Tensor:
-        """Gradient caching: embed all batches, differentiate the loss by the embeddings alone, then
-        embed each batch again under the same dropout masks and backpropagate its part."""
+        """Gradient caching: embed all batches, differentiate the loss with respect to them, then
+        embed each batch again with the same dropout masks and backpropagate its part."""
         # 1. Embeddings of all rows, without a graph; the states reproduce the dropout masks.
         device = self.model.device
         states, parts = [], []
@@ -189,7 +189,7 @@ class ContrastiveBackward:
             size = (max(2, batch.dataset.embeddings_per_row), 0, self.model.bert.config.hidden_size)
             return torch.zeros(size, device=self.model.device, requires_grad=True)
         ids, mask = batch.input_ids, batch.attention_mask
-        # Unsupervised: the two views of a sentence differ by their dropout masks alone.
+        # Unsupervised: the two views of a sentence differ only in their dropout masks.
         if batch.dataset.embeddings_per_row == 1:
             ids, mask = torch.cat([ids, ids]), torch.cat([mask, mask])
         vectors = self.model.embed(ids, mask, pooling=self.args.pooling)
@@ -213,7 +213,7 @@ class ContrastiveBackward:
 def load_datasets(
     args: Namespace, tokenizer: BertTokenizer
 ) -> tuple[TokenizedDataset, TaskDataset]:
-    """The training sentences (triples, or every distinct sentence by itself) and STS dev."""
+    """The training sentences (triples, or distinct single sentences) and STS dev."""
     path = args.nli or args.data_dir / "nli_for_simcse.csv"
     triples, checksum = read_triples(path, args.limit)
     columns: list[Sequence[str]] = list(zip(*triples, strict=True))
@@ -247,7 +247,7 @@ def evaluate_embeddings(
 def train(
     args: Namespace, model: SentenceEncoder, nli: TokenizedDataset, dev: TaskDataset, run: RunDir
 ) -> dict[str, Any]:
-    """Train the encoder and write result.json; what that holds."""
+    """Train the encoder and write result.json; returns its content."""
     # The untouched encoder is the baseline, and step 0 of the learning curve.
     evaluate = partial(evaluate_embeddings, model, dev, args.batch_size)
     before = evaluate()
@@ -271,7 +271,7 @@ def train(
 
 
 def run_training(args: Namespace) -> dict[str, Any]:
-    """Train as the command line says, from files to a finished run; what `result.json` holds."""
+    """Train as the command line says; returns the content of `result.json`."""
     with distributed.process_group(args):
         # As in multitask_classifier.py: checks, data and model, run folder, training.
         recorded = RunDir.check(args)
@@ -279,7 +279,7 @@ def run_training(args: Namespace) -> dict[str, Any]:
         tokenizer = BertTokenizer.from_pretrained(args.model)
         nli, dev = load_datasets(args, tokenizer)
         bert = BertModel.from_pretrained(args.model, hidden_dropout_prob=args.hidden_dropout_prob)
-        # Unsupervised SimCSE trains with the pooler but takes [CLS] itself at evaluation (Gao et
+        # Unsupervised SimCSE trains with the pooler but evaluates [CLS] itself (Gao et
         # al. 2021, section 6.3): such a run evaluates and saves the model with pooling `cls`.
         without_mlp = args.mode == "unsupervised" and args.pooling == "pooler"
         model = SentenceEncoder(bert, tokenizer, "cls" if without_mlp else args.pooling)

@@ -1,6 +1,6 @@
 """The table of tasks. A new task is a new row in `TASKS`; nothing else changes.
 
-Where the paper leaves a loss or a threshold open, docs/training.md says what was chosen, and why.
+Where the paper leaves a loss or a threshold open, docs/training.md explains the choice.
 
 Shapes: B rows (sentences or pairs), C logits per row.
 """
@@ -46,7 +46,7 @@ class Classification:
         return self.log_probabilities(logits).exp()
 
     def disagreement(self, first: Tensor, second: Tensor) -> Tensor:
-        """Two times logits -> the symmetric KL divergence of each row's two predictions, (B,)."""
+        """Logits of two passes -> the symmetric KL divergence of their predictions, (B,)."""
         # (KL(p|q) + KL(q|p)) / 2 = sum (p - q) (log p - log q) / 2
         log_p, log_q = self.log_probabilities(first), self.log_probabilities(second)
         return ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(dim=-1) / 2
@@ -79,7 +79,7 @@ class BinaryClassification(Classification):
 
     def log_probabilities(self, logits: Tensor) -> Tensor:
         """logits (B, 1) -> logarithms of the probabilities of no and yes, (B, 2)."""
-        # Not of 1 - sigmoid(x), which is 0 in float32 from x = 17 on.
+        # Not log(1 - sigmoid(x)): 1 - sigmoid(x) is 0 in float32 from x = 17 on.
         return torch.cat([F.logsigmoid(-logits), F.logsigmoid(logits)], dim=-1)
 
 
@@ -102,7 +102,7 @@ class Regression:
         return logits.squeeze(-1)
 
     def disagreement(self, first: Tensor, second: Tensor) -> Tensor:
-        """Two times logits (B, 1) -> their squared difference, (B,)."""
+        """Logits (B, 1) of two passes -> their squared difference, (B,)."""
         return (first - second).square().squeeze(-1)
 
     def metrics(self, predicted: np.ndarray, gold: np.ndarray) -> dict[str, object]:
@@ -119,15 +119,15 @@ class Task:
     """One row of the table."""
 
     name: str  # in flags and records
-    title: str  # for people
+    title: str  # for display
     files: str  # file name in the data folder; {} is train, dev or test-student
     text_columns: tuple[str, ...]  # of the one or two sentences
     label_column: str
-    labels: Classification | Regression  # what they are, and with it loss, predictions and metrics
+    labels: Classification | Regression  # their kind, which has loss, predictions, metrics
     header: str  # the prediction column of a leaderboard file, as the leaderboard spells it
     head: str  # the default decoder head, a row of `model.HEADS`
     # Typical logits of the least and the most similar pair. Heads start in this range: AdamW moves
-    # a bias by about the learning rate per step, so at 1e-2 a score's bias needs 250 steps to 2.5.
+    # a bias by about the learning rate per step, so at 1e-2 it would need 250 steps to reach 2.5.
     logit_range: tuple[float, float] = (0.0, 0.0)
     class_names: tuple[str, ...] = ()
 
@@ -192,7 +192,7 @@ TASKS: dict[str, Task] = {
 
 
 def find_tasks(names: Sequence[str]) -> list[Task]:
-    """The rows of `TASKS` with these names; UserError for a name that is not there."""
+    """The rows of `TASKS` with these names; UserError for an unknown name."""
     for name in names:
         if name not in TASKS:
             raise UserError(f"{name}: no such task; there are {', '.join(TASKS)}")

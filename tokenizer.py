@@ -25,7 +25,7 @@ TRUNCATION = ("longest_first", "only_first", "only_second")
 
 
 class BatchEncoding(dict):
-    """Token ids and masks by name, which are attributes too: `batch.input_ids`."""
+    """Token ids and masks by name, also as attributes: `batch.input_ids`."""
 
     def __getattr__(self, name: str) -> Any:
         """An entry as an attribute."""
@@ -51,7 +51,7 @@ class BertTokenizer:
         self.max_length = files.max_length
         with reading(files.source, "the tokenizer of a BERT"):
             self.backend = build_backend(files)
-        # Truncation is a setting of the library's object: a copy for each keeps threads apart.
+        # Truncation is a setting of the library's object: one copy per setting keeps threads apart.
         self._truncating: dict[tuple[int, str], Tokenizer] = {}
         for key, token in files.special.items():
             setattr(self, key, token)
@@ -71,7 +71,7 @@ class BertTokenizer:
 
         settings: entries of `tokenizer_config.json` to change, such as `do_lower_case=False`.
         """
-        # An argument that did nothing would mislead: refuse it.
+        # An argument without effect would be misleading: refuse it.
         for key in settings:
             if key not in {*NORMALIZATION, *SPECIAL_TOKENS, "model_max_length"}:
                 raise TypeError(f"BertTokenizer.from_pretrained: {key} is not supported")
@@ -158,17 +158,17 @@ class BertTokenizer:
     def _cut(self, pair: tuple[str, str], max_length: int, backend: Tokenizer) -> tuple[str, str]:
         """Shorten two long texts before the library truncates their pair.
 
-        Of a truncated pair, the library keeps every left-over piece of one sentence combined with
-        every one of the other: two long texts would take quadratic time and memory. The longer
-        text stays the longer one, as the library gives it the odd token.
+        For a truncated pair, the library returns all combinations of both sentences' left-over
+        pieces: quadratic time and memory for two long texts. The longer text must stay the longer
+        one, because the library gives it the odd token.
         """
         if max(map(len, pair)) <= max_length:
             return pair  # few characters are few tokens
-        # With truncation on, what a text has beyond the limit comes back in pieces.
+        # With truncation on, the rest of a text comes back in pieces.
         encodings = [backend.encode(text, add_special_tokens=False) for text in pair]
         pieces = [[e, *e.overflowing] for e in encodings]  # of `max_length` tokens each
         lengths = [sum(map(len, parts)) for parts in pieces]
-        # Cut after whole pieces: twice the limit is kept of the longer text, once of the other.
+        # Cut after whole pieces: keep twice the limit of the longer text, once of the other.
         keep = (2, 1) if lengths[0] > lengths[1] else (1, 2)
         first, second = (
             text[: parts[n - 1].offsets[-1][1]] if len(parts) > n else text
@@ -192,10 +192,10 @@ class BertTokenizer:
         return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> int | list[int]:
-        """The id of a token, or of each of several; unknown ones have that of [UNK]."""
+        """The id of a token, or of each of several; unknown tokens get the id of [UNK]."""
         if not isinstance(tokens, str):
             return [self.convert_tokens_to_ids(token) for token in tokens]
-        index = self.backend.token_to_id(tokens)  # None for what is not in the vocabulary
+        index = self.backend.token_to_id(tokens)  # None if it is not in the vocabulary
         return self.unk_token_id if index is None else index
 
     def convert_ids_to_tokens(self, ids: int | Sequence[int] | Tensor) -> str | list[str]:
@@ -210,22 +210,22 @@ class BertTokenizer:
     @property
     def vocab_size(self) -> int:
         """One more than the largest id (a duplicate line in vocab.txt leaves an id unused)."""
-        # Not their number: the weights have a row for every id up to the largest.
+        # Not the number of tokens: the weights have a row for every id up to the largest.
         return max(self.backend.get_vocab().values()) + 1
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `tokenizer.json`, `vocab.txt` and `tokenizer_config.json`.
 
-        The last has the settings in force, whatever file they came from: another library's default
-        would be used for one that is not there.
+        The last has all settings in use, whatever file they came from: another library would use
+        its own default for a missing one.
         """
         folder = Path(folder)
         write_text(folder / "tokenizer.json", self.backend.to_str(pretty=True))
-        # Added tokens stay out of vocab.txt: a loader would take them for word pieces.
+        # No added tokens in vocab.txt: a loader would take them for word pieces.
         vocab = {index: token for token, index in self.backend.get_vocab(False).items()}
         lines = [vocab.get(index, f"[unused line {index}]") for index in range(max(vocab) + 1)]
         write_text(folder / "vocab.txt", "".join(f"{token}\n" for token in lines))
-        # For software that reads vocab.txt, which cannot say which tokens were added, and how.
+        # For software that reads vocab.txt, which does not say which tokens were added, and how.
         flags = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
         added = {
             str(index): {flag: getattr(token, flag) for flag in flags}
@@ -251,7 +251,7 @@ def _option(name: str, value: bool | str, off: str, *choices: str) -> str:
 
 def build_backend(files: TokenizerFiles) -> Tokenizer:
     """The tokenizer of the original BERT for a vocabulary, with the tokens added to it."""
-    # Only these parts, whatever pipeline tokenizer.json describes: nothing of a file is executed.
+    # Only these parts, whatever pipeline tokenizer.json describes: nothing in a file is executed.
     vocabulary, special = files.vocabulary, files.special
     missing = [token for token in special.values() if token not in vocabulary]
     if missing:
@@ -270,7 +270,7 @@ def build_backend(files: TokenizerFiles) -> Tokenizer:
         if not (backend.normalizer.normalize_str(text) if token.normalized else text):
             raise ValueError(f"the added token {text!r} is empty after normalization")
     backend.add_tokens(tokens)
-    # An added token gets the next free id: it must be the one the weights were trained with.
+    # An added token gets the next free id, which must be the one the weights were trained with.
     for token in files.added:
         if backend.token_to_id(token["content"]) != token.get("id"):
             raise ValueError(f"the added token {token['content']!r} cannot have id {token['id']}")

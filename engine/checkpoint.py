@@ -37,7 +37,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The named tensors of a `.safetensors` file, or of a `.bin` file that torch.save wrote.
 
-    `weights_only` makes torch.load refuse all functions but the few that rebuild tensors.
+    With `weights_only`, torch.load calls only the few functions that rebuild tensors.
     """
     with reading(path, "a file of named tensors"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -46,7 +46,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         # safetensors cannot hold code. A pickle can: it is a program that builds objects.
         try:
             tensors = torch.load(path, map_location="cpu", weights_only=True)
-        except UnpicklingError:  # torch's own message advises to turn weights_only off
+        except UnpicklingError:  # torch's own message suggests weights_only=False
             raise ValueError("holds more than tensors; nothing in it was executed") from None
         if not isinstance(tensors, dict) or not all(map(_is_named_tensor, tensors.items())):
             raise TypeError("holds something other than named tensors with all their numbers")
@@ -61,7 +61,7 @@ def _is_named_tensor(item: tuple[Any, Any]) -> bool:
 
 def check_weight(name: str, tensor: Tensor, source: Path) -> None:
     """UserError unless a weight consists of finite floating-point numbers."""
-    # Loaded with NaN, a model would train for hours to a score of nothing.
+    # With NaN weights, a model would train for hours and learn nothing.
     if not tensor.is_floating_point():
         raise UserError(f"{source}: {name} has dtype {tensor.dtype}, expected floating point")
     if not tensor.float().isfinite().all():
@@ -70,7 +70,7 @@ def check_weight(name: str, tensor: Tensor, source: Path) -> None:
 
 def check_new_file(path: Path) -> None:
     """UserError if an output file that the user named exists already or cannot be created."""
-    # A run of hours must not end with a file that cannot be written.
+    # A run of hours must not fail at the end because a file cannot be written.
     with reading(path, "a new file"):
         if path.exists():
             raise UserError(f"{path}: exists and is not overwritten; name another file")
@@ -81,7 +81,7 @@ def check_new_file(path: Path) -> None:
 
 
 def _temporary(path: Path, suffix: str = "tmp") -> Path:
-    """A name beside `path` for this process alone, within the limit of 255 bytes."""
+    """A file name beside `path`, unique to this process, within the limit of 255 bytes."""
     name = path.name.encode(errors="surrogateescape")[:200].decode(errors="ignore")
     return path.with_name(f".{name}.{os.getpid()}.{suffix}")
 
@@ -128,7 +128,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def restore_folder(path: Path) -> None:
-    """Finish or undo the replacement that a process killed inside `atomic_folder` had begun."""
+    """Finish or undo the replacement of a process that was killed inside `atomic_folder`."""
     # If the new folder is in place, only the deletion of the old one was missing.
     for old in path.parent.glob(f".{path.name}.*.old"):
         if path.exists():
@@ -165,7 +165,7 @@ def write_tensors(
         umask = os.umask(0)
         os.umask(umask)
         with suppress(OSError):  # file systems without permissions, such as SMB
-            os.chmod(temporary, 0o666 & ~umask)  # safetensors makes files for their owner only
+            os.chmod(temporary, 0o666 & ~umask)  # safetensors makes files private to the owner
 
 
 def write_state(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:

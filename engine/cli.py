@@ -20,11 +20,11 @@ from engine.errors import UserError
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows a flag's default, where it has one."""
+    """Shows the default of a flag that has one."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default in (None, False):
-            return action.help  # the help text itself says what happens without the flag
+            return action.help  # the help text says what happens without the flag
         return super()._get_help_string(action)
 
 
@@ -34,7 +34,7 @@ class ArgumentParser(argparse.ArgumentParser):
     def __init__(self, doc: str | None = None, **options: Any):
         # The first line of the script's docstring, which `python -OO` has removed.
         options.setdefault("description", (doc or "").partition("\n")[0])
-        # An abbreviation would become ambiguous, or another flag, when flags are added.
+        # Abbreviations could become ambiguous, or change meaning, when flags are added.
         super().__init__(formatter_class=_HelpFormatter, allow_abbrev=False, **options)
 
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
@@ -49,7 +49,7 @@ class ArgumentParser(argparse.ArgumentParser):
         return words
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
-        """As the base class; refuses words that are not UTF-8, which no record could hold."""
+        """As the base class; refuses words that are not UTF-8, which cannot be recorded."""
         words = sys.argv[1:] if args is None else args
         for word in words:
             if any("\ud800" <= c <= "\udfff" for c in word):
@@ -71,14 +71,14 @@ class ArgumentParser(argparse.ArgumentParser):
 def number(
     kind: type, low: float, high: float = math.inf, *, above: bool = False, below: bool = False
 ) -> Callable[[str], float]:
-    """A flag type: a number from `low` to `high`, which `above` and `below` exclude themselves."""
+    """A flag type: a number from `low` to `high`; `above` and `below` exclude these ends."""
     expected = "a whole number" if kind is int else "a number"
     expected += f" {'above' if above else 'at least'} {low:g}"
     if high < math.inf:
         expected += f" and {'below' if below else 'at most'} {high:g}"
 
     def parse(text: str) -> float:
-        with suppress(ValueError):  # neither NaN nor what is not a number passes the comparisons
+        with suppress(ValueError):  # not a number; NaN fails the comparisons
             value = kind(text)
             inside = low <= value <= high and value != math.inf
             if inside and not (above and value == low) and not (below and value == high):
@@ -119,7 +119,7 @@ def add_training_flags(parser: argparse.ArgumentParser, poolings: Sequence[str])
     add("--schedule", choices=["linear", "constant"], default="linear", help=schedule_help)
     add("--warmup", type=FRACTION, default=0.1, help="fraction of steps in which lr rises")
     add("--weight_decay", type=NON_NEGATIVE, default=0.01, help="not for biases and LayerNorm")
-    add("--clip", type=NON_NEGATIVE, default=1.0, help="largest gradient norm; 0: no clipping")
+    add("--clip", type=NON_NEGATIVE, default=1.0, help="maximum gradient norm; 0: no clipping")
     add("--seed", type=number(int, 0, 2**63 - 1), default=11711, help="seed of all random numbers")
     add = parser.add_argument_group("hardware").add_argument
     add("--use_gpu", action="store_true", help="the same as --device cuda")
@@ -132,7 +132,7 @@ def add_training_flags(parser: argparse.ArgumentParser, poolings: Sequence[str])
     add("--resume", action="store_true", help="continue the run in --run_dir, or the latest one")
     save_help = "also save the state every N steps, or minutes (10m); 0: before evaluations only"
     add("--save_every", type=interval, default="10m", metavar="N", help=save_help)
-    add("--keep_last", action="store_true", help="keep the training state (last/) after the end")
+    add("--keep_last", action="store_true", help="keep the training state (last/) after the run")
     eval_help = "also evaluate every N steps; 0: after each epoch"
     add("--eval_every", type=COUNT, default=0, metavar="N", help=eval_help)
     patience_help = "stop after N evaluations without a better score; 0: never"
@@ -160,26 +160,26 @@ def complete_training_args(
 
 def _latest_run(name: str) -> Path | None:
     """The latest unfinished run of that name under runs/, or else the latest."""
-    # Only default names, which end with a time: a user's own may begin alike.
+    # Only default names, which end with a time: a user's own name may begin like them.
     names = Path("runs").glob(f"{name}-[0-9]*-[0-9]*/config.json")
     runs = [path.parent for path in names]
     unfinished = [run for run in runs if not (run / "result.json").exists()]
 
     def begun(run: Path) -> float:
-        # Not the time in its name, which is local: zones differ, and clocks are put back.
+        # Not the time in its name, which is local: time zones differ, and clocks change.
         return (run / "config.json").stat().st_mtime
 
     return max(unfinished or runs, key=begun, default=None)
 
 
 def print_error(message: str) -> None:
-    """Print a line on standard error, unless another process of the run has printed it."""
+    """Print a line to standard error, unless another process of the run has printed it."""
     if not distributed.already_reported(message):
         print(message, file=sys.stderr)
 
 
 def _discard(stream: TextIO) -> None:
-    """Send what a stream still holds to nowhere: writing it at the exit would fail again."""
+    """Discard what a stream still holds: writing it at exit would fail again."""
     with suppress(OSError):
         stream.flush()
     with suppress(OSError):  # not a file
@@ -187,29 +187,29 @@ def _discard(stream: TextIO) -> None:
 
 
 def run_script(main: Callable[[Sequence[str] | None], None]) -> NoReturn:
-    """Run a script's `main` and exit: with 0, or with an error in one line and its exit code."""
+    """Run a script's `main` and exit: with 0, or with a one-line error and its exit code."""
     # The exit codes of the shell: 130 after Ctrl-C, 141 after a broken pipe, 2 for usage errors.
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed, as by `>&-`
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # escape what the terminal's encoding lacks
+        if isinstance(stream, io.TextIOWrapper):  # escape what the terminal cannot show
             stream.reconfigure(errors="backslashreplace")
     path = Path(sys.argv[0])
     program = f"python -m {path.parent.name}" if path.name == "__main__.py" else path.name
     try:
         with catch_out_of_memory():
             main(None)
-        sys.stdout.flush()  # here, where a reader that is gone can be handled
+        sys.stdout.flush()  # here, where a broken pipe is handled
     except KeyboardInterrupt as stop:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the message below must get out
         print_error(str(stop) or "interrupted; --resume continues a run that had begun")
         sys.exit(130)
-    except BrokenPipeError:  # whoever read our standard output is gone, as in `| head`
+    except BrokenPipeError:  # the reader of our standard output has exited, as in `| head`
         _discard(sys.stdout)
         sys.exit(141)
     except OSError as error:  # such as a full disk
-        # All that we write has a name, except for the streams, as with `> /dev/full`.
+        # All files that we write have a name, except the streams, as with `> /dev/full`.
         where = error.filename or ("standard output or error" if error.errno else "")
         reason = error.strerror or str(error) or type(error).__name__
         with suppress(OSError):  # standard error may be full too

@@ -18,11 +18,11 @@ from engine.device import to_float64
 from engine.gradients import Gradient, inner_product
 from engine.run_dir import RunDir
 
-PREDICTED_FALL = 3e-4  # of a task's own loss, along the step for it: see GradientConflictLogger
+PREDICTED_FALL = 3e-4  # of a task's own loss, by a step for it: see GradientConflictLogger
 
 
 def layer_group(name: str) -> str:
-    """Which part of BERT a parameter of `bert.BertModel` belongs to, by its name."""
+    """The part of BERT that a parameter of `bert.BertModel` belongs to, by its name."""
     layer = re.match(r"bert_layers\.(\d+)\.(self_attention|attention)?", name)
     if layer:
         return f"layer {layer[1]} {'attention' if layer[2] else 'feed-forward'}"
@@ -46,9 +46,9 @@ def inner_products(a: Gradient, b: Gradient, names: Sequence[str]) -> dict[str, 
 
 
 def similarity(product: float, aa: float, bb: float) -> dict[str, float | None]:
-    """From `inner_products`: the cosine and <a, b> itself.
+    """The cosine of two gradients and <a, b>, from their `inner_products`.
 
-    None where a gradient is zero or not finite.
+    None if a gradient is zero or not finite.
     """
     if not (min(aa, bb) > 0 and max(aa, bb) < math.inf):
         return {"cosine": None, "product": None}
@@ -58,10 +58,10 @@ def similarity(product: float, aa: float, bb: float) -> dict[str, float | None]:
 def log_entry(
     products: Mapping[tuple[str, str], dict[str, Tensor]], changes: Mapping[tuple[str, str], Tensor]
 ) -> dict[str, Any]:
-    """What is logged of a measurement; all numbers are copied from the GPU at once.
+    """The log entry of a measurement; all numbers are copied from the GPU at once.
 
-    products: (a, b) -> `inner_products` of two gradients. changes: (a, b) -> the loss of b, and how
-    much a step for a should change it, and does, (3,).
+    products: (a, b) -> `inner_products` of two gradients. changes: (a, b) -> the loss of b, and its
+    change by a step for a, as predicted and as measured, (3,).
 
     Returns "parts": part of the model -> "a|b" -> `similarity`; "changes": "a>b" -> these values.
     """
@@ -80,9 +80,9 @@ def log_entry(
 
 @contextmanager
 def moved(parameters: Sequence[Tensor], gradient: Gradient, eta: Tensor) -> Iterator[None]:
-    """In the block, without gradients, the parameters are theta - eta * gradient.
+    """A block without gradients in which the parameters are theta - eta * gradient.
 
-    Afterwards they have the bits that they had before.
+    Afterwards they are restored bit for bit.
     """
     before = [p.detach().clone() for p in parameters]
     with torch.no_grad():
@@ -99,13 +99,13 @@ def moved(parameters: Sequence[Tensor], gradient: Gradient, eta: Tensor) -> Iter
 class GradientConflictLogger:
     """A backward function that also logs, every N steps, how much the tasks' gradients conflict.
 
-    It measures at the step's own weights, on two batches per task drawn for it, without dropout,
-    in fp32 and unclipped. Training continues as if nothing had been measured.
+    It measures at the step's weights, on two batches per task drawn for this, without dropout, in
+    fp32 and without clipping. Training continues as if nothing had been measured.
 
-    For each pair it also measures how a step of gradient descent for task a, on BERT alone, changes
-    the loss of task b. By the first order, that of a itself should fall by `PREDICTED_FALL`. Tried
-    with all-MiniLM-L6-v2 and 64 rows: at 3e-4, 34 of 36 measured changes were within 5% of the
-    first order; at 1e-2 14 were, because of curvature; at 1e-5 30, because of rounding.
+    For each pair it also measures how a gradient-descent step for task a, on BERT alone, changes
+    the loss of task b. To first order, the loss of a itself falls by `PREDICTED_FALL`. Tried with
+    all-MiniLM-L6-v2 and 64 rows: at 3e-4, 34 of 36 measured changes were within 5% of the first
+    order; at 1e-2 only 14, because of curvature; at 1e-5 only 30, because of rounding.
     """
 
     backward: Callable[[Sequence[Any], int], Tensor]  # (batches, step) -> loss; leaves gradients
@@ -116,7 +116,7 @@ class GradientConflictLogger:
     args: Namespace  # `measure_conflict` (N), `conflict_rows`, `batch_size` and `seed`
 
     def __call__(self, batches: Sequence[Any], step: int) -> Tensor:
-        """Measure if it is time to, then compute the step's gradients."""
+        """Measure if the step is due, then compute the step's gradients."""
         if step % self.args.measure_conflict == 0:
             samples = {dataset: self._draw(dataset, step) for dataset in self.datasets}
             entry = self._measure(samples)
@@ -125,7 +125,7 @@ class GradientConflictLogger:
         return self.backward(batches, step)
 
     def cost(self, steps: int) -> str:
-        """One sentence: what measuring costs in a run of this many steps."""
+        """The cost of measuring in a run of this many steps, in one sentence."""
         # Two batches per task, forward and backward; then, after the step for each task, a batch of
         # every task, forward only, which takes a third of the time.
         tasks = len(self.datasets)
@@ -136,12 +136,12 @@ class GradientConflictLogger:
         size = 4 * sum(p.numel() for p in self.model.bert.parameters()) / 2**20
         return (
             f"--measure_conflict: {count} measurements of up to {max(map(max, sizes))} rows per"
-            f" batch, each as long as about {each} training steps in fp32, in a run of {steps}"
+            f" batch, each taking about {each} training steps in fp32, in a run of {steps}"
             f" steps; gradients take about {size * (tasks + 3):,.0f} MiB"
         )
 
     def _draw(self, dataset: Any, step: int) -> list[np.ndarray]:
-        """The row numbers of two batches without common rows, a function of seed and step."""
+        """Row numbers of two disjoint batches, a function of seed and step."""
         # A generator of its own: measuring must not change what training draws next.
         rng = np.random.default_rng([self.args.seed, step, *dataset.name.encode()])
         size = 2 * (self.args.conflict_rows or self.args.batch_size)
@@ -179,7 +179,7 @@ class GradientConflictLogger:
         return log_entry(products, changes)
 
     def _batches(self, dataset: Any, rows: np.ndarray) -> Iterator[Any]:
-        """These rows, as many at a time as a step has."""
+        """These rows, in batches of the training batch size."""
         size = -(-self.args.batch_size // distributed.world_size())
         for start in range(0, len(rows), size):
             yield dataset.batch(rows[start : start + size]).to(self.model.device)

@@ -18,8 +18,8 @@ def read_rows(
 ) -> tuple[list[tuple[int, dict[str, str]]], str]:
     """The rows of a csv file, each with its line number, and the file's sha256.
 
-    UTF-8, a header line, default csv quoting. A byte-order mark, any line endings, blank lines, and
-    columns in another order or beside those wanted are accepted; the `optional` may be missing.
+    UTF-8, a header line, default csv quoting. A byte-order mark, any line endings, blank lines,
+    other columns and any order of columns are accepted; `optional` columns may be missing.
     """
     if not path.exists():
         raise UserError(
@@ -30,7 +30,7 @@ def read_rows(
         content = path.read_bytes()
     line = 1  # where the current row starts
     try:
-        content.decode("utf-8")  # all of it, so that an error has its place in the file
+        content.decode("utf-8")  # all of it, so that an error has its position in the file
         lines = io.TextIOWrapper(io.BytesIO(content), encoding="utf-8-sig", newline="")
         reader = csv.reader(lines, delimiter=delimiter, strict=True)
         header: list[str] = []
@@ -69,7 +69,7 @@ def _check_header(path: Path, header: list[str], columns: Sequence[str], delimit
 
 def _check_row(where: str, fields: list[str], count: int, delimiter: str) -> None:
     """UserError unless a row has as many fields as the header, none of them whole rows."""
-    # A quote that is never closed swallows whole lines. (A comma may stand in a sentence.)
+    # A quote that is never closed swallows whole lines. (A sentence may contain commas.)
     if delimiter == "\t" and any("\n" in field and "\t" in field for field in fields):
         raise UserError(
             f"{where}: a quoted field contains whole lines; close its quote, or remove its breaks"

@@ -28,12 +28,12 @@ def setup_device(
 
     device: auto (a GPU if there is one), cpu, cuda or mps. precision: of matrix products: fp32,
     bf16, or auto (bf16 where the hardware is faster). recorded: the `config.json` of a run to
-    resume, whose choices stand.
+    resume, whose choices are used again.
     """
     if recorded is not None:
         device, precision = recorded["device"], recorded["precision"]
         if recorded.get("processes", 1) == distributed.world_size():
-            # With another number of threads PyTorch adds up in another order.
+            # With another number of threads, PyTorch sums in another order.
             torch.set_num_threads(min(recorded["hardware"]["threads"], os.cpu_count() or 1))
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -42,14 +42,14 @@ def setup_device(
     _use_deterministic_kernels(device)
     bf16 = precision in ("bf16", "bfloat16") or (precision == "auto" and prefers_bf16(device))
     if device == "cpu":
-        # oneDNN is needed for bf16 only: in fp32 MKL does the matrix products. There oneDNN would
-        # just compute GELU, and keep a compiled kernel in memory for every batch shape.
+        # Only bf16 needs oneDNN: in fp32, MKL does the matrix products. oneDNN would only compute
+        # GELU, and keep a compiled kernel in memory for every batch shape.
         torch.backends.mkldnn.enabled = bf16 or not torch.backends.mkl.is_available()
     return torch.device(device), torch.bfloat16 if bf16 else torch.float32
 
 
 def _choose_device(device: str) -> str:
-    """Resolve auto, check that the device exists, and give each process a GPU of its own."""
+    """Resolve auto, check that the device exists, and give each process its own GPU."""
     cuda = torch.cuda.is_available()
     if device == "auto":
         device = "cuda" if cuda else "cpu"
@@ -71,10 +71,10 @@ def _choose_device(device: str) -> str:
 def _use_deterministic_kernels(device: str) -> None:
     """Ask for kernels that give the same bits in every run."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by cuBLAS
-    # Filling new memory with NaN would cost time, and determinism does not need it.
+    # Filling new memory with NaN takes time, and determinism does not need it.
     torch.utils.deterministic.fill_uninitialized_memory = False
-    # An error on a GPU, where after a warning the backward pass of attention could differ from run
-    # to run. (torch.use_deterministic_algorithms does the same, but imports PyTorch's compiler.)
+    # An error on a GPU: with a warning, the backward pass of attention could differ from run to
+    # run. (torch.use_deterministic_algorithms does the same, but imports PyTorch's compiler.)
     torch.set_deterministic_debug_mode("error" if device == "cuda" else "warn")
 
 
@@ -91,8 +91,8 @@ def prefers_bf16(device: str) -> bool:
 def keep_freed_memory() -> None:
     """Tell glibc to reuse large freed blocks instead of returning them to the system.
 
-    The gradient of the word embedding would otherwise be new, zeroed pages at every step, which
-    costs a small model 5% of its step time. Called after loading, whose memory may go back.
+    Otherwise the gradient of the word embedding gets new, zeroed pages at every step, which costs a
+    small model 5% of its step time. Call it after loading, whose memory may be returned.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
@@ -125,14 +125,14 @@ def set_rng_states(device: torch.device, states: Sequence[Tensor]) -> None:
 
 
 def to_float64(x: Tensor) -> Tensor:
-    """x in float64; on the CPU, if its own device has no such numbers (mps)."""
+    """x in float64; on the CPU if x's device has no float64 (mps)."""
     return (x.cpu() if x.device.type == "mps" else x).double()
 
 
 def read_later(numbers: Tensor) -> Callable[[], list[float]]:
-    """Start copying numbers to the CPU; a function that waits for the copy and returns them.
+    """Start copying numbers to the CPU; returns a function that waits for them.
 
-    It does not wait for what the GPU was given to do after that, as `numbers.tolist()` would.
+    It does not wait for GPU work queued after the copy, as `numbers.tolist()` would.
     """
     copy = numbers.to("cpu", non_blocking=True)  # from a GPU, into page-locked memory
     if numbers.device.type == "cpu":
@@ -149,7 +149,7 @@ def read_later(numbers: Tensor) -> Callable[[], list[float]]:
 
 @contextmanager
 def catch_out_of_memory(batch: Any = None, device: Any = None) -> Iterator[None]:
-    """Turn running out of memory into an OutOfMemory, which names the size of the batch."""
+    """Turn out-of-memory errors into an OutOfMemory that names the size of the batch."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:

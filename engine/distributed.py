@@ -1,9 +1,9 @@
-"""Data-parallel training over several processes, by hand on torch.distributed.
+"""Data-parallel training over several processes, with torch.distributed.
 
     torchrun --nproc_per_node=2 multitask_classifier.py ...
 
 Every process holds the whole model, reads all data and takes a slice of the rows of each batch.
-Gradients are all-reduced after the backward pass instead of by DistributedDataParallel's hooks:
+Gradients are all-reduced after the backward pass, not by the hooks of DistributedDataParallel:
 heads of other tasks have no gradient in a step, a process may have no row of a short batch, PCGrad
 needs each task's gradient separately, and gradient caching takes two passes.
 
@@ -50,7 +50,7 @@ def world_size() -> int:
 
 @contextmanager
 def process_group(args: Namespace) -> Iterator[None]:
-    """Join the processes that torchrun started, if it started any; leave them at the end.
+    """Join the processes that torchrun started, if any; leave them at the end.
 
     args: the command line, which must be the same everywhere. Its `run_dir`, which may contain the
     time, is taken from rank 0.
@@ -62,7 +62,7 @@ def process_group(args: Namespace) -> Iterator[None]:
     # torchrun's environment variables say where rank 0 listens.
     try:
         _store, _rank, _world_size = next(rendezvous("env://", timeout=JOIN_TIMEOUT))
-        # Tensors on GPUs travel by NCCL, objects and generator states on the CPU by gloo.
+        # NCCL for tensors on GPUs, gloo for objects and generator states on the CPU.
         nccl = torch.cuda.is_available() and distributed.is_nccl_available()
         backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
         distributed.init_process_group(backend, store=_store, rank=_rank, world_size=_world_size)
@@ -87,9 +87,9 @@ def process_group(args: Namespace) -> Iterator[None]:
 
 
 def already_reported(message: str) -> bool:
-    """Whether another process has printed this message; if not, this one is expected to."""
+    """Whether another process has printed this message; if not, this one must."""
     # `add` returns the count: the first process to report gets 1.
-    with suppress(Exception):  # the store may be gone: better twice than never
+    with suppress(Exception):  # the store may be gone: printing twice is better than never
         return _store is not None and _store.add(f"reported/{message}", 1) > 1
     return False
 
@@ -114,7 +114,7 @@ def broadcast_from_rank_zero(function: Callable[[], Any]) -> Any:
     if _rank == 0:
         try:
             result = [function()]
-        except UserError as error:  # every process stops with it, and none waits for another
+        except UserError as error:  # raised in every process, so that none waits
             result = [error]
     with _collective():
         distributed.broadcast_object_list(result, src=0, device=torch.device("cpu"))
@@ -125,7 +125,7 @@ def broadcast_from_rank_zero(function: Callable[[], Any]) -> Any:
 
 def broadcast_parameters(module: nn.Module) -> None:
     """Give all processes the weights of rank 0."""
-    # Buffers too: position_ids are equal anyway, and a student's module may have others.
+    # Buffers too: a student's module may have some besides position_ids.
     if _world_size > 1:
         with _collective():
             for tensor in module.state_dict().values():
@@ -141,7 +141,7 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
 
 
 def barrier() -> None:
-    """Wait until every process is here."""
+    """Wait until every process gets here."""
     all_reduce_sum(torch.zeros(1))
 
 
@@ -163,13 +163,13 @@ def rank_slice(count: int) -> slice:
 def all_gather_rows(part: Tensor, count: int) -> Tensor:
     """Each process's rows (V, b, ...) -> all `count` rows (V, count, ...), differentiable.
 
-    A gradient reaches only this process's own rows: the loss over all rows is computed in every
-    process.
+    Gradients reach only this process's own rows, because every process computes the loss over all
+    rows.
     """
     if _world_size == 1:
         return part
     local = rank_slice(count)
-    # Slices may differ in length, which an all-gather would not allow; a sum with zeros does.
+    # Slices may differ in length, which all-gather does not allow, but a sum with zeros does.
     rows = part.new_zeros(part.size(0), count, *part.shape[2:])
     rows[:, local] = part.detach()
     all_reduce_sum(rows)
@@ -180,8 +180,8 @@ def all_gather_rows(part: Tensor, count: int) -> Tensor:
 def all_reduce_gradients(parameters: Sequence[nn.Parameter]) -> None:
     """Replace each gradient by its sum over all processes.
 
-    `parameters` are in the same order everywhere. One that has a gradient in some processes only
-    counts as zero in the others; one that has none anywhere keeps none.
+    `parameters` have the same order everywhere. A gradient that some processes lack counts as zero
+    there; a parameter without any gradient keeps none.
     """
     if _world_size == 1:
         return
@@ -192,9 +192,9 @@ def all_reduce_gradients(parameters: Sequence[nn.Parameter]) -> None:
 
 
 def seed_by_rank(*numbers: int) -> None:
-    """Seed processes of rank above 0 by these numbers and their rank; rank 0 stays as it is.
+    """Seed processes of rank above 0 by these numbers and their rank; rank 0 keeps its state.
 
-    Each process then draws dropout masks of its own; a single process draws the same numbers as
+    Each process then draws its own dropout masks; a single process draws the same numbers as
     without torchrun.
     """
     # A SeedSequence mixes its numbers well: neighbouring ranks share no stream.

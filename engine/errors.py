@@ -24,7 +24,7 @@ class UserError(ValueError):
 class AlreadyFinished(UserError):
     """The run is complete; there is nothing left to do."""
 
-    exit_code = 0  # so that a script that resumes until all is done can go on
+    exit_code = 0  # so that a script that resumes all its runs can go on
 
 
 class TrainingDiverged(UserError):
@@ -45,10 +45,10 @@ def reading(path: Path, kind: str) -> Iterator[None]:
 
     kind: what the file should be, with its article, such as "a JSON object".
     """
-    # Parsers fail in too many ways to list, and the user needs to know only which file it is.
+    # Parsers fail in too many ways to list; the user only needs to know which file it is.
     try:
         yield
-    except UserError:  # says more already
+    except UserError:  # already says more
         raise
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; expected {kind}") from None

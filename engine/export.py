@@ -15,16 +15,16 @@ from engine import checkpoint
 from engine.errors import UserError
 from engine.hub import BUNDLED, module_paths, read_weights
 
-# Its modules in order -> their folders, written as its older versions did: newer ones read both.
+# Its modules in order -> their folders, in the format of older versions: newer ones read both.
 MODULES = {"Transformer": "", "Pooling": "1_Pooling", "Dense": "2_Dense"}
 TANH = "torch.nn.modules.activation.Tanh"
 
 
 def write_modules(folder: Path, pooling: str, max_length: int, pooler: nn.Linear) -> None:
-    """Write what makes `SentenceTransformer(folder).encode` equal to `SentenceEncoder.encode`.
+    """Write files that make `SentenceTransformer(folder).encode` equal `SentenceEncoder.encode`.
 
-    With the pooling `pooler`, BERT's own dense layer `pooler`, which sentence-transformers does not
-    count as part of the encoder, becomes a module of its own.
+    With pooling `pooler`, BERT's dense layer `pooler` becomes a separate module, because
+    sentence-transformers does not count it as part of the encoder.
     """
     # modules.json lists the modules in order; each has a folder with its configuration.
     width, names = pooler.in_features, list(MODULES)[: 3 if pooling == "pooler" else 2]
@@ -53,9 +53,9 @@ def write_modules(folder: Path, pooling: str, max_length: int, pooler: nn.Linear
 def read_pooler(folder: Path, width: int) -> dict[str, Tensor]:
     """BERT's pooler as sentence-transformers trained it, under HuggingFace's names.
 
-    sentence-transformers trains the dense module that `write_modules` writes, and leaves the pooler
-    in the encoder's weights alone. Empty if modules.json lists no such module: dense + tanh of
-    hidden size `width` on the first token.
+    sentence-transformers trains the dense module that `write_modules` writes, not the pooler in the
+    encoder's weights. Empty if modules.json lists no such module: dense + tanh of hidden size
+    `width` on the first token.
     """
     path = folder / "modules.json"
     if not path.is_file():
@@ -119,7 +119,7 @@ SentenceTransformer("THIS_FOLDER").encode(["A fine film.", "Dull."])
 def model_card(run: Path, result: dict[str, Any]) -> str:
     """The README.md of a run's best/: base model, command, data and dev metrics."""
     config = checkpoint.read_json(run / "config.json")
-    # Names of files without their folders: a published card should not show a user's paths.
+    # File names without folders: a published card should not show a user's paths.
     rows, files = config["rows"]["train"], config["files"]
     data = [f"{Path(path).name} ({rows[task]:,} rows)" for task, path in files["train"].items()]
     # A row of the table for each metric that is a single number.
@@ -156,14 +156,14 @@ def write_onnx(path: Path, encoder: nn.Module, outputs: Sequence[str], max_lengt
     missing = [name for name in ("onnx", "onnxscript") if util.find_spec(name) is None]
     if missing:
         raise UserError(f"--export onnx: the package {missing[0]} is missing: run ./setup.sh --dev")
-    # The names under which transformers' exports and their users pass the tensors.
+    # The input names of transformers' exports, which other software expects.
     inputs = ("input_ids", "attention_mask", "token_type_ids")
     sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", max=max_length)}
     # Sizes other than 0 and 1, which the exporter would treat as constants; three tensors, because
     # it would merge one that is passed three times.
     example = tuple(torch.zeros(2, 3, dtype=torch.int64) for _ in inputs)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    # The exporter prints a page of notes; what goes wrong it raises.
+    # Silence the exporter's notes: it raises an exception if something goes wrong.
     with checkpoint.atomic_file(path) as temporary, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(

@@ -21,8 +21,8 @@ def sum_losses(
 ) -> Tensor:
     """Gradients of the mean loss over all rows of a step's batches; returns that loss.
 
-    Losses are summed and divided once by the number of rows, so accumulation and short batches
-    weigh every row alike; only one batch's activations are held at a time.
+    Losses are summed and divided once by the number of rows, so all rows have equal weight, also
+    with accumulation and short batches.
 
     loss_fn: batch -> the loss of each of its rows, (B,). parameters: those with gradients to sum
     over the processes.
@@ -30,7 +30,7 @@ def sum_losses(
     count = sum(len(batch.global_rows) for batch in batches)
     total = to_float64(parameters[0].new_zeros(()))  # stays on the device: no synchronization
     for batch in batches:
-        # Backward at once, so that the activations of one batch at a time are in memory.
+        # Backward at once, so that memory holds the activations of only one batch at a time.
         if len(batch):  # a process may have no row of a short batch
             loss = loss_fn(batch).sum() / count
             loss.backward()
@@ -40,8 +40,8 @@ def sum_losses(
 
 
 def inner_product(a: Gradient, b: Gradient) -> Tensor:
-    """<a, b> over all parameters, in float64, as squares could leave float32's range."""
-    if a[0].device.type != "cpu":  # one long vector each: a GPU takes as long to start on a short
+    """<a, b> over all parameters, in float64: squares could exceed float32's range."""
+    if a[0].device.type != "cpu":  # one long vector each saves a GPU many kernel launches
         a, b = ([torch.cat([x.flatten() for x in gradient])] for gradient in (a, b))
     total = to_float64(a[0].new_zeros(()))
     for x, y in zip(a, b, strict=True):
@@ -57,7 +57,7 @@ def project(gradient: Gradient, others: Sequence[Gradient]) -> list[Tensor]:
     """
     result = [g.clone() for g in gradient]  # the others are projected against the original
     for other in others:
-        # A negative inner product: a step along one gradient undoes a part of the other's.
+        # A negative inner product: a step along one gradient undoes part of the other's.
         product = inner_product(result, other)
         if product.device.type == "cpu" and product >= 0:  # on a GPU, comparing would synchronize
             continue
@@ -93,20 +93,20 @@ def backward_by_task(
 ) -> Tensor:
     """Gradients of a step with batches of several tasks; returns the sum of the tasks' losses.
 
-    backward: batches of one task -> the task's loss, leaving gradients. Those of the `shared`
-    parameters are taken for each task separately, then combined (`pcgrad`, `sum_gradients`); any
-    other parameter keeps its own task's.
+    backward: batches of one task -> the task's loss, leaving gradients. Gradients of the `shared`
+    parameters are computed for each task separately, then combined (`pcgrad`, `sum_gradients`);
+    any other parameter keeps the gradient of its own task.
     """
     losses = []
     by_task: list[list[Tensor | None]] = []
-    # The batches of a task stand together, several with --accumulate.
+    # A task's batches are consecutive: several with --accumulate.
     for _, task_batches in groupby(batches, key=lambda batch: batch.task):
         losses.append(backward(list(task_batches)))
         # Take this task's gradients away, so that the next task's do not add to them.
         by_task.append([p.grad for p in shared])
         for p in shared:
             p.grad = None
-    # What no task reaches, such as an unused pooler, keeps no gradient.
+    # Parameters that no task uses, such as an unused pooler, keep no gradient.
     used = [i for i in range(len(shared)) if any(grads[i] is not None for grads in by_task)]
     whole = [
         [torch.zeros_like(shared[i]) if grads[i] is None else grads[i] for i in used]

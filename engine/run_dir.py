@@ -42,7 +42,7 @@ TENSORBOARD_STEPS = 10  # TensorBoard gets every tenth training step
 
 @contextmanager
 def folder_lock(path: Path) -> Iterator[None]:
-    """Lock a folder against other processes, where the file system can; UserError if one has it."""
+    """Lock a folder, if the file system can; UserError if another process has locked it."""
     if fcntl is None:
         yield
         return
@@ -67,7 +67,7 @@ class RunDir:
     stage: str | None = None  # added to log lines and states, in runs of several stages
     # Tensors and facts of an interrupted run, for the trainer to take over.
     state: tuple[dict[str, Tensor], dict[str, Any]] | None = None
-    # Writes a line that has been put off: of a step whose loss is still on its way from a GPU.
+    # Writes a deferred log line: of a step whose loss is still being copied from a GPU.
     pending: Callable[[], None] | None = None
     _start_time: float = field(default_factory=time.perf_counter)
     _log: Any = None
@@ -81,11 +81,11 @@ class RunDir:
 
     @classmethod
     def start_or_resume(cls, args: Namespace, **facts: Any) -> "RunDir":
-        """Start a run in the new folder `args.run_dir`, or continue the one that is there.
+        """Start a run in the new folder `args.run_dir`, or continue the run there.
 
-        facts: what else `config.json` records; "data" maps each data file to its checksum.
+        facts: further entries of `config.json`; "data" maps each data file to its checksum.
         """
-        # Each process reads the files itself, perhaps from a disk of its own.
+        # Each process reads the files itself, perhaps from its own disk.
         if distributed.broadcast_from_rank_zero(lambda: facts["data"]) != facts["data"]:
             raise UserError("the processes read different data files: copy those of process 0")
         run = cls(args.run_dir)
@@ -129,7 +129,7 @@ class RunDir:
                 write_json(self.path / "config.json", config)
             else:
                 _check_inputs(args, recorded, facts)
-                # The process may have been killed while it replaced one of these.
+                # The process may have been killed while replacing one of these.
                 for name in ("best", "probe"):
                     restore_folder(self.path / name)
             for draft in self.path.rglob(".*.tmp"):  # of a process that was killed
@@ -141,7 +141,7 @@ class RunDir:
             raise UserError(f"--run_dir {self.path}: not writable ({error.strerror})") from None
 
     def _load_state(self) -> None:
-        """Read the last saved state, and cut the log back to where it was saved."""
+        """Read the last saved state, and truncate the log to where it was saved."""
         path = self.path / "last/state.safetensors"
         length = 0
         if path.exists():
@@ -151,7 +151,7 @@ class RunDir:
         if self._log is not None:
             if length > os.fstat(self._log.fileno()).st_size:
                 raise UserError(f"{self._log.name}: has lost lines since {path} was saved")
-            # Later lines are of steps that will be taken again. The file position follows: the
+            # Later lines belong to steps that will be repeated. The file position must follow: the
             # next state records it.
             self._log.seek(self._log.truncate(length))
 
@@ -173,7 +173,7 @@ class RunDir:
         self.flush()
         if not self.writes:
             return
-        # Writing to a deleted file would succeed, and the run would train on for nothing.
+        # Writing to a deleted file succeeds, so the run would train on for nothing.
         if not (self.path / "config.json").exists():
             raise UserError(f"{self.path}: the run folder was deleted or emptied during training")
         stage = {"stage": self.stage} if self.stage else {}
@@ -187,7 +187,7 @@ class RunDir:
         if self._tensorboard is None and util.find_spec("tensorboard") is not None:
             from torch.utils.tensorboard import SummaryWriter
 
-            # Hide what an interrupted run had written of this step and later ones.
+            # Hide events of an interrupted run from this step on.
             self._tensorboard = SummaryWriter(str(self.path / "tensorboard"), purge_step=step)
             self._open_files.callback(self._tensorboard.close)
         shown = kind != "train" or step % TENSORBOARD_STEPS == 0
@@ -197,13 +197,13 @@ class RunDir:
                 self._tensorboard.add_scalar(name, value, step)
 
     def flush(self) -> None:
-        """Write the line that has been put off, if there is one."""
+        """Write the deferred log line, if there is one."""
         write, self.pending = self.pending, None
         if write is not None:
             write()
 
     def save_state(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        """Replace the state in last/ by this one."""
+        """Replace the state in last/ with this one."""
         if not self.writes:
             return
         os.fsync(self._log.fileno())  # the state records the length of the log
@@ -214,14 +214,14 @@ class RunDir:
         """Write result.json, which marks a finished run, and delete last/ unless it is kept."""
         if self.writes:
             write_json(self.path / "result.json", result)
-            # A training state of no further use is three times as large as the model.
+            # The training state is no longer needed, and three times as large as the model.
             for name in ["probe"] if keep_last else ["probe", "last"]:
                 shutil.rmtree(self.path / name, ignore_errors=True)
         self.close()
 
     def close(self) -> None:
         """Close the log and release the lock."""
-        with suppress(OSError):  # a full disk was reported when the step was logged
+        with suppress(OSError):  # a full disk was already reported by `log`
             self._open_files.close()
 
 
@@ -229,7 +229,7 @@ def _check(args: Namespace) -> dict[str, Any] | None:
     """`RunDir.check` for one process."""
     path, config = args.run_dir, args.run_dir / "config.json"
     try:
-        # A process that was killed while it started the run may have left a draft of config.json.
+        # A process killed while starting the run may have left a draft of config.json.
         if not path.exists() or (path.is_dir() and all(f.match(DRAFT) for f in path.iterdir())):
             return None
     except OSError as error:
@@ -243,9 +243,9 @@ def _check(args: Namespace) -> dict[str, Any] | None:
     recorded, given = read_json(config), plain_arguments(args)
     with reading(config, "the record of a run"):
         before = dict(recorded["arguments"])
-    if "model_checksum" in recorded and "model" in before:  # its weights count, not its name
+    if "model_checksum" in recorded and "model" in before:  # compared by weights, not by name
         before["model"] = given["model"]
-    # Any difference, also in which flags there are, would make it another run.
+    # Any difference, even in the set of flags, would make it another run.
     unknown = sorted(set(before) ^ set(given))
     if unknown:
         raise UserError(
@@ -262,21 +262,21 @@ def _check(args: Namespace) -> dict[str, Any] | None:
 
 
 def _check_inputs(args: Namespace, recorded: dict[str, Any], facts: dict[str, Any]) -> None:
-    """UserError unless data files and model are those that the run began with."""
+    """UserError unless data files and model are those that the run started with."""
     before = {os.path.abspath(name): checksum for name, checksum in recorded["data"].items()}
     for name, checksum in facts["data"].items():
         if before.get(os.path.abspath(name)) != checksum:
             raise UserError(f"--resume: {name} has changed since the run began")
-    # Frozen weights are not in the saved state: they would come from another model.
+    # Frozen weights are not in the saved state: they would come from the changed model.
     checksum = facts.get("model_checksum")
     if recorded.get("model_checksum", checksum) != checksum:
         raise UserError(f"--resume: --model {args.model} has changed since the run began")
 
 
 def plain_arguments(args: Namespace) -> dict[str, Any]:
-    """The command line as JSON holds it, without --resume; paths are absolute.
+    """The command line as JSON values, without --resume.
 
-    So a record means the same files whatever the working directory is when it is read.
+    Paths are absolute, so a record does not depend on the working directory.
     """
     plain = {k: os.path.abspath(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
     return {name: value for name, value in plain.items() if name != "resume"}
@@ -301,7 +301,7 @@ def provenance() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {
             **{name: metadata.version(name) for name in PACKAGES},
-            "torch": str(torch.__version__),  # says what it was built for, such as +cpu
+            "torch": str(torch.__version__),  # with its build, such as +cpu
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),
         },
@@ -318,13 +318,13 @@ def provenance() -> dict[str, Any]:
 
 
 def _git(*arguments: str) -> str | None:
-    """The answer of git about the project's own checkout; None outside of one."""
-    # Not of the working directory, which may belong to another project.
+    """git's output for the project's own checkout; None outside of one."""
+    # Not the working directory, which may belong to another project.
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return None
     with suppress(OSError, subprocess.SubprocessError):
-        # GIT_DIR and its like, set by a hook for instance, would mean another repository.
+        # GIT_DIR and the like, set by a hook for example, would mean another repository.
         env = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
         command = ["git", "-C", str(root), *arguments]
         options = {"capture_output": True, "text": True, "timeout": 10, "check": True}

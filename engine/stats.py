@@ -42,8 +42,8 @@ def compare(
     if correlation:
         return _compare_correlations(gold, first, second, 1999, rng)
     resamples = 9999
-    # What each row adds to the difference: -1, 0 or 1. So a resample of all rows is a draw of how
-    # often each occurs: hundreds of times faster than drawing rows.
+    # Each row adds -1, 0 or 1 to the difference. So a resample only has to draw how often each
+    # value occurs: hundreds of times faster than drawing rows.
     values = np.array([-1, 0, 1])
     counts = np.bincount((first == gold).astype(int) - (second == gold) + 1, minlength=3)
     difference = values @ counts / len(gold)
@@ -85,7 +85,7 @@ def _compare_correlations(
 def pearson(x: np.ndarray, y: np.ndarray, axis: int = -1) -> np.ndarray:
     """Pearson's r along an axis, for many resamples at once; 0 where one side is constant."""
     x, y = (v - v.mean(axis=axis, keepdims=True) for v in (x, y))
-    # By hand, as scipy's takes one pair of samples at a time.
+    # Not scipy's, which takes one pair of samples at a time.
     scale = np.sqrt((x * x).sum(axis=axis) * (y * y).sum(axis=axis))
     return np.divide((x * y).sum(axis=axis), scale, out=np.zeros_like(scale), where=scale > 0)
 
@@ -112,7 +112,7 @@ def score_interval(score: float, rows: int, correlation: bool) -> tuple[float, f
 def holm(p_values: Sequence[float]) -> list[float]:
     """P-values adjusted for multiple tests (Holm 1979), in the given order."""
     order, count = np.argsort(p_values), len(p_values)
-    # The smallest p-value counts as many times as there are tests, the next one time less, ...
+    # Multiply the smallest p-value by the number of tests, the next one by one less, ...
     scaled = np.minimum(1, np.arange(count, 0, -1) * np.take(p_values, order))
     adjusted = np.empty(count)
     adjusted[order] = np.maximum.accumulate(scaled)

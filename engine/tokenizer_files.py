@@ -20,7 +20,7 @@ NORMALIZATION = {
     "strip_accents": ("strip_accents", None),  # None: strip them if the text is lower-cased
     "tokenize_chinese_chars": ("handle_chinese_chars", True),
 }
-# What a tokenizer.json must contain to be BERT's, where it says anything.
+# The values that a BERT tokenizer.json must have, if it has these keys.
 BERT_PIPELINE = {
     ("model", "type"): "WordPiece",
     ("model", "continuing_subword_prefix"): "##",
@@ -47,12 +47,12 @@ Source = tuple[dict[str, int], dict[str, Any], list[dict[str, Any]]]
 
 @dataclass
 class TokenizerFiles:
-    """What the files of a tokenizer say, whichever of them there are."""
+    """The contents of a tokenizer's files, whichever of them exist."""
 
     source: Path  # the file of the vocabulary
     vocabulary: dict[str, int]
     special: dict[str, str]  # key of `SPECIAL_TOKENS` -> token
-    normalization: dict[str, Any]  # key of `NORMALIZATION` -> the setting in force
+    normalization: dict[str, Any]  # key of `NORMALIZATION` -> the setting in use
     added: list[dict[str, Any]]  # tokens added to the vocabulary, as tokenizer.json lists them
     max_length: int
 
@@ -60,8 +60,8 @@ class TokenizerFiles:
 def read_tokenizer(folder: Path, settings: dict[str, Any]) -> TokenizerFiles:
     """Read the tokenizer in a model folder: `tokenizer.json`, or else `vocab.txt`.
 
-    settings: entries of `tokenizer_config.json` to change. What that file says about normalization
-    wins over what `tokenizer.json` has stored. UserError for anything that is not BERT's tokenizer.
+    settings: entries of `tokenizer_config.json` to change. Its settings for normalization
+    override those stored in `tokenizer.json`. UserError for anything that is not BERT's tokenizer.
     """
     paths = {name: folder / name for name in CONFIG_FILES}
     files = {name: read_json(path) if path.exists() else {} for name, path in paths.items()}
@@ -83,13 +83,13 @@ def read_tokenizer(folder: Path, settings: dict[str, Any]) -> TokenizerFiles:
 
 
 def _content(token: Any) -> Any:
-    """A token, which these files have as a string or as {"content": ..., ...}."""
+    """A token, stored as a string or as {"content": ..., ...}."""
     return token.get("content") if isinstance(token, dict) else token
 
 
 def _check_supported(folder: Path, files: Files) -> None:
-    """UserError for a tokenizer that does something else than BERT's."""
-    # A vocabulary alone does not tell that its words were split by a morphological analyser first.
+    """UserError for a tokenizer that does not work like BERT's."""
+    # A vocabulary alone does not tell whether a morphological analyser must split words first.
     for name in ("tokenizer_config.json", "config.json"):
         kind = files[name].get("tokenizer_class")
         if kind is not None and kind not in CLASSES:
@@ -110,7 +110,7 @@ def _special_tokens(settings: dict[str, Any], legacy: dict[str, Any]) -> dict[st
 
 
 def _max_length(folder: Path, files: Files, settings: dict[str, Any]) -> int:
-    """The model's limit in tokens, the smallest that its files give; 512 where none does."""
+    """The model's limit in tokens, the smallest in its files; 512 if there is none."""
     limits = [
         files["config.json"].get("max_position_embeddings"),
         files["sentence_bert_config.json"].get("max_seq_length"),
@@ -126,8 +126,8 @@ def _max_length(folder: Path, files: Files, settings: dict[str, Any]) -> int:
 def _read_tokenizer_json(path: Path, files: Files) -> Source:
     """The vocabulary and settings in `tokenizer.json`, if it describes a BERT tokenizer.
 
-    Only the data is taken; the pipeline is built from known parts. The library's own
-    loader would run any pipeline that a file describes, and crashes on some damaged files. The
+    Only the data is used; the pipeline is built from known parts. The library's own loader would
+    run any pipeline that a file describes, and crashes on some damaged files. The
     post-processor is ignored, as transformers does for BERT.
     """
     content = read_json(path)
@@ -146,14 +146,14 @@ def _read_tokenizer_json(path: Path, files: Files) -> Source:
 
 
 def _read_vocabulary(path: Path, files: Files) -> Source:
-    """The vocabulary in `vocab.txt`: a token a line, its id the number of the line from 0.
+    """The vocabulary in `vocab.txt`: one token per line, whose id is the line number from 0.
 
-    What was added to it later is in tokenizer_config.json, or with older software in
+    Tokens added later are in tokenizer_config.json, or with older software in
     added_tokens.json and, for special tokens, in special_tokens_map.json.
     """
     # Not splitlines(): a token may be another character that Unicode calls a line break.
     lines = read_text(path).removesuffix("\n").split("\n")
-    # Spaces at the end of a line are no part of a token, as for BERT's first tokenizer.
+    # Spaces at the end of a line are not part of a token, as in BERT's original tokenizer.
     tokens = [line.rstrip(" \t\r") or line for line in lines]
     vocabulary = {token: index for index, token in enumerate(tokens)}
     settings, legacy = files["tokenizer_config.json"], files["special_tokens_map.json"]

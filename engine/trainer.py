@@ -1,8 +1,8 @@
 """The training loop that every script shares.
 
 Scripts and training methods differ in one function, `backward`: it takes the batches of a step,
-leaves gradients in the parameters, and returns the loss for the log. Of tasks the loop knows only
-their names, to log them.
+leaves gradients in the parameters, and returns the loss for the log. The loop knows only the names
+of tasks, to log them.
 """
 
 import math
@@ -41,7 +41,7 @@ def progress_bar(total: int, description: str, initial: int = 0, leave: bool = T
 
 @dataclass
 class TrainState:
-    """Where training is, apart from weights, optimizer state and random generators."""
+    """The training progress, apart from weights, optimizer state and random generators."""
 
     step: int = 0  # optimizer steps taken
     rows: int = 0  # training rows seen
@@ -53,7 +53,7 @@ class TrainState:
 
 @dataclass
 class PendingStep:
-    """A step that was taken, but whose loss may still be on its way from a GPU."""
+    """A finished step whose loss may still be on its way from the GPU."""
 
     epoch: int
     batches: Sequence[Any]
@@ -92,7 +92,7 @@ class Trainer:
         return [group for o in self.optimizers.values() for group in o.param_groups]
 
     def fit(self) -> dict[str, Any]:
-        """Train to the end, or from where the run was interrupted; the best evaluation.
+        """Train to the end, from the start or where the run stopped; returns the best evaluation.
 
         TrainingDiverged: a loss, gradient, weight or score is not finite; the best weights and the
         last finite state are kept. TrainingInterrupted: by Ctrl-C or SIGTERM; the state is saved.
@@ -104,7 +104,7 @@ class Trainer:
             device.keep_freed_memory()
         self.timer = SaveTimer(self.args.save_every, self.state.step)
         bar = progress_bar(self.epoch_ends[-1], "train", self.state.step)
-        # Ctrl-C and SIGTERM are handled from here to the end, so that no step is lost half-way.
+        # Handle Ctrl-C and SIGTERM from here to the end, so that no step is cut short.
         with StopSignals() as self.stop, bar as self.bar:
             try:
                 if not self.state.finished:
@@ -118,7 +118,7 @@ class Trainer:
         return self.state.best
 
     def finish(self, **metrics: Any) -> dict[str, Any]:
-        """Write the model card and result.json: these metrics, and what training took."""
+        """Write the model card and result.json: these metrics, and training time and memory."""
         run, best = self.run, self.state.best
         result = {
             **metrics,
@@ -141,7 +141,7 @@ class Trainer:
             self.evaluate()
         for epoch, batches in self._remaining_steps():
             self.train_step(epoch, batches)
-            # All processes have to agree on what to do next, or they would wait for each other.
+            # All processes must agree on what to do next, or they would wait for each other.
             step, every = self.state.step, self.args.eval_every
             save_due, stop = distributed.any_rank(self.timer.is_due(step), self.stop.requested)
             if step in self.eval_steps or (every and step % every == 0):
@@ -174,7 +174,7 @@ class Trainer:
 
         Its loss is read, checked and logged during the next step: the CPU never waits for the GPU.
         """
-        # 1. Learning rates of this step. What it changes on the CPU is kept in case it diverges.
+        # 1. Learning rates of this step. Keep the state on the CPU in case the step diverges.
         step, before = self.state.step, replace(self.state)
         factor = self.lr_factor(step, self.epoch_ends[-1])
         for group, peak_lr in zip(self._param_groups(), self.peak_lrs, strict=True):
@@ -188,9 +188,9 @@ class Trainer:
             norm = nn.utils.get_total_norm(grads)
             loss, norm = values = torch.stack([device.to_float64(loss), device.to_float64(norm)])
             read = device.read_later(values)
-            self.run.flush()  # records the step before
+            self.run.flush()  # logs the step before
             # 3. Update, with gradient clipping (Pascanu et al. 2013) as a factor on the gradients;
-            # weights stay as they are if the loss or the norm is not finite.
+            # weights do not change if the loss or the norm is not finite.
             scale = (norm / self.args.clip).clamp(min=1).float() if self.args.clip else None
             found_inf = 1 - values.isfinite().all().float()
             for optimizer in self.optimizers.values():
@@ -224,7 +224,7 @@ class Trainer:
 
     def _diverged(self, last: PendingStep, loss: float, norm: float) -> None:
         """Save the state before the last step if it is finite, and raise TrainingDiverged."""
-        self.state = last.before  # weights and moments are those before it, too
+        self.state = last.before  # weights and moments are from before it, too
         for optimizer in self.optimizers.values():
             optimizer.uncount()
         step, names = self.state.step, "; ".join(map(str, last.batches))
@@ -244,8 +244,8 @@ class Trainer:
     def evaluate(self) -> None:
         """Evaluate, log, and keep the weights if they are the best."""
         state = self.state
-        # Saved before the evaluation: a run that is killed during it repeats only that, and from
-        # here on stopping at once loses nothing.
+        # Save before evaluating: a run that is killed during the evaluation repeats only that, so
+        # from here on stopping at once loses nothing.
         state.eval_due = True
         self.save()
         self.stop.immediate = True
@@ -268,7 +268,7 @@ class Trainer:
         state.finished = 0 < self.args.patience <= state.evals_since_best
 
     def save(self, rng_states: Sequence[Tensor] | None = None) -> None:
-        """Save everything that training has changed, with these generator states or the current.
+        """Save everything that training has changed, with these or the current generator states.
 
         TrainingDiverged if a weight is not finite: the last finite state stays.
         """
@@ -290,7 +290,7 @@ class Trainer:
         self.timer.restart(self.state.step)
 
     def resume(self) -> None:
-        """Take over `run.state`, which `save` wrote; UserError if it does not fit."""
+        """Restore `run.state`, which `save` wrote; UserError if it does not fit."""
         tensors, facts = self.run.state
         with reading(self.run.path / "last/state.safetensors", "the training state of this run"):
             self.state = TrainState(**{name: facts[name] for name in asdict(self.state)})

@@ -235,7 +235,7 @@ def test_a_comparison_tells_differences_from_noise(tiny, data, probe_copy, ask):
     assert para.startswith("para accuracy, 16 rows: 1.0000 - 0.9375 = +0.0625, 95% interval +0.0")
     assert para.endswith("p 1.0000: not significant")
     assert sts.endswith("= +0.0000, 95% interval +0.0000 to +0.0000, p 1.0000: not significant")
-    assert "the variance between seeds is in neither" in err
+    assert "neither covers the variance between seeds" in err
     assert "0.1250 - 0.8750 = -0.7500" in ask(other, "--compare", probe_copy)[0]
 
 
