@@ -65,7 +65,7 @@ class LinearHead(nn.Module):
 
     def forward(self, u: Tensor) -> Tensor:
         """u (B, D) -> logits (B, C)."""
-        # SOLUTION: self.dropout is off at evaluation by itself
+        # SOLUTION: self.dropout turns itself off at evaluation
         return self.dense(self.dropout(u))
         # END SOLUTION
 

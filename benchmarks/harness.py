@@ -8,8 +8,8 @@ A benchmark is a module with these names:
     CLAIMS       the ratios and figures to report, with their targets
     check        optional: arrays that contestants returned -> figures for the record, or UserError
 
-Each contestant is measured in a process of its own, all of them in turn, `--turns` times, after an
-untimed pass. A ratio, ours to the peer's, is taken turn by turn, and the median reported.
+Each contestant is measured in its own process, in turn with the others, `--turns` times, after an
+untimed pass. The ratio of ours to the peer's is computed turn by turn; the median is reported.
 """
 
 import operator
@@ -53,7 +53,7 @@ Turns = list[dict[str, float]]  # the figures of a contestant in each turn
 
 @dataclass
 class Work:
-    """What a contestant does in one timed pass."""
+    """The work of a contestant in one timed pass."""
 
     run: Callable[[], Any]  # the pass; an array that it returns is kept for `check`
     units: int  # rows, sentences, steps, ... in a pass
@@ -90,7 +90,7 @@ def bert_config(size: str) -> BertConfig:
 def useful_flops(
     config: BertConfig, lengths: Sequence[int], training: bool = True, pooling: str = "pooler"
 ) -> float:
-    """FLOPs that the result of a pass needs, whatever an implementation computes besides.
+    """FLOPs that the result of a pass needs, whatever else an implementation computes.
 
     Padding does not count; embeddings, LayerNorm, softmax and heads are left out. With hidden size
     D, feed-forward size F and a sentence of t tokens, a layer needs
@@ -110,7 +110,7 @@ def useful_flops(
 
 
 def matrix_rate(config: BertConfig, tokens: int, dtype: torch.dtype, device: str) -> float:
-    """FLOP/s of this machine on the matrix products of a layer with so many tokens, alone."""
+    """FLOP/s of this machine on just the matrix products of a layer with this many tokens."""
     width, inner = config.hidden_size, config.intermediate_size
     shapes = [(width, width)] * 4 + [(inner, width), (width, inner)]
     weights = [torch.randn(shape, dtype=dtype, device=device) for shape in shapes]
@@ -123,9 +123,9 @@ def matrix_rate(config: BertConfig, tokens: int, dtype: torch.dtype, device: str
             F.linear(inputs[weight.size(1)], weight)
 
     if device == "cuda":
-        multiply()  # cuBLAS prepares itself
+        multiply()  # initializes cuBLAS
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):  # all in one launch: a product may be shorter than its own
+        with torch.cuda.graph(graph):  # one launch: a product may be shorter than its launch
             multiply()
         multiply = graph.replay
     times, _ = time_passes(multiply, device, passes=4, seconds=0.5)
@@ -150,7 +150,7 @@ def flop_rates(
 
 
 def leave_project() -> None:
-    """Let a peer import the library that is called `datasets`, as a file of ours is."""
+    """Let a peer import the library `datasets`, whose name a file of ours has, too."""
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
     sys.modules.pop("datasets", None)
 
@@ -165,7 +165,7 @@ def classifier_flags(args: Namespace, **flags: Any) -> list[str]:
 def time_passes(
     function: Callable[[], Any], device: str, passes: int, seconds: float = 0.0
 ) -> tuple[list[float], Any]:
-    """Call it so often, and for so long; the seconds of each call, and what the last returned."""
+    """Call it at least `passes` times and for `seconds`; each call's seconds, the last result."""
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     times, result = [], None
     while len(times) < passes or sum(times) < seconds:
@@ -184,21 +184,21 @@ def measure(work: Work, args: Namespace) -> tuple[dict[str, float], np.ndarray |
     times, output = time_passes(work.run, args.device, args.passes)
     seconds = statistics.median(times)
     figures = {"rate": work.units / seconds, "seconds": seconds / work.units}
-    # Before the further figures, which may take memory themselves.
+    # Before the further figures, which may use memory themselves.
     figures["memory"] = (peak_memory_bytes(torch.device(args.device)) or 0) / 2**20
     figures |= work.figures(seconds)
     return figures, output if isinstance(output, np.ndarray) else None
 
 
 def measure_quietly(benchmark: str, contestant: str, args: Namespace) -> Any:
-    """`measure` a contestant; whatever this process and its children print is thrown away."""
+    """`measure` a contestant; the output of this process and its children is discarded."""
     for stream in (1, 2):  # standard output and error, of libraries in C too
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
     return measure(import_module(benchmark).CONTESTANTS[contestant](args), args)
 
 
 def start_worker(*call: Any) -> Any:
-    """`measure_quietly` in a new process, which takes over none of our threads or imports."""
+    """`measure_quietly` in a new process, which inherits none of our threads or imports."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         return pool.submit(measure_quietly, *call).result()
 

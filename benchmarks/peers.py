@@ -25,7 +25,7 @@ class PlainLoop:
     def __init__(self, args: Namespace, size: str = ""):
         import transformers
 
-        torch.manual_seed(0)  # of random weights, of the order of rows, and of dropout
+        torch.manual_seed(0)  # for random weights, order of rows and dropout
         self.args = args
         self.tokenizer = transformers.BertTokenizerFast.from_pretrained(args.model)
         if size:

@@ -5,7 +5,7 @@
 
 A benchmark's record is benchmarks/results/NAME.json; the tables in docs/benchmarks.md are made from
 these files, so running one benchmark refreshes its table alone. If one fails, the others still run.
-Close other work on the machine first: it would be measured too.
+Stop other work on the machine first: it would affect the measurements.
 """
 
 import re
@@ -42,16 +42,16 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     add = parser.add_argument
     add("names", nargs="*", metavar="NAME", help=f"{', '.join(NAMES)} (default: all)")
     add("--only", nargs="+", metavar="TEXT", help="only contestants whose names contain a TEXT")
-    add("--quick", action="store_true", help="tiny sizes, to try it; writes no record")
+    add("--quick", action="store_true", help="a trial with tiny sizes; writes no record")
     add("--results", type=Path, help="write the records there, and leave the docs alone")
     add("--report", action="store_true", help="run nothing, only rewrite docs/benchmarks.md")
-    # Benchmarks have defaults of their own, and some lack a setting.
+    # Benchmarks have their own defaults, and some lack a setting.
     add = parser.add_argument_group("settings", argument_default=SUPPRESS).add_argument
     add("--model", help="a folder, a hub id, or all-MiniLM-L6-v2")
     add("--data_dir", type=Path, help="folder of the csv files (default: data/sample)")
     add("--rows", type=POSITIVE_INT, help="rows of each file, or sentences")
     add("--batch_size", type=POSITIVE_INT, help="rows per batch")
-    add("--turns", type=POSITIVE_INT, help="how often each contestant is measured (default: 3)")
+    add("--turns", type=POSITIVE_INT, help="measurements of each contestant (default: 3)")
     add("--passes", type=POSITIVE_INT, help="timed passes per measurement; the median counts")
     add("--device", choices=["cpu", "cuda"], help="where to run (default: cpu)")
     args = parser.parse_args(argv)
@@ -80,7 +80,7 @@ def settings(benchmark: Any, args: Namespace) -> dict[str, Any]:
 
 
 def run(name: str, args: Namespace) -> dict[str, Any]:
-    """Measure the contestants of a benchmark (--only: some) in turns; the record."""
+    """Measure the contestants of a benchmark (--only: some) in turns; returns the record."""
     benchmark = load(name)
     used = settings(benchmark, args)
     # An empty TEXT is in every name.
@@ -93,7 +93,7 @@ def run(name: str, args: Namespace) -> dict[str, Any]:
             job.model = str(resolve_model(used["model"]))
         runs, outputs, skipped = harness.measure_in_turns(benchmark.__name__, contestants, job)
     claims = [c for c in benchmark.CLAIMS if {c.ours, c.peer or c.ours} <= set(runs)]
-    if "data_dir" in used:  # a record does not tell where somebody keeps the data
+    if "data_dir" in used:  # a record does not show where the data is
         used["data_dir"] = "DATA" if "data_dir" in args else str(used["data_dir"])
     words = ["python", "benchmarks/run.py", name]
     given = [flag for flag in used if flag in args and flag != "quick"]
@@ -130,7 +130,7 @@ def report(results: Path) -> str:
 
 
 def rewrite(docs: Path, text: str) -> None:
-    """Put `text` between the two markers; every other character stays as it is."""
+    """Put `text` between the two markers; nothing else changes."""
     parts = re.split(f"({BEGIN}|{END})", read_text(docs))
     if parts[1::2] != [BEGIN, END]:
         raise UserError(f"{docs}: needs the lines {BEGIN} and {END}, once each, in this order")

@@ -1,7 +1,7 @@
-"""The tests of grade.py: what is checked, the sentence for each mistake, and the points.
+"""The tests of grade.py: the checks, the message for each mistake, and the points.
 
-The references are those of make_references.py. What other exercises compute is replaced by stored
-values or by modules of PyTorch's own, so that a mistake costs points once.
+The references come from make_references.py. Stored values or PyTorch's own modules replace the
+results of other exercises, so that a mistake costs points only once.
 """
 
 from collections.abc import Callable
@@ -32,7 +32,7 @@ class References:
         return self.tensors[name]
 
     def fill(self, module: nn.Module, rename: Callable[[str], str] = str) -> Any:
-        """The module in evaluation mode, with the stored weights where there are any."""
+        """The module in evaluation mode, with the stored weights that exist."""
         with torch.no_grad():
             for name, parameter in module.named_parameters():
                 if rename(name) in self.tensors:
@@ -42,7 +42,7 @@ class References:
     def compare(self, what: str, result: Any, key: str = "expected", **mistakes: str) -> None:
         """Mistake unless `result` is the tensor `key`.
 
-        mistakes: the name of a wrong result -> its own sentence.
+        mistakes: the name of a wrong result -> its message.
         """
         expected = self.tensors[key]
         check(isinstance(result, Tensor), f"{what}: a {type(result).__name__}, not a tensor")
@@ -87,7 +87,7 @@ def attention() -> None:
 
 
 def attention_mask() -> None:
-    """Padding changes nothing: a row with two tokens masked gives what it gives without them."""
+    """Padding changes nothing: a row gives the same with two masked tokens as without them."""
     bert, r = import_module("bert"), References("attention")
     row, tokens = slice(1, 2), slice(0, 3)  # the second row; two of its tokens become padding
     mask = torch.zeros(1, 1, 1, r.key.size(2))
@@ -129,7 +129,7 @@ def tiny_bert(bert: Any, r: References) -> nn.Module:
 
 
 def encoder_layer() -> None:
-    """What the layer gives its parts and what it makes of their results, which are stored."""
+    """The inputs that the layer gives its parts, and its use of their (stored) results."""
     bert, r = import_module("bert"), References("bert")
     layer = tiny_bert(bert, r).bert_layers[0]
 
@@ -200,8 +200,8 @@ def adamw_update() -> None:
     r = References("adamw")
     tensors = adamw(r, t=3, weight_decay=0.0)
     mistakes = {
-        "wrong_t_minus_1": "AdamW's bias correction is off by one: it takes t - 1 for t",
-        "wrong_t_plus_1": "AdamW's bias correction is off by one: it takes t + 1 for t",
+        "wrong_t_minus_1": "AdamW's bias correction is off by one: it uses t - 1 for t",
+        "wrong_t_plus_1": "AdamW's bias correction is off by one: it uses t + 1 for t",
         "wrong_no_correction": "AdamW does not correct the bias of the moments in the first steps",
         "wrong_eps": "AdamW adds eps to the corrected root; in the formulas it is sqrt(v) + eps",
     }
@@ -212,11 +212,11 @@ def adamw_update() -> None:
 
 def adamw_decay() -> None:
     """The decay is decoupled, scaled by the learning rate, and comes last."""
-    # After so many steps that a mistake in the bias correction does not cost points twice.
+    # At a late step, so that a mistake in the bias correction does not cost points twice.
     r = References("adamw")
     tensors = adamw(r, t=10**6, weight_decay=0.3)
     mistakes = {
-        "wrong_coupled": "AdamW couples the weight decay into the gradient; it must change p alone",
+        "wrong_coupled": "AdamW adds the weight decay to the gradient; it must change only p",
         "wrong_without_lr": "AdamW does not multiply the weight decay by the learning rate",
         "wrong_decay_first": "AdamW decays before the update; here the decay comes after it",
         "wrong_no_decay": "AdamW does not decay the parameter",
@@ -233,20 +233,20 @@ def sentiment_head() -> None:
     head = r.fill(import_module("model").LinearHead(8, task, dropout=0.5))
     results = [head(r.u) for _ in range(4)]
     same = all(torch.equal(results[0], other) for other in results[1:])
-    check(same, "the sentiment head drops out at evaluation: four calls differ")
+    check(same, "the sentiment head applies dropout at evaluation: four calls differ")
     softmax = "the sentiment head returns probabilities; the loss expects logits"
     r.compare("the sentiment head", results[0], "expected_logits", wrong_softmax=softmax)
     head.train()
     same = all(torch.equal(results[0], head(r.u)) for _ in range(4))
-    check(not same, "the sentiment head does not drop out in training")
+    check(not same, "the sentiment head does not apply dropout in training")
 
 
 def sentiment_loss() -> None:
     """The cross-entropy of each row."""
     r, labels = References("sentiment"), import_module("tasks").TASKS["sst"].labels
     loss = labels.loss(r.expected_logits, r.labels)
-    check(loss.ndim == 1, "the loss is a single number, expected that of each row: no mean, no sum")
-    twice = "the loss takes a softmax of the logits before cross_entropy, which takes it itself"
+    check(loss.ndim == 1, "the loss is a single number, expected one per row: no mean, no sum")
+    twice = "the loss applies softmax before cross_entropy, which already includes it"
     r.compare("the sentiment loss", loss, "expected_loss", wrong_softmax_twice=twice)
 
 
@@ -300,7 +300,7 @@ predict_paraphrase = partial(
     predict_pairs,
     *("predict_paraphrase", "expected_para"),
     wrong_sigmoid="predict_paraphrase returns a probability, expected a logit",
-    wrong_swapped="predict_paraphrase exchanges the first and the second sentences",
+    wrong_swapped="predict_paraphrase swaps the first and the second sentences",
     expected_sts="predict_paraphrase uses the head of sts",
 )
 predict_similarity = partial(
@@ -334,7 +334,7 @@ def step_losses() -> None:
 
 
 def step_detach() -> None:
-    """With detach the loss reaches the head alone; without it, BERT too."""
+    """With detach the loss reaches only the head; without it, BERT too."""
     for detach in (False, True):
         model, losses = step(References("multitask"), "sts", detach)
         losses.sum().backward()

@@ -1,10 +1,10 @@
-"""Grade the exercises, each by itself, against stored reference values.
+"""Grade each exercise on its own against stored reference values.
 
     python grade.py                                  the project in this folder
     python grade.py --debug "encoder layer"          one test, with your prints and the traceback
     python grade.py FOLDER --json results.json       another folder; results for Gradescope
 
-A test runs in a process of its own with a time limit: code that hangs, exits or cannot be imported
+Each test runs in its own process with a time limit: code that hangs, exits or cannot be imported
 loses only the points of its own tests. checks.py has the tests.
 """
 
@@ -42,7 +42,7 @@ def place(error: BaseException) -> str:
 
 
 def outcome(test: Test) -> str:
-    """Run a test here: "passed", or a sentence that says what is wrong."""
+    """Run a test in this process: "passed", or a sentence that says what is wrong."""
     torch.manual_seed(0)
     try:
         test.run()
@@ -73,7 +73,7 @@ def run_apart(test: Test, limit: float) -> str:
             os._exit(0)
     os.close(writer)
     with suppress(OSError):
-        os.setpgid(child, child)  # here too: the child may not have got to it yet
+        os.setpgid(child, child)  # here too: the child may not have done it yet
     try:
         ready, _, _ = select.select([reader], [], [], limit)
         if not ready:
@@ -83,12 +83,12 @@ def run_apart(test: Test, limit: float) -> str:
     finally:  # also after Ctrl-C
         os.close(reader)
         with suppress(ProcessLookupError):
-            os.killpg(child, signal.SIGKILL)  # and all that it has started
+            os.killpg(child, signal.SIGKILL)  # and all processes that it started
         os.waitpid(child, 0)
 
 
 def report(results: dict[Test, str]) -> dict[str, Any]:
-    """Print a line for each test, and the sum; the same in the format of Gradescope."""
+    """Print a line for each test and the sum; returns the same in Gradescope's format."""
     tests = []
     for test, text in results.items():
         score = test.points if text == "passed" else 0
@@ -102,7 +102,7 @@ def report(results: dict[Test, str]) -> dict[str, Any]:
 
 
 def refuse(message: str) -> NoReturn:
-    """End with one line and exit code 2."""
+    """Exit with a one-line message and code 2."""
     print(f"grade.py: error: {message}", file=sys.stderr)
     sys.exit(2)
 
@@ -111,10 +111,10 @@ def main() -> None:
     """Grade as the command line says."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add, here = parser.add_argument, Path(__file__).parent
-    add("folder", nargs="?", type=Path, default=here, help="of the project (default: this file's)")
-    add("--debug", metavar="NAME", help="run one test without protection, with its traceback")
+    add("folder", nargs="?", type=Path, default=here, help="project folder (default: this file's)")
+    add("--debug", metavar="NAME", help="run one test in this process, with its traceback")
     add("--json", type=Path, metavar="FILE", help="also write the results to this new file")
-    add("--time_limit", type=float, default=10.0, help="seconds for a test (default: 10)")
+    add("--time_limit", type=float, default=10.0, help="seconds per test (default: 10)")
     args = parser.parse_args()
     tests = {test.name: test for test in TESTS}
     if not args.folder.is_dir():

@@ -46,7 +46,7 @@ class Gold(NamedTuple):
 
 @dataclass
 class Submission:
-    """What one student predicted, and how good it is."""
+    """One student's predictions and their scores."""
 
     name: str
     predictions: dict[str, np.ndarray]  # task -> (N,)
@@ -55,7 +55,7 @@ class Submission:
 
 
 def mean_interval(parts: Sequence[Interval]) -> Interval:
-    """The interval of the mean of values whose errors are independent, as those of the tasks are.
+    """The interval of the mean of values with independent errors, such as those of the tasks.
 
     The distances from a value to the ends of its interval add in squares (Zou & Donner 2008).
     """
@@ -107,7 +107,7 @@ def score(path: Path, gold: Sequence[Gold], split: str) -> Submission:
 
 
 def is_tied(better: Submission, worse: Submission, gold: Sequence[Gold]) -> bool:
-    """Whether the difference of the overall scores may be chance: its interval reaches 0."""
+    """Whether the difference of the overall scores may be chance: its interval includes 0."""
     parts = []
     for g in gold:
         name, labels = g.task.name, g.task.labels
@@ -146,7 +146,7 @@ def as_csv(submissions: Sequence[Submission]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Rank what can be read, and name what cannot."""
+    """Rank the readable submissions, and report the others."""
     parser = ArgumentParser(__doc__)
     add = parser.add_argument
     add("submissions", nargs="+", type=Path, help="zip files, or folders of prediction files")

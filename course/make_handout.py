@@ -1,9 +1,10 @@
-"""Write the assignment into a new folder: this project with the solutions taken out, and grade.py.
+"""Write the assignment into a new folder: this project without the solutions, and grade.py.
 
     python course/make_handout.py OUT
 
 In the source, the lines from `# SOLUTION: HINT` to `# END SOLUTION` become
-`raise NotImplementedError("HINT")`. Without a hint they are left out: shortcuts past an exercise.
+`raise NotImplementedError("HINT")`. Without a hint they are left out, such as code that
+bypasses an exercise.
 """
 
 import json
@@ -22,7 +23,7 @@ from engine.cli import ArgumentParser, run_script
 from engine.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-# What of the repository a student gets, if git tracks it; in no other file is a solution taken out.
+# The files that a student gets, if git tracks them; markers work only in these.
 PROJECT = (
     *(":(glob)*.py", "engine", "report", "data", "setup.sh"),
     *(":(glob)requirements*.txt", "LICENSE", ".gitignore"),
@@ -39,7 +40,7 @@ MARKER = re.compile(r"( *)# (END )?SOLUTION(?:: (.+))?\n")
 def remove_solutions(text: str, path: Path) -> str:
     """The source without the lines between markers; UserError for a marker without its partner."""
     kept: list[str] = []
-    start = 0  # the line of the marker that is open
+    start = 0  # the line of the open marker
     for number, line in enumerate(text.splitlines(keepends=True), start=1):
         marker = MARKER.fullmatch(line)
         if marker is None:
@@ -94,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"{out}: exists and is not overwritten; name a new folder")
     with atomic_folder(out) as draft:
         write_handout(draft)
-    print(f"{out}: hand it out as it is; `python grade.py` in it gives 0 points")
+    print(f"{out}: ready to hand out; `python grade.py` in it gives 0 points")
 
 
 if __name__ == "__main__":

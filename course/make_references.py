@@ -29,7 +29,7 @@ SENTENCES = [
     "Dull.",
     "Its last half hour is worth the wait of the first!",
 ]
-Values = dict[str, Any]  # name -> an array, or what becomes one
+Values = dict[str, Any]  # name -> an array, or something convertible to one
 
 
 def attention() -> Values:
@@ -43,7 +43,7 @@ def attention() -> Values:
 
 
 def add_norm() -> Values:
-    """LayerNorm(x + dropout(W y + b)), with a "dropout" that triples, and mistakes in the order."""
+    """LayerNorm(x + dropout(W y + b)), with a "dropout" that triples, and wrong orders."""
     x, y = torch.randn(2, 3, 8), torch.randn(2, 3, 12)
     dense, norm = nn.Linear(12, 8), nn.LayerNorm(8, eps=1e-12)
     nn.init.normal_(norm.weight)
@@ -64,7 +64,7 @@ def bert() -> Values:
     for name, parameter in model.named_parameters():
         parameter.copy_(0.4 * torch.randn(parameter.shape) + name.endswith("LayerNorm.weight"))
     values = dict(model.named_parameters())
-    # Embeddings, and sums that lack a term.
+    # Embeddings, and sums with a missing term.
     e, ids, segments = model.embeddings, torch.randint(1, 20, (2, 6)), torch.randint(2, (2, 6))
     word, position = e.word_embeddings(ids), e.position_embeddings(torch.arange(6))
     segment = e.token_type_embeddings(segments)
@@ -115,7 +115,7 @@ def adamw() -> Values:
     values["wrong_no_correction"] = adamw_step(*start, **{**plain, "correct_bias": False})[0]
     textbook = {**plain, "eps": 0.05 * np.sqrt(1 - 0.9**3)}  # eps is added to the corrected root
     values["wrong_eps"] = adamw_step(*start, **textbook)[0]
-    # Decay after so many steps that a mistake in the bias correction does not count twice.
+    # Decay at a late step, so that a mistake in the bias correction does not count twice.
     decay = {**options, "weight_decay": 0.3, "t": 10**6}
     new = adamw_step(*start, **{**decay, "weight_decay": 0.0})[0]
     values["expected_decayed"] = adamw_step(*start, **decay)[0]
@@ -161,7 +161,7 @@ def multitask() -> Values:
 
 
 def contrastive() -> Values:
-    """Equation (1): positives alone at t = 1/2, and everything at t = 1."""
+    """Equation (1): only positives at t = 1/2, and all terms at t = 1."""
     a, p, n = torch.randn(3, 4, 6)
     targets, cross_entropy = torch.arange(4), nn.CrossEntropyLoss(reduction="none")
     cosines = F.cosine_similarity(a[:, None], p[None], dim=-1)
@@ -170,7 +170,7 @@ def contrastive() -> Values:
     values["wrong_no_temperature"] = cross_entropy(cosines, targets)
     values["wrong_dot"] = cross_entropy(a @ p.T / 0.5, targets)
     excluded = torch.rand(4, 8) < 0.3
-    excluded[2, 2] = True  # a row's own positive counts even so
+    excluded[2, 2] = True  # a row's own positive still counts
     e = F.cosine_similarity(a[:, None], torch.cat([p, n])[None], dim=-1).exp()
 
     def loss(weight: float, left_out: Tensor) -> Tensor:

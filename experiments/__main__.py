@@ -31,7 +31,7 @@ RESERVED_FLAGS = {
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line, checked; `action` is the function that does what it says."""
+    """The command line, checked; `action` is the function of the subcommand."""
     parser = ArgumentParser(__doc__, prog="python -m experiments")
     names = "run|report|sweep|compare|conflict|transfer"
     commands = parser.add_subparsers(required=True, metavar=names, help="what to do")
@@ -50,20 +50,20 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("tables", nargs="*", metavar="TABLE", help="default: all that are complete")
     add_folders(add)
     add("--seeds", type=POSITIVE_INT, help="use N seeds per cell (default: as planned)")
-    add("--mixed", action="store_true", help="allow runs of unlike commits, precisions, machines")
+    add("--mixed", action="store_true", help="allow different commits, precisions and machines")
     add = command("sweep", sweep, "search learning rates: a grid with successive halving")
     add_folders(add, "sweep")
     add_run_flags(add, "sweep")
     add_grid_flags(commands.choices["sweep"].add_argument_group("grid").add_argument)
-    add = command("compare", compare_runs, "a table and a plot of runs, against the first of them")
+    add = command("compare", compare_runs, "compare runs with the first of them: table and plot")
     add("runs", nargs="+", type=Path, metavar="RUN", help="run folders; the first is the reference")
     add("--data_dir", type=Path, help="folder of the dev files (default: the first run's own)")
     add("--out", type=Path, default=Path("comparison"), help="new folder for table and plot")
     add = command("conflict", report_runs, "tables and plots of the gradient conflict in some runs")
     help_text = "folders of runs with --measure_conflict that differ in --seed only"
     add("runs", nargs="+", type=Path, metavar="RUN", help=help_text)
-    add("--out", type=Path, help="new folder for them (default: a single run's own, or conflict/)")
-    add = command("transfer", transfer, "scores out of domain, with heads and without")
+    add("--out", type=Path, help="new folder (default: that of a single run, or conflict/)")
+    add = command("transfer", transfer, "scores out of domain, with and without heads")
     add_folders(add, "transfer")
     add_transfer_flags(add)
     args = parser.parse_args(argv)
@@ -78,29 +78,29 @@ def add_folders(add: Callable[..., Any], out: str = "") -> None:
 
 
 def add_run_flags(add: Callable[..., Any], runs: str) -> None:
-    """The flags of what starts training runs."""
+    """The flags of subcommands that start training runs."""
     add("--model", default="bert-base-uncased", help="a folder, a hub id, or all-MiniLM-L6-v2")
     add("--flags", default="", help='flags for every script, as --flags="--limit 99 --use_gpu"')
     add("--runs", type=Path, default=Path("runs", runs), help="folder of the run folders")
-    add("--jobs", type=POSITIVE_INT, default=1, help="runs side by side, sharing the cores")
+    add("--jobs", type=POSITIVE_INT, default=1, help="parallel runs, sharing the cores")
 
 
 def add_grid_flags(add: Callable[..., Any]) -> None:
-    """What the sweep tries, and on how many rows."""
+    """The rates that the sweep tries, and the number of rows."""
     rates = {"nargs": "+", "type": POSITIVE, "metavar": "RATE"}
-    add("--lr", **rates, default=[3e-5, 5e-5, 1e-4], help="of BERT")
-    add("--head_lr", **rates, default=[1e-3, 3e-3, 1e-2], help="of the heads")
+    add("--lr", **rates, default=[3e-5, 5e-5, 1e-4], help="rates of BERT")
+    add("--head_lr", **rates, default=[1e-3, 3e-3, 1e-2], help="rates of the heads")
     add("--rows", type=POSITIVE_INT, default=30000, help="--limit in the last rung")
-    add("--rungs", type=POSITIVE_INT, default=3, help="each has half of the pairs before it")
+    add("--rungs", type=POSITIVE_INT, default=3, help="each rung keeps half of the pairs")
 
 
 def add_transfer_flags(add: Callable[..., Any]) -> None:
     """Which runs are measured, on how many rows, and which methods Kumar's test compares."""
     add("runs", nargs="+", type=Path, metavar="RUN", help="run folders named METHOD-seedN")
     add("--limit", type=number(int, 100), help="use a fixed random subset of N rows per file")
-    add("--device", choices=["auto", "cpu", "cuda", "mps"], help="(default: each run's)")
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], help="device (default: each run's)")
     for method in ("finetune", "probe", "lpft"):
-        add(f"--{method}", default=method, metavar="METHOD", help="compared as by Kumar et al.")
+        add(f"--{method}", default=method, metavar="METHOD", help="a method in Kumar's comparison")
 
 
 def check_args(args: argparse.Namespace, parser: ArgumentParser) -> None:
@@ -122,11 +122,11 @@ def check_args(args: argparse.Namespace, parser: ArgumentParser) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Do what the command line says."""
+    """Run the subcommand."""
     args = parse_args(argv)
     try:
         args.action(args)
-    except KeyboardInterrupt:  # of a run it would say "--resume", which is no flag here
+    except KeyboardInterrupt:  # a run's message names --resume, which is no flag here
         raise KeyboardInterrupt("interrupted; the same command continues") from None
 
 

@@ -1,4 +1,4 @@
-"""Any number of runs side by side: their dev scores, and their differences from the first run."""
+"""Compare any number of runs: their dev scores, and their differences from the first run."""
 
 from argparse import Namespace
 from collections.abc import Sequence
@@ -19,12 +19,12 @@ from tasks import TASKS, Task
 
 NOTES = """Dev scores with 95% intervals over rows: Wilson's for accuracy, Fisher's z for Pearson's
 r. Differences from the first run: 95% bootstrap interval over the same rows, and a paired test's p
-with Holm's correction over all differences. The variance between seeds is in none of them."""
+with Holm's correction over all differences. None of them covers the variance between seeds."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """A run's dev score on a task, and its difference from the first run, if it is another."""
+    """A run's dev score on a task, and its difference from the first run (None for that run)."""
 
     task: Task
     run: str
@@ -50,13 +50,13 @@ def compare_runs(args: Namespace) -> None:
 
 
 def check_new_folder(out: Path) -> None:
-    """UserError if the folder of --out has something in it."""
+    """UserError if the folder of --out is not empty."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out}: not an empty folder; name a new one")
 
 
 def read_scores(runs: Sequence[SavedRun], data_dir: Path | None) -> list[Score]:
-    """The scores of each task that the first run and another have, from the prediction files."""
+    """The scores on each task that the first run shares with another, from prediction files."""
     scores = []
     for task in TASKS.values():
         having = [run for run in runs if task.name in run.files.get("dev", {})]
@@ -107,9 +107,9 @@ def plot_scores(scores: Sequence[Score], path: Path) -> None:
         line = panel.axvline(mine[0].score, color="0.5", linestyle="--")
         error_bars(panel, np.array([s.score for s in mine]), rows, intervals, across=True)
         panel.set(title=one.task.title, xlabel=f"dev {one.metric}, 95% interval")
-    # The end of a long path tells runs apart.
+    # Keep the end of a long path: it tells runs apart.
     names = [run if len(run) < 40 else f"...{run[-37:]}" for run in runs]
-    names = [name.replace("$", r"\$") for name in names]  # which begins a formula
+    names = [name.replace("$", r"\$") for name in names]  # $ would begin a formula
     panels[0].set_yticks(range(len(runs)), names)
     panels[0].set_ylim(len(runs) - 0.5, -0.5)  # the first run at the top
     figure.legend([line], ["the first run"], loc="outside lower right")

@@ -1,9 +1,9 @@
-"""Gradient conflict between tasks: statistics and plots of what --measure_conflict logged.
+"""Gradient conflict between tasks: statistics and plots of the log of --measure_conflict.
 
-A measurement holds, for each group of parameters (a layer's attention or feed-forward part, the
+A measurement has, for each group of parameters (a layer's attention or feed-forward part, the
 embeddings, the pooler) and "overall", the cosine and inner product of two gradients: "a|b" of
 batches of two tasks; "a|a" of two batches of one task, the noise floor. "a>b" is the change of the
-loss of b along a small step for a. The unit of all statistics is a run: there is one per seed.
+loss of b along a small step for a. The unit of all statistics is a run, one per seed.
 """
 
 import json
@@ -32,16 +32,16 @@ Measurement = dict[str, Any]  # {"step", "parts", "changes"}
 KINDS = ("two tasks", "one task")
 EXPLANATION = rf"""a\|b compares the gradients of a batch of task a and one of task b, over all
 parameters of BERT; a\|a, two batches of one task, is the noise floor. Minibatch noise pulls the
-cosine of two tasks towards 0. The disattenuated cosine (Spearman 1904) corrects for that; it may
-leave -1 to 1 by chance, and is missing unless both noise floors are positive with every seed. a>b
-is the change of the loss of b, in millionths of that loss, along a step of gradient descent for a
+cosine of two tasks towards 0. The disattenuated cosine (Spearman 1904) corrects for that. It may
+fall outside -1 to 1 by chance, and is missing unless both noise floors are positive for every seed.
+a>b is the change of the loss of b, in millionths of that loss, by a gradient-descent step for a
 that should lower the loss of a, on the same rows, by {PREDICTED_FALL:.2%}; a>a is measured on other
 rows of a. Predicted: minus the step size times the inner product of both gradients. Measured: with
-BERT moved and the heads fixed. Slope: of measured on predicted changes, through 0; 1 if the first
-order explains them. In brackets: 95% intervals by Student's t over seeds, not corrected for their
-number; one seed has none. With --option lpft, steps count from the start of fine-tuning: at step 0
-BERT is untouched and the heads are trained. With finetune, the heads are random there, and so are
-the gradients."""
+BERT moved and the heads fixed. Slope: of measured on predicted changes, through 0; 1 if first-order
+terms explain them. In brackets: 95% intervals by Student's t over seeds, not corrected for the
+number of intervals; one seed has none. With --option lpft, steps count from the start of
+fine-tuning: at step 0 BERT is untouched and the heads are trained. With finetune, the heads are
+random at step 0, and so are the gradients."""
 
 
 def disattenuated_cosine(product: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -53,13 +53,13 @@ def disattenuated_cosine(product: np.ndarray, first: np.ndarray, second: np.ndar
     things, 1904).
 
     product, first, second: <a, b>, <a, a'> and <b, b'> of each seed, (S,). Returns (S,), NaN where
-    a noise floor is not positive: with nothing but noise, there is nothing to correct.
+    a noise floor is not positive: then there is only noise, and nothing to correct.
     """
     return product / np.sqrt(np.where((first > 0) & (second > 0), first * second, np.nan))
 
 
 def split_phases(runs: Sequence[Sequence[Measurement]]) -> dict[str, list[Measurement]]:
-    """Title -> the measurement of each run, for each step that all of them measured."""
+    """Title -> the measurement of each run, for each step that all runs measured."""
     phases: dict[str, list[Measurement]] = {}
     for point in chain(*runs):
         stage = f"{point['stage']}, " if point.get("stage") else ""  # of --option lpft
@@ -90,14 +90,14 @@ def changes_of(phase: Sequence[Measurement]) -> dict[str, np.ndarray]:
 
 
 def kind(name: str) -> str:
-    """What "a|b", "a|b, disattenuated", "a|a", "a>b" or "a>a" is about."""
+    """Which tasks "a|b", "a|b, disattenuated", "a|a", "a>b" or "a>a" compares."""
     pair, *rest = name.split(", ")
     first, second = re.split("[|>]", pair)
     return ", ".join([KINDS[first == second], *rest])
 
 
 def summarize_conflict(runs: Sequence[Sequence[Measurement]]) -> dict[str, Any]:
-    """Estimates for each phase, as a JSON object; runs: what those of different seeds measured."""
+    """Estimates for each phase, as a JSON object; runs: their measurements, one run per seed."""
     phases = {
         title: {
             "step": phase[0]["step"],
@@ -157,7 +157,7 @@ def conflict_markdown(summary: dict[str, Any], images: Sequence[Path]) -> str:
 
 
 def plot_layers(summary: dict[str, Any]) -> Figure:
-    """Heat maps of groups and pairs: a column for each phase, and rows with scales of their own."""
+    """Heat maps of groups and pairs: a column for each phase, a scale for each row."""
     phases = {title: phase["groups"] for title, phase in shown(summary["phases"]).items()}
     rows = [row for groups in phases.values() for row in groups.values()]
     known = [name for name in rows[0] if any(row[name][0] is not None for row in rows)] or rows[0]
@@ -169,7 +169,7 @@ def plot_layers(summary: dict[str, Any]) -> Figure:
         names = [name for name in known if kind(name) == one]
         grids = np.array([[row[name] for name in names] for row in rows], dtype=float)
         grids = grids.reshape(len(phases), len(groups), len(names), 3)
-        limit = min(1, np.nanmax(np.abs(grids[..., 0])))  # estimates may be outside of -1 to 1
+        limit = min(1, np.nanmax(np.abs(grids[..., 0])))  # estimates may be outside -1 to 1
         columns = panels[i * len(phases) : (i + 1) * len(phases)]
         for panel, title, grid in zip(columns, phases, grids, strict=True):
             colors = {"cmap": "RdBu", "vmin": -limit, "vmax": limit}  # red: conflict
@@ -233,7 +233,7 @@ def plot_conflict(runs: Sequence[Sequence[Measurement]], folder: Path, name: str
 
 
 def read_runs(folders: Sequence[Path]) -> list[list[Measurement]]:
-    """What each run measured; UserError unless the runs differ in --seed, and only in that."""
+    """The measurements of each run; UserError unless the runs differ only in --seed."""
     measured: dict[int, list[Measurement]] = {}  # by seed
     runs = [SavedRun(folder) for folder in folders]
     for run in runs:

@@ -29,7 +29,7 @@ def plot_table(table: Mapping[str, Any], baselines: Mapping[str, Any], path: Pat
 
 
 def add_legend(figure: Figure, panels: Sequence[Axes], **options: Any) -> None:
-    """A legend with one entry for each label, however many panels have it."""
+    """A legend with one entry for each label, even if several panels have it."""
     entries = [panel.get_legend_handles_labels() for panel in panels]
     handles = {name: h for hs, names in entries for h, name in zip(hs, names, strict=True)}
     figure.legend(handles.values(), handles.keys(), **options)
@@ -39,7 +39,7 @@ def plot_scores(
     panel: Axes, columns: Sequence[Mapping[str, Any]], task: str, known: Mapping[str, float | None]
 ) -> None:
     """Each column's runs on a task, their mean, the paper's score, and the baselines as lines."""
-    # Runs of one seed are compared with each other: a line joins them.
+    # A line joins runs with the same seed, which are compared with each other.
     by_seed: dict[int, list[tuple[int, float]]] = {}
     for i, column in enumerate(columns):
         score = column["scores"][task]
@@ -60,7 +60,7 @@ def plot_scores(
 
 
 def plot_losses(panel: Axes, columns: Sequence[Mapping[str, Any]], task: str) -> None:
-    """The training loss of a task over each column's runs: the mean, and a band of all of them."""
+    """The training loss of a task over each column's runs: the mean, and their range as a band."""
     for i, column in enumerate(columns):
         if task in column["losses"]:
             runs = np.array(column["losses"][task])  # (seeds, points)

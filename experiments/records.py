@@ -19,9 +19,9 @@ Records = dict[str, list[Record]]  # cell -> its runs, by seed
 
 
 def load_records(out: Path) -> Records:
-    """The records in `out` by cell, in the order of their seeds, and that of the untouched encoder.
+    """The records in `out` by cell, ordered by seed, and that of the untouched encoder.
 
-    UserError if there are none, or if a cell has been changed since.
+    UserError if there are none, or if a cell has changed since its run.
     """
     records: Records = {}
     for path in sorted((out / "records").glob("*.json")):
@@ -49,7 +49,7 @@ def load_records(out: Path) -> Records:
 
 
 def select_seeds(records: Records, cells: Sequence[str], seeds: int | None) -> Records:
-    """The planned runs of some cells; UserError if a cell has not all of them."""
+    """The planned runs of some cells; UserError if a cell lacks one."""
     selected: Records = {}
     for cell in cells:
         planned = planned_seeds(cell, seeds)
@@ -72,12 +72,12 @@ def claimed_cells(records: Records, seeds: int | None) -> list[str]:
 
 
 def encoders_of(cells: Sequence[str]) -> list[str]:
-    """The cells from whose encoders some cells start."""
+    """The cells whose encoders these cells start from."""
     return sorted({CELLS[cell].start_from for cell in cells} - {None})
 
 
 def origin(run: Record) -> str:
-    """What has to be the same for scores to be comparable: commit, precision, kind of machine."""
+    """What comparable scores must share: commit, precision and kind of machine."""
     commit = (run["commit"] or "unknown")[:7]
     changed = " with uncommitted changes" if run.get("uncommitted_changes") else ""
     hardware = run["hardware"]
@@ -88,7 +88,7 @@ def origin(run: Record) -> str:
 def check_alike(title: str, cells: Sequence[str], records: Records, mixed: bool) -> list[str]:
     """The origins of all runs of some cells, and of the encoders that they start from.
 
-    UserError if they differ, unless `mixed`, or if data or model do.
+    UserError if they differ (unless `mixed`), or if data or model differ.
     """
     runs = [run for cell in (*cells, *encoders_of(cells)) for run in records.get(cell, [])]
     (untouched,) = records["untouched"]
@@ -118,7 +118,7 @@ def predictions(run: Record, task: str) -> np.ndarray:
 def load_gold(records: Records, data_dir: Path) -> dict[str, np.ndarray]:
     """Task -> the labels of the dev rows that the runs were evaluated on, (N,).
 
-    UserError if a file in `data_dir` is not the one that they read, or has other rows.
+    UserError if a file in `data_dir` is not the one that the runs read, or has other rows.
     """
     gold, checksums = {}, {}
     for run in [run for runs in records.values() for run in runs]:

@@ -1,7 +1,7 @@
 """Differences between training methods, with intervals that hold for other seeds and other rows.
 
-Two methods are trained with the same S seeds and evaluated on the same N rows. A seed moves all
-rows at once, and a row is easier or harder for all seeds: the two are crossed random effects.
+Two methods are trained with the same S seeds and evaluated on the same N rows. A seed affects
+all rows, and a row is easier or harder for all seeds: the two are crossed random effects.
 Shapes: S paired runs, N dev rows.
 """
 
@@ -48,7 +48,7 @@ class Effect:
         return max(self.p_above(-margin), self.p_below(margin))
 
     def detectable(self, power: float = 0.8) -> float:
-        """The smallest true difference that so many runs find with this probability.
+        """The smallest true difference that this many runs detect with this probability.
 
         At the two-sided level of 5%, without correction (Bloom 1995).
         """
@@ -58,7 +58,7 @@ class Effect:
 
 
 def row_values(gold: np.ndarray, predicted: np.ndarray, metric: str) -> np.ndarray:
-    """What each row contributes to a metric: (S, N), whose mean over rows is each run's score.
+    """Each row's contribution to a metric, (S, N); the mean over rows is each run's score.
 
     For "accuracy", 1 or 0. For "pearson", the score plus the row's influence on it (Devlin et al.
     1975), u v - r (u^2 + v^2) / 2 with standardized u, v; for "fisher_z", arctanh r plus the
@@ -76,11 +76,11 @@ def row_values(gold: np.ndarray, predicted: np.ndarray, metric: str) -> np.ndarr
 
 
 def crossed_effect(values: np.ndarray) -> Effect:
-    """The mean of (S, N) differences, S and N at least 2, both axes being samples.
+    """The mean of (S, N) differences, S and N at least 2, where both axes are samples.
 
-    In value = mean + seed + row + noise the mean's variance is that of the seeds' means over S plus
-    the row component over N, here from mean squares (Searle et al. 1992, ch. 4); its degrees of
-    freedom are Satterthwaite's (1946).
+    In value = mean + seed + row + noise, the variance of the mean is that of the seeds' means over
+    S plus the row component over N, both from mean squares (Searle et al. 1992, ch. 4), with
+    Satterthwaite's (1946) degrees of freedom.
     """
     count, rows = values.shape
     by_seed, by_row = values.mean(axis=1), values.mean(axis=0)
@@ -94,7 +94,7 @@ def crossed_effect(values: np.ndarray) -> Effect:
         parts += [(row_part, rows - 1), (-noise, (count - 1) * (rows - 1))]
     variance = sum(part for part, _ in parts)
     spread = sum(part**2 / df for part, df in parts)
-    # No fewer than the smallest of the parts has: the subtracted one can push it below.
+    # At least the smallest df of the parts: the subtracted part can push it below.
     least = min(count, rows) - 1
     df = max(least, variance**2 / spread) if spread > 0 else least
     return Effect(float(values.mean()), float(np.sqrt(variance)), float(df))
@@ -132,7 +132,7 @@ def superiority(first: Sequence[float], second: Sequence[float]) -> float:
 def mean_interval(values: np.ndarray) -> Estimate:
     """The mean of a value per seed, (S,), and its 95% interval by Student's t; of one seed: None.
 
-    All None if a value is NaN: the seeds that are left could be a biased selection.
+    All None if a value is NaN: the remaining seeds could be a biased selection.
     """
     count, mean = len(values), np.mean(values)
     margin = np.nan

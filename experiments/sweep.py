@@ -1,8 +1,8 @@
 """Search the learning rates of BERT and heads: a grid with successive halving.
 
 Every pair of rates is first tried on a few rows; the better half advances to twice as many, and so
-on (Jamieson & Talwalkar 2016, https://arxiv.org/abs/1502.07943). After an interruption the same
-command continues: finished trials are skipped, and the one that was running is resumed.
+on (Jamieson & Talwalkar 2016, https://arxiv.org/abs/1502.07943). After an interruption,
+repeat the command: finished trials are skipped, and the one that was running is resumed.
 """
 
 import argparse
@@ -42,7 +42,7 @@ Record = dict[str, Any]
 class Trial:
     """A run with these learning rates on a random subset of `limit` rows of each file.
 
-    Of the dev files too: scores compare within a rung only.
+    This includes the dev files, so scores are comparable only within a rung.
     """
 
     lr: float
@@ -88,7 +88,7 @@ def better_half(records: Sequence[Record]) -> list[tuple[float, float]]:
 
 
 def run_trials(trials: Sequence[Trial], args: argparse.Namespace) -> list[Record]:
-    """The trials' records, made now or before; --jobs trials run side by side."""
+    """The trials' records, new or from before; --jobs trials run in parallel."""
     records: list[Record] = []
     with progress_bar(len(trials), "trials") as bar:
         for record in side_by_side(partial(run_trial, args), trials, args.jobs):
@@ -117,7 +117,7 @@ def run_trial(args: argparse.Namespace, trial: Trial) -> Record:
     code = start_process(command, log, threads_per_job(args.jobs))
     if code not in (0, TrainingDiverged.exit_code):
         raise UserError(f"{trial}: exit code {code}: {last_line(log)} (see {log})")
-    if code:  # that training diverges at these rates is a result too
+    if code:  # divergence at these rates is a result, too
         result = {"overall": None, "error": last_line(log)}
     else:
         result = read_run(args.runs / str(trial))
@@ -127,7 +127,7 @@ def run_trial(args: argparse.Namespace, trial: Trial) -> Record:
 
 
 def base_command(args: argparse.Namespace) -> list[str]:
-    """The script with the flags that all trials have; it trains BERT unless these say otherwise."""
+    """The script and the flags of all trials; it trains BERT unless they say otherwise."""
     flags = expand_recipes(args.flags)
     option = [] if "--option" in flags else ["--option", "finetune"]
     return ["multitask_classifier.py", *option, *flags, "--model", args.model]
@@ -136,7 +136,7 @@ def base_command(args: argparse.Namespace) -> list[str]:
 def markdown(records: Sequence[Record], args: argparse.Namespace) -> str:
     """sweep.md: the trials by rows and score, and a command with the best rates."""
     ranked = sorted(records, key=lambda r: (r["limit"], score(r)), reverse=True)
-    tasks = list(ranked[0]["dev"])  # the best has not diverged
+    tasks = list(ranked[0]["dev"])  # the best one did not diverge
     rows = [["rows per file", "lr", "head lr", *(TASKS[t].title for t in tasks), "overall"]]
     for record in ranked:
         cells = ["diverged"] * (len(tasks) + 1)
@@ -153,7 +153,7 @@ def markdown(records: Sequence[Record], args: argparse.Namespace) -> str:
 
 
 def plot_sweep(records: Sequence[Record], path: Path) -> None:
-    """The first rung as a grid of scores, and every pair of rates over the rungs."""
+    """The first rung as a grid of scores, and the score of each pair of rates by rung."""
     figure, (grid, lines) = new_figure(2, width=5.5, height=4.2)
     lrs, head_lrs = (sorted({record[key] for record in records}) for key in ("lr", "head_lr"))
     first = min(record["limit"] for record in records)
@@ -161,7 +161,7 @@ def plot_sweep(records: Sequence[Record], path: Path) -> None:
     for record in records:
         if record["limit"] == first:
             row, column = head_lrs.index(record["head_lr"]), lrs.index(record["lr"])
-            scores[row, column] = record["overall"]  # None becomes NaN, which is left white
+            scores[row, column] = record["overall"]  # None becomes NaN, which stays white
             text = "diverged" if record["overall"] is None else f"{record['overall']:.3f}"
             grid.text(column, row, text, ha="center", va="center")
     grid.imshow(scores, cmap="Greys", origin="lower", aspect="auto", alpha=0.5)
@@ -173,7 +173,7 @@ def plot_sweep(records: Sequence[Record], path: Path) -> None:
         for j, head_lr in enumerate(head_lrs):
             mine = [r for r in records if (r["lr"], r["head_lr"]) == (lr, head_lr)]
             points = [(r["limit"], r["overall"]) for r in mine if r["overall"] is not None]
-            # In grey, too, lr is told by the dashes and head_lr by the marker.
+            # Dashes tell lr and markers head_lr, also without colour.
             style = {"linestyle": DASHES[i % len(DASHES)], "marker": MARKERS[j % len(MARKERS)]}
             style |= {"color": f"C{i}", "fillstyle": "none", "label": f"{lr:g}, {head_lr:g}"}
             lines.plot(*zip(*points, strict=True), **style)

@@ -1,7 +1,7 @@
-"""How well runs do outside the domain they were trained on, with their heads and without.
+"""Evaluate runs outside the domain of their training data, with and without their heads.
 
-Each run becomes a record in `records/` of --out, and so does the untouched encoder that the runs
-began with.
+Each run gets a record in `records/` of --out, and so does the untouched encoder that the runs
+started from.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from experiments.transfer_report import write_report
 from report.collect import load_untouched
 from saved_runs import SavedRun
 
-# What a record was made from; where that is not what the command would use, the record is refused.
+# What a record was made from. The command refuses records made from anything else.
 FACTS = {
     "limit": "made with another --limit",
     "data": "made from other data files",
@@ -32,15 +32,15 @@ FACTS = {
 
 @dataclass(frozen=True)
 class Job:
-    """A record to make: of a run or, with `pooling`, of the encoder that it began with."""
+    """A record to make: of a run or, with `pooling`, of the encoder that it started from."""
 
     name: str
     run: SavedRun
-    origin: SavedRun  # the run, or the first of those whose weights it began with
+    origin: SavedRun  # the run, or the first in the chain of runs that it started from
     pooling: str | None = None
 
     def facts(self) -> dict[str, Any]:
-        """Checksums of the weights to measure and of those that the run began with."""
+        """Checksums of the weights to measure and of those that the run started from."""
         untouched = self.origin.config.get("model_checksum")
         if self.pooling:
             return {"untouched": untouched, "weights": untouched}
@@ -87,7 +87,7 @@ def transfer(args: Namespace) -> None:
     jobs, data, records = list_jobs(args.runs), check_data(args.data_dir), args.out / "records"
     check_own_data(jobs, data)
     facts = {job.name: {"limit": args.limit, "data": data, **job.facts()} for job in jobs}
-    check_facts(facts, records)  # before the first hour of work
+    check_facts(facts, records)  # before hours of work
     pending = [job for job in jobs if not (records / f"{job.name}.json").exists()]
     with progress_bar(len(pending), "encoders") as bar:
         for job in pending:
@@ -100,7 +100,7 @@ def transfer(args: Namespace) -> None:
 def list_jobs(folders: Sequence[Path]) -> list[Job]:
     """The records of these runs and, before them, those of the untouched encoder.
 
-    UserError for two runs of one name, and for a run that was trained on CFIMDB.
+    UserError for two runs with one name, and for a run that was trained on CFIMDB.
     """
     jobs: dict[str, Job] = {}
     for folder in folders:
@@ -108,22 +108,22 @@ def list_jobs(folders: Sequence[Path]) -> list[Job]:
         origin, path = find_origin(run), resolve_model(folder) / "heads.json"
         with reading(path, "the settings of a trained model"):
             own = read_json(path)["pooling"]
-        for pooling in (own, "mean"):  # the mean is its strongest form
+        for pooling in (own, "mean"):  # the mean is the strongest baseline
             untouched = Job(f"untouched-{pooling}", run, origin, pooling)
             jobs.setdefault(untouched.name, untouched)
         if name in jobs:
-            raise UserError(f"{folder}: another run is called {name}, and so would be its record")
+            raise UserError(f"{folder}: another run is called {name}; records are named by run")
         jobs[name] = Job(name, run, origin)
     return sorted(jobs.values(), key=lambda job: job.pooling is None)
 
 
 def find_origin(run: SavedRun) -> SavedRun:
-    """The run, or the first of those whose weights it began with; its --model is untouched.
+    """The run, or the first in the chain of runs that it started from: its --model is untouched.
 
     UserError if one of them was trained on CFIMDB.
     """
     if "cfimdb" in (*run.files.get("train", {}), *(run.arguments.get("tasks") or ())):
-        raise UserError(f"{run.folder}: was trained on CFIMDB, which has to be out of domain here")
+        raise UserError(f"{run.folder}: was trained on CFIMDB, which must be out of domain here")
     path = Path(str(run.arguments.get("model")))
     folder = path.parent if path.name == "best" else path
     return find_origin(SavedRun(folder)) if (folder / "log.jsonl").exists() else run
@@ -152,7 +152,7 @@ def check_own_data(jobs: Sequence[Job], data: dict[str, str]) -> None:
 
 
 def check_facts(facts: dict[str, dict[str, Any]], records: Path) -> None:
-    """UserError unless all runs began with one model, and all records belong with them."""
+    """UserError unless all runs started from one model, and all records match them."""
     (name, first), *others = facts.items()
     for other, mine in others:
         if mine["untouched"] != first["untouched"]:

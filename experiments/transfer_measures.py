@@ -1,4 +1,4 @@
-"""What `transfer` measures of an encoder, with its heads and without, on the sets in `SETS`."""
+"""The scores that `transfer` measures, with and without heads, on the sets in `SETS`."""
 
 import re
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ class EvalSet:
     """Labelled rows that no run was trained on."""
 
     title: str
-    task: str  # that describes the files
+    task: str  # its columns and labels describe the files
     files: tuple[str, ...]  # in --data_dir
     in_domain: bool = False
 
@@ -42,7 +42,7 @@ class EvalSet:
 
 SETS = (
     EvalSet("SST", "sst", ("ids-sst-dev.csv",), in_domain=True),
-    # Everything labelled, as no part was trained on.
+    # All labelled rows, because no run was trained on any.
     EvalSet("CFIMDB", "cfimdb", ("ids-cfimdb-train.csv", "ids-cfimdb-dev.csv")),
     EvalSet("Quora", "para", ("quora-dev.csv",), in_domain=True),
     EvalSet("MRPC", "para", ("ood/mrpc.csv",)),
@@ -112,7 +112,7 @@ def logistic_accuracy(
 
     The strength of its L2 regularisation is chosen by 5-fold cross-validation on x and y.
     """
-    # Standardised, as the embeddings of one encoder may be much longer than another's.
+    # Standardised: the embeddings of one encoder may be much longer than another's.
     pipeline = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
     grid = {"logisticregression__C": [1e-4, 1e-3, 1e-2, 1e-1, 1]}
     return float(GridSearchCV(pipeline, grid, cv=5).fit(x, y).score(test_x, test_y))
@@ -126,11 +126,11 @@ def layer_means(encoder: SentenceEncoder, dataset: TokenizedDataset, batch_size:
     def means(batch: Batch) -> Tensor:
         states.clear()
         mask, length = batch.attention_mask, batch.input_ids.size(1)
-        encoder.run_bert(batch.input_ids, mask)  # which in bf16 may pad the batch further
+        encoder.run_bert(batch.input_ids, mask)  # in bf16 it may pad the batch further
         outputs = [{"last_hidden_state": x[:, :length]} for x in states]
         return torch.stack([pool(x, mask, "mean") for x in outputs], dim=1)
 
-    with ExitStack() as hooks:  # which are removed at its end
+    with ExitStack() as hooks:  # removed at the end of the block
         embeddings = layers[0].register_forward_pre_hook(lambda _, x: states.append(x[0]))
         hooks.enter_context(embeddings)
         for layer in layers:
@@ -177,7 +177,7 @@ class Measurement:
         vectors, gold = torch.cat([v for v, _ in parts]), np.concatenate([g for _, g in parts])
         seen = sum(int((~self.unseen[file]).sum()) for file in data.files)
         self.rows[data.title] = {"rows": len(gold), "left out": seen}
-        if data.head == "para" or data.task == "cfimdb":  # what chance scores
+        if data.head == "para" or data.task == "cfimdb":  # the scores of chance
             self.rows[data.title]["positive"] = float(gold.mean())
         found: dict[str, Tensor] = {}
         if data.head in self.encoder.decoders:

@@ -18,7 +18,7 @@ from report.plots import MARKERS, new_figure, save_figure
 Methods = dict[str, list[dict[str, Any]]]  # method -> the records of its runs
 HOW = ("head", "cosine", "logistic", "geometry")  # the order in the table
 FAMILIES = {"sst": "sentiment", "para": "paraphrase", "sts": "similarity"}
-# How each family is judged with a head, and without: the same metric on all of its sets.
+# The metric of each family with a head and without: the same on all of its sets.
 WITH_HEAD = {
     "sst": ("head", "accuracy"),
     "para": ("head", "average precision"),
@@ -79,12 +79,12 @@ def write_report(args: Namespace) -> None:
 
 
 def set_keys(family: str, how: str, metric: str) -> list[str]:
-    """The scores of a family's sets, the one in domain first."""
+    """The scores of a family's sets, the in-domain one first."""
     return [f"{how}/{data.title}/{metric}" for data in SETS if data.head == family]
 
 
 def add_means(scores: dict[str, float | None]) -> None:
-    """Add the means out of domain and in it, if the run has all heads; families count alike."""
+    """Add the means in and out of domain, if the run has all heads; families weigh equally."""
     keys = [set_keys(family, *judged) for family, judged in WITH_HEAD.items()]
     if all(key in scores for family in keys for key in family):
         means = [np.mean([scores[key] for key in family[1:]]) for family in keys]
@@ -93,7 +93,7 @@ def add_means(scores: dict[str, float | None]) -> None:
 
 
 def summarize(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """A method's scores and CKA over its runs, and where these come from."""
+    """A method's scores and CKA over its runs, and where the runs come from."""
     scores: dict[str, list[float]] = {}
     for run in runs:
         for key, score in run["scores"].items():
@@ -116,7 +116,7 @@ def paired_difference(first: Mapping[int, float], second: Mapping[int, float]) -
 
 
 def compare_methods(methods: Methods, finetune: str, probe: str, lpft: str) -> dict[str, Any]:
-    """Kumar's two differences on each set out of domain and on the means, and who is missing."""
+    """Kumar's two differences on each out-of-domain set and the means, and missing methods."""
     missing = [name for name in (finetune, probe, lpft) if name not in methods]
     rows: list[dict[str, Any]] = []
     keys = [key for family in FAMILIES for key in set_keys(family, *WITH_HEAD[family])[1:]]
@@ -179,8 +179,8 @@ def kumar_lines(kumar: Mapping[str, Any]) -> list[str]:
 
 
 def method_style(number: int) -> dict[str, Any]:
-    """Colour and marker of a method: the same in both plots, and told apart in grey."""
-    # Colours repeat after seven methods: then the markers are hollow.
+    """Colour and marker of a method: the same in both plots, and distinct in grey."""
+    # Colours repeat after seven methods; from then on, markers are hollow.
     color, marker = f"C{number % len(MARKERS)}", MARKERS[number % len(MARKERS)]
     fill = "full" if number < len(MARKERS) else "none"
     return {"color": color, "marker": marker, "fillstyle": fill}

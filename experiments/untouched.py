@@ -1,4 +1,4 @@
-"""The strongest baseline: the encoder before any training, by the cosine of its embeddings."""
+"""The strongest baseline: the cosine of the encoder's embeddings before any training."""
 
 import argparse
 from itertools import product
@@ -27,10 +27,10 @@ THRESHOLD_ROWS = 10_000  # training pairs to choose the threshold on
 
 
 def record_untouched(args: argparse.Namespace, limit: int | None) -> None:
-    """Write what `args.model` scores without training to untouched.json in `args.out`, once.
+    """Write the scores of `args.model` without training to untouched.json in `args.out`, once.
 
     Mean-pooled, in fp32: for STS the cosine itself, for Quora whether it reaches the threshold that
-    is best on training pairs. A record of another model, or of other rows, is refused.
+    is best on training pairs. An existing record of another model or other rows is an error.
     """
     path = args.out / "untouched.json"
     data = {}
@@ -61,7 +61,7 @@ def record_untouched(args: argparse.Namespace, limit: int | None) -> None:
     }
     predictions = {"para": "".join(map(str, duplicates)), "sts": cosines.round(5).tolist()}
     facts = {"cell": "untouched", **provenance(), "model": args.model, **identity, "data": data}
-    del facts["command"]  # whichever `run` came first
+    del facts["command"]  # it is that of whichever `run` came first
     write_json(path, {**facts, "threshold": threshold, "dev": metrics, "predictions": predictions})
 
 

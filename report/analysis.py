@@ -1,4 +1,4 @@
-"""What a report shows, as numbers: calibration, groups of rows, worst rows, curves, maps.
+"""The numbers in a report: calibration, groups of rows, worst rows, curves, maps.
 
 Shapes: N dev rows, C classes, D hidden size.
 """
@@ -35,7 +35,7 @@ Curves = dict[str, dict[str, Series]]  # "loss", "dev" or "lr" -> label -> a cur
 
 @dataclass(frozen=True)
 class Predictions:
-    """A task's dev rows, with what the model predicted for them."""
+    """A task's dev rows, with the model's predictions."""
 
     task: Task
     examples: list[Example]
@@ -68,7 +68,7 @@ class Predictions:
 class Calibration:
     """How often predictions of about the same confidence are right, by bin of confidence."""
 
-    confidence: np.ndarray  # (bins,) means; bins without a row are left out
+    confidence: np.ndarray  # (bins,) means; empty bins are left out
     accuracy: np.ndarray  # (bins,)
     rows: np.ndarray  # (bins,)
 
@@ -122,7 +122,7 @@ def words(text: str) -> list[str]:
 
 
 def word_overlap(texts: tuple[str, str]) -> float:
-    """The Jaccard index of two sentences' words: those in both among those in either."""
+    """The Jaccard index of two sentences: words in both over words in either."""
     first, second = (set(words(text)) for text in texts)
     return len(first & second) / max(1, len(first | second))
 
@@ -176,7 +176,7 @@ def label_name(task: Task, value: float) -> str:
 
 
 def worst_rows(predictions: Predictions) -> list[dict[str, str]]:
-    """The rows of the largest losses, the largest first, as text by column."""
+    """The rows with the largest losses, largest first, as text by column."""
     task, rows = predictions.task, []
     for i in np.argsort(-predictions.losses, kind="stable")[:WORST_ROWS]:
         texts = zip(("text", "second text"), predictions.examples[i].texts, strict=False)
@@ -195,7 +195,7 @@ def worst_rows(predictions: Predictions) -> list[dict[str, str]]:
 def learning_curves(path: Path) -> Curves:
     """Running mean of each task's loss, dev scores and learning rates over a run's log.
 
-    UserError if the log is missing, damaged or has no step.
+    UserError if the log is missing, is damaged or has no step.
     """
     curves: dict[str, dict[str, list]] = {"loss": {}, "dev": {}, "lr": {}}
     with reading(path, "the log of a run"):
@@ -204,7 +204,7 @@ def learning_curves(path: Path) -> Curves:
         for entry in entries:
             if entry["kind"] not in ("train", "dev"):
                 continue
-            # The second stage of LP-FT counts its steps from 0 again.
+            # The second stage of LP-FT counts steps from 0 again.
             if entry.get("stage") != stage:
                 offset, stage = step, entry.get("stage")
             step = offset + entry["step"]
@@ -212,7 +212,7 @@ def learning_curves(path: Path) -> Curves:
                 for label, value in values.items():
                     curves[panel].setdefault(label, []).append((step, value))
     if not curves["loss"]:
-        raise UserError(f"{path}: has no training step")
+        raise UserError(f"{path}: no training step")
     arrays: Curves = {
         panel: {label: tuple(np.array(points).T) for label, points in lines.items()}
         for panel, lines in curves.items()
@@ -225,13 +225,13 @@ def learning_curves(path: Path) -> Curves:
 
 
 def _points(entry: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """What a line of the log adds to each panel: label -> value."""
+    """The values that a line of the log adds to each panel: label -> value."""
     if entry["kind"] == "dev":
         if "tasks" not in entry:  # a run without heads
             return {"dev": {"score": entry["score"]}}
         scores = {f"{t} {next(iter(m))}": primary_metric(m) for t, m in entry["tasks"].items()}
         return {"dev": scores}
-    # The heads share one rate.
+    # All heads have the same rate.
     rates = {"BERT" if name == "bert" else "heads": rate for name, rate in entry["lr"].items()}
     return {"loss": {entry["task"]: entry["loss"]}, "lr": rates}
 
@@ -254,7 +254,7 @@ def project(vectors: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Embeddings (N, 1 or 2, D) -> points (N, 2) by PCA, and their shares of the variance (2,).
 
     A pair with two embeddings u and v is the point of |u - v|.
-    UserError if there are fewer than three different ones.
+    UserError if there are fewer than three different embeddings.
     """
     rows = vectors[:, 0] if vectors.size(1) == 1 else (vectors[:, 0] - vectors[:, 1]).abs()
     if len(rows.unique(dim=0)) < 3:

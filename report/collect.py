@@ -1,4 +1,4 @@
-"""Everything that a report shows of a run, read or computed; what cannot be is named as missing."""
+"""Collect the contents of a run's report; parts that cannot be made are listed as missing."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,24 +19,24 @@ from saved_runs import SavedRun, model_checksum
 from tasks import TASKS, Task
 from tokenizer import BertTokenizer
 
-MAP_ROWS = 1000  # of each task: more would hide each other
+MAP_ROWS = 1000  # per task: more points would hide each other
 
 
 @dataclass
 class Report:
-    """What is known about a run. A part that could not be made is a line in `missing` instead."""
+    """What is known about a run. A part that could not be made gets a line in `missing`."""
 
     run: SavedRun
     missing: list[str] = field(default_factory=list)
     result: dict[str, Any] = field(default_factory=dict)  # result.json
     curves: Curves = field(default_factory=dict)
-    predictions: dict[str, Predictions] = field(default_factory=dict)  # by task, as the following
+    predictions: dict[str, Predictions] = field(default_factory=dict)  # by task, like the next two
     untouched: dict[str, float] = field(default_factory=dict)  # scores before training
     maps: dict[str, EmbeddingMap] = field(default_factory=dict)
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """A part of the report that may fail by itself."""
+        """A part of the report that may fail without the others."""
         try:
             yield
         except UserError as error:
@@ -44,7 +44,7 @@ class Report:
 
     @property
     def metrics(self) -> dict[str, dict[str, Any]]:
-        """Dev metrics by task: of these predictions, and else those that the run recorded."""
+        """Dev metrics by task: those of the predictions, or else those that the run recorded."""
         computed = {name: p.metrics for name, p in self.predictions.items()}
         return {**self.result.get("dev", {}), **computed}
 
@@ -71,7 +71,7 @@ def collect(run: SavedRun, data_dir: Path | None, device: str | None) -> Report:
 
 
 def load_untouched(run: SavedRun, model: MultitaskBERT) -> SentenceEncoder:
-    """The encoder that training began with, as `model` is evaluated; UserError if it is gone."""
+    """The encoder before training, set up like `model`; UserError if it is gone."""
     name = str(run.arguments.get("model"))
     bert, tokenizer = BertModel.from_pretrained(name), BertTokenizer.from_pretrained(name)
     if model_checksum(bert, tokenizer) != run.config.get("model_checksum"):
@@ -109,7 +109,7 @@ def make_map(
     untouched: SentenceEncoder | None,
     batch_size: int,
 ) -> EmbeddingMap:
-    """The map of some dev rows, always the same ones, before and after training."""
+    """The map of a fixed subset of dev rows, before and after training."""
     rows = np.array(sample_rows(range(len(dataset)), MAP_ROWS))
     encoders = {"before training": untouched, "after training": model}
     panels = {

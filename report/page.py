@@ -1,4 +1,4 @@
-"""The report as files: index.html with pictures inline, the pictures, tables.tex and errors.csv."""
+"""The report as files: index.html with inline plots, the plots, tables.tex and errors.csv."""
 
 import base64
 import csv
@@ -23,7 +23,7 @@ from saved_runs import SavedRun, note
 from tasks import TASKS
 
 TEMPLATE = Path(__file__).with_name("page.html")
-GENERATOR = "minbert evaluation.py --report"  # tells a report's page from others
+GENERATOR = "minbert evaluation.py --report"  # identifies the page of a report
 ERRORS = ("task", "id", "text", "second text", "gold", "prediction", "confidence", "loss")
 LONG = {"text", "second text", "value"}  # columns that need width
 NOTES = """Intervals are at 95%: Wilson's for accuracy, Fisher's z for Pearson's r. They cover the
@@ -31,7 +31,7 @@ choice of the dev rows, not the variance between seeds. Groups by number of word
 overlap (shared words among all words of the pair) are quarters of the rows. Confidence is the
 probability of the predicted class; the expected calibration error is the mean distance between
 confidence and accuracy over ten bins. Untouched encoder: Pearson's r of the cosine of mean-pooled
-embeddings before any training. Maps: principal component analysis, of each model by itself."""
+embeddings before any training. Maps: principal component analysis, separate for each model."""
 LATEX = str.maketrans(
     {c: f"\\{c}" for c in "&%$#_{}"}
     | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
@@ -40,7 +40,7 @@ LATEX = str.maketrans(
 
 
 def latex_text(text: str) -> str:
-    """The text on one line, as an empty one would end a paragraph, without invisible characters."""
+    """The text without invisible characters, on one line: an empty line would end a paragraph."""
     words = " ".join(text.split())
     return "".join(c for c in words if c.isprintable()).translate(LATEX)
 
@@ -109,12 +109,12 @@ def interval_text(interval: tuple[float, float]) -> str:
 
 
 def score_table(report: Report) -> Table:
-    """Each task's score with its interval, beside what takes no training to reach."""
+    """Each task's score with its interval, beside the baselines without training."""
     header = ["task", "metric", "score", "95% interval", "rows", "majority class"]
     rows = [[*header, "untouched encoder"]]
     for name, metrics in report.metrics.items():
         metric, score = next(iter(metrics.items()))
-        # Also of a task that is no longer in the table of tasks.
+        # The task may no longer be in the task table.
         title = TASKS[name].title if name in TASKS else name
         interval, majority = "", ""
         if metric in ("accuracy", "pearson") and "rows" in metrics:
@@ -151,7 +151,7 @@ def task_section(report: Report, name: str) -> Section:
     if predictions:
         worst = worst_rows(predictions)
         rows = [list(worst[0]), *(list(row.values()) for row in worst)]
-        items.append(Table(f"{title}: the {len(worst)} rows of the largest loss", rows))
+        items.append(Table(f"{title}: the {len(worst)} rows with the largest loss", rows))
     return file, title, items
 
 
@@ -177,7 +177,7 @@ def prediction_items(file: str, title: str, predictions: Predictions) -> list[Ta
 
 
 def record_table(report: Report) -> Table:
-    """What is needed to repeat the run, and what it took."""
+    """Everything needed to repeat the run, with its time and memory."""
     config, result = report.run.config, report.result
     changes = " with uncommitted changes" if config.get("uncommitted_changes") else ""
     facts = {
@@ -217,7 +217,7 @@ def make_sections(report: Report) -> list[Section]:
 
 
 def write_report(run: SavedRun, data_dir: Path | None, device: str | None) -> Path:
-    """Write `report/` into a run's folder, in place of an earlier report; its index.html.
+    """Write `report/` into a run's folder, replacing an earlier report; returns its index.html.
 
     UserError if that folder holds anything but a report.
     """
@@ -240,13 +240,13 @@ def write_report(run: SavedRun, data_dir: Path | None, device: str | None) -> Pa
                 writer.writerows({"task": name, **row} for row in worst_rows(predictions))
         names = sorted([*(path.name for path in draft.iterdir()), "index.html"])
         (draft / "index.html").write_text(page(report, sections, draft, names), encoding="utf-8")
-        check_replaceable(folder)  # again: minutes have passed
+        check_replaceable(folder)  # again, minutes later
     note(*(f"missing from the report: {line}" for line in report.missing))
     return folder / "index.html"
 
 
 def check_replaceable(folder: Path) -> None:
-    """UserError if `folder` is there and holds anything but an earlier report's files."""
+    """UserError if `folder` exists and holds anything but an earlier report's files."""
     if not folder.exists():
         return
     page = folder / "index.html"

@@ -15,7 +15,7 @@ from report.analysis import Calibration, Curves, EmbeddingMap, Group, Prediction
 STYLE = Path(__file__).with_name("style.mplstyle")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", "--", ":", "-.")
-# Edges, as the lightest colour would be lost on white.
+# Edges, because the lightest colour is invisible on white.
 POINTS = {"s": 14, "edgecolor": "0.35", "linewidth": 0.3}
 CURVES = {"loss": "training loss, running mean", "dev": "dev score", "lr": "learning rate"}
 
@@ -30,8 +30,8 @@ def new_figure(
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure, atomically, in the format that the name ends with."""
-    # No figure is left half-written in a folder whose tables are new.
+    """Write a figure atomically, in the format of the file's extension."""
+    # Never leave a half-written figure beside new tables.
     with atomic_file(path) as temporary:
         figure.savefig(temporary, format=path.suffix[1:])
 
@@ -47,7 +47,7 @@ def plot_curves(curves: Curves) -> Figure:
         # Rates of BERT and of the heads differ by a factor of a hundred.
         if name == "lr" and any(np.any(values > 0) for _, values in lines.values()):
             panel.set_yscale("log")
-        if lines:  # none on dev yet, in a run that has not finished
+        if lines:  # an unfinished run may have no dev scores yet
             panel.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     panels[-1].set_xlabel("training step")
     return figure
@@ -92,7 +92,7 @@ def plot_calibration(calibration: Calibration) -> Figure:
 def error_bars(
     panel: Axes, x: np.ndarray, y: np.ndarray, intervals: np.ndarray, across: bool = False, **style
 ) -> None:
-    """Points with the ends (N, 2) of their intervals; `across`: these are of x."""
+    """Points with their intervals' ends (N, 2), along y or, with `across`, along x."""
     value = x if across else y
     lengths = np.abs(np.asarray(intervals) - np.asarray(value)[:, None]).T
     options = {"fmt": "o", "color": "C0", **style}

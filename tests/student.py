@@ -187,7 +187,7 @@ MISTAKES = [  # function, right, wrong, the test that fails, a part of its sente
         "adamw_update",
         "m.copy_",
         "grad, wd = grad + wd * p, 0\nm.copy_",
-        *("AdamW with weight decay", "couples the weight decay into the gradient"),
+        *("AdamW with weight decay", "adds the weight decay to the gradient"),
     ),
     (
         "adamw_update",
@@ -200,9 +200,9 @@ MISTAKES = [  # function, right, wrong, the test that fails, a part of its sente
         "self.dropout(u)",
         "F.dropout(u, self.dropout.p)",
         "sentiment head",
-        "drops out at evaluation",
+        "applies dropout at evaluation",
     ),
-    ("LinearHead.forward", "u = self.dropout(u)", "", "sentiment head", "not drop out in training"),
+    ("LinearHead.forward", "u = self.dropout(u)", "", "sentiment head", "not apply dropout in"),
     (
         "LinearHead.forward",
         "return u @ self.dense.weight.T + self.dense.bias",
@@ -215,7 +215,7 @@ MISTAKES = [  # function, right, wrong, the test that fails, a part of its sente
         "logits, dim",
         "logits.softmax(-1), dim",
         "sentiment loss",
-        "a softmax of the logits",
+        "applies softmax",
     ),
     ("Classification.loss", "labels]", "labels].mean()", "sentiment loss", "a single number"),
     (
@@ -233,7 +233,7 @@ MISTAKES = [  # function, right, wrong, the test that fails, a part of its sente
         "predict_paraphrase",
         "returns a probability",
     ),
-    ("predict_paraphrase", "[u, v]", "[v, u]", "predict_paraphrase", "exchanges"),
+    ("predict_paraphrase", "[u, v]", "[v, u]", "predict_paraphrase", "swaps"),
     ("predict_similarity", '"sts"', '"para"', "predict_similarity", "uses the head of para"),
     (
         "predict_similarity",

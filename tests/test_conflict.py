@@ -220,9 +220,7 @@ def test_measuring_changes_no_bit_of_a_run_and_says_what_it_costs(train, tmp_pat
     train(multitask_classifier, tmp_path / "plain", *more)
     more += ["--measure_conflict", 4, "--conflict_rows", 13]
     out = train(multitask_classifier, tmp_path / "measured", *more)
-    assert (
-        "5 measurements of up to 13 rows per batch, each taking about 14 training steps" in out
-    )
+    assert "5 measurements of up to 13 rows per batch, each taking about 14 training steps" in out
     entries = read_log(tmp_path / "measured", "conflict")
     assert [entry["step"] for entry in entries] == [0, 4, 8, 12, 16]
     assert entries[0]["rows"] == {"sst": 13, "para": 13, "sts": 10}  # STS has 20
