@@ -10,7 +10,6 @@ the tokenizer does both if the model is uncased, and a cased model should see th
 import math
 import random
 import zlib
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -365,26 +364,25 @@ class TaskMixture:
 
     def steps(self, epoch: int, first: int = 0) -> Iterator[list[Batch]]:
         """The epoch's steps from number `first` on; skipped ones cost nothing."""
-        # The position in each task's stream: earlier epochs, and the skipped steps of this one.
-        earlier = [self.task_steps(e) for e in range(epoch)]
         order = self.order(epoch)
-        skipped = Counter(i for step in order[:first] for i in step)
-        position = [sum(s[i] for s in earlier) + skipped[i] for i in range(len(self.datasets))]
-        current: dict[int, tuple[int, list[np.ndarray]]] = {}  # set -> (pass, its batches)
+        streams = []
+        for i in range(len(self.datasets)):
+            # The position in the set's stream: earlier epochs, and the skipped steps of this one.
+            earlier = sum(self.task_steps(e)[i] for e in range(epoch))
+            streams.append(self._stream(i, earlier + sum(step.count(i) for step in order[:first])))
         for step in order[first:]:
-            batches: list[Batch] = []
-            for i in step:
-                # The stream continues from epoch to epoch; each pass has its own order.
-                number, place = divmod(position[i], self.pass_steps[i])
-                position[i] += 1
-                dataset = self.datasets[i]
-                if i not in current or current[i][0] != number:
-                    rows = dataset.training_batches(self.batch_size, self.seed, number)
-                    current[i] = number, rows
-                start = place * self.accumulate
-                for rows in current[i][1][start : start + self.accumulate]:
-                    batches.append(dataset.batch(rows[distributed.rank_slice(len(rows))], rows))
-            yield batches
+            yield [batch for i in step for batch in next(streams[i])]
+
+    def _stream(self, i: int, start: int) -> Iterator[list[Batch]]:
+        """The steps of a set from number `start` on, pass after pass, without end."""
+        dataset, (number, place) = self.datasets[i], divmod(start, self.pass_steps[i])
+        while True:
+            # Each pass has its own order.
+            batches = dataset.training_batches(self.batch_size, self.seed, number)
+            for j in range(place * self.accumulate, len(batches), self.accumulate):
+                step = batches[j : j + self.accumulate]
+                yield [dataset.batch(r[distributed.rank_slice(len(r))], r) for r in step]
+            number, place = number + 1, 0
 
     def rows_used(self) -> list[np.ndarray]:
         """The row numbers of each set that the whole training will see."""
