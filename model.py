@@ -370,13 +370,11 @@ class MultitaskBERT(SentenceEncoder):
             joined = [self._join(a[keep_a], b[keep_b]) for a, keep_a, b, keep_b in pairs]
             rows, types = zip(*joined, strict=True)
             mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-            ids = pad_sequence(list(rows), batch_first=True, padding_value=pad)
-            return self(task, ids, mask, pad_sequence(list(types), batch_first=True))
+            ids = pad_sequence(rows, batch_first=True, padding_value=pad)
+            return self(task, ids, mask, pad_sequence(types, batch_first=True))
         # Both sides in one forward pass, as in training: pad them to the same length.
-        width = max(ids_1.size(1), ids_2.size(1))
-        ids = [F.pad(x, (0, width - x.size(1)), value=pad) for x in (ids_1, ids_2)]
-        masks = [F.pad(x, (0, width - x.size(1))) for x in (mask_1, mask_2)]
-        return self(task, torch.cat(ids), torch.cat(masks))
+        ids = pad_sequence([*ids_1, *ids_2], batch_first=True, padding_value=pad)
+        return self(task, ids, pad_sequence([*mask_1, *mask_2], batch_first=True))
 
     def _join(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """Ids of "[CLS] a [SEP]" and of "[CLS] b [SEP]" -> ids and segment ids of the pair."""
