@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from bert import ACTIVATIONS, BertConfig, BertModel, plain_name
 from engine import checkpoint
-from engine.errors import UserError, reading
+from engine.errors import UserError
 from engine.hub import read_weights, resolve_model
 from model import SentenceEncoder
 from tokenizer import BertTokenizer
@@ -31,7 +31,7 @@ KEPT_SHARE, RANDOM_SHARE = 0.1, 0.1  # of the hidden tokens; the others become [
 
 def hide_tokens(
     ids: np.ndarray,
-    continues: np.ndarray | None,
+    continues: np.ndarray,
     special: np.ndarray,
     mask_id: int,
     probability: float,
@@ -41,18 +41,14 @@ def hide_tokens(
 
     A fraction `probability` of its tokens, at least one, is to be predicted: 80% of these become
     [MASK], 10% a random token and 10% stay, because there is no [MASK] at test time. special: (V,)
-    bool, tokens that are never hidden. continues: (V,) bool, word pieces ("##..."), to hide
-    whole words; None: hide pieces.
+    bool, tokens that are never hidden. continues: (V,) bool, word pieces ("##...") that are hidden
+    with their word.
     """
     candidates = np.flatnonzero(~special[ids])
     hidden = np.zeros(len(ids), dtype=bool)
     if not len(candidates):  # an empty sentence
         return ids, hidden
-    # The number of each candidate's word; without whole words, every piece is a word.
-    starts = (
-        np.ones(len(candidates), dtype=bool) if continues is None else ~continues[ids[candidates]]
-    )
-    words = starts.cumsum()
+    words = (~continues[ids[candidates]]).cumsum()  # the number of each candidate's word
     # Stop at the wanted number; the last word may exceed it by a piece or two.
     wanted = max(1, round(probability * len(candidates)))
     for word in rng.permutation(np.unique(words)):
@@ -125,8 +121,7 @@ class MaskedLM(SentenceEncoder):
             checkpoint.check_weight(stored, found[stored], source)
             state[name] = found[stored]
         if state.keys() == model.head.state_dict().keys():
-            with reading(source, "a head for masked language modelling"):
-                model.head.load_state_dict(state)
+            model.head.load_state_dict(state)
         else:
             print(
                 f"note: {source} has no head for masked tokens; it is drawn at random",
@@ -145,9 +140,8 @@ class MaskedLM(SentenceEncoder):
         if not hidden.any():
             raise UserError(f"{text!r} has no {self.tokenizer.mask_token} to fill in")
         with self.evaluating():
-            values, ids = (
-                self(batch.input_ids, batch.attention_mask, hidden).softmax(-1).topk(count)
-            )
+            logits = self(batch.input_ids, batch.attention_mask, hidden)
+        values, ids = logits.softmax(-1).topk(count)
         rows = zip(ids.tolist(), values.tolist(), strict=True)
         tokens = self.tokenizer.convert_ids_to_tokens
         return [list(zip(tokens(row), probabilities, strict=True)) for row, probabilities in rows]

@@ -135,7 +135,7 @@ class Masking:
         names = set(self.tokenizer.files.special.values())
         self.special = np.array([token is None or token in names for token in tokens])
         pieces = np.array([(token or "").startswith("##") for token in tokens])
-        self.continues = pieces if self.args.whole_word else None
+        self.continues = pieces & self.args.whole_word  # else every piece counts as a word
 
     def __call__(self, batch: Batch, step: int) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The input ids (B, T) of a batch at a step, and the index of the N tokens to predict:

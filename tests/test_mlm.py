@@ -36,7 +36,7 @@ TEXTS = ["the film is great", "a dull plot !", "the cat sees a dog", "the dog se
 )
 def test_hidden_tokens_are_as_many_as_asked_and_never_special(ids, probability, whole, seed):
     ids, continues = np.array(ids, dtype=np.int64), (np.arange(40) % 3 == 0) & ~SPECIAL
-    options = (continues if whole else None, SPECIAL, MASK, probability)
+    options = (continues & whole, SPECIAL, MASK, probability)
     masked, hidden = hide_tokens(ids, *options, np.random.default_rng(seed))
     candidates = (~SPECIAL[ids]).sum()
     assert not hidden[SPECIAL[ids]].any() and (masked[~hidden] == ids[~hidden]).all()
@@ -51,7 +51,9 @@ def test_hidden_tokens_are_as_many_as_asked_and_never_special(ids, probability, 
 
 def test_of_the_hidden_tokens_80_in_100_are_masked_and_10_are_random():
     ids = np.full(50_000, 7)
-    masked, hidden = hide_tokens(ids, None, SPECIAL, MASK, 0.15, np.random.default_rng(0))
+    masked, hidden = hide_tokens(
+        ids, SPECIAL & False, SPECIAL, MASK, 0.15, np.random.default_rng(0)
+    )
     assert hidden.sum() == 7500
     shares = [(masked[hidden] == MASK).mean(), (masked[hidden] == 7).mean()]
     # A random token may be the token itself, one time in 35.
