@@ -10,7 +10,6 @@ leaderboard's format, and result.json.
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,6 +37,7 @@ from tokenizer import BertTokenizer
 
 Datasets = dict[str, list[TaskDataset]]  # split -> a dataset per task
 Backward = Callable[[Sequence[Batch], int], Tensor]  # (batches, step) -> loss, leaving gradients
+Predict = Callable[[TaskDataset], Tensor]  # -> the logits (N, C) of the current weights
 
 # The methods of --surgery: functions that combine the gradients of several tasks into one.
 GRADIENT_COMBINERS = {"sum": sum_gradients, "pcgrad": pcgrad}
@@ -267,24 +267,11 @@ def make_backward(args: Namespace, model: MultitaskBERT, embed: Embed) -> Backwa
     return lambda batches, step: backward_by_task(backward_task, batches, shared, combine)
 
 
-@dataclass
-class DevEvaluator:
-    """Evaluates the current weights on dev, for the trainer."""
-
-    model: MultitaskBERT
-    datasets: list[TaskDataset]
-    batch_size: int
-    embed: Embed
-
-    def __call__(self) -> dict[str, Any]:
-        """`prediction.evaluate` of the current weights."""
-        outputs = [(dataset, self.predict(dataset)) for dataset in self.datasets]
-        # One process computes the metrics, so that all of them agree on which weights are the best.
-        return distributed.broadcast_from_rank_zero(lambda: prediction.evaluate(outputs))
-
-    def predict(self, dataset: TaskDataset) -> Tensor:
-        """The logits (N, C) of the current weights."""
-        return prediction.predict(self.model, dataset, self.batch_size, self.embed)
+def evaluate_weights(predict: Predict, datasets: Sequence[TaskDataset]) -> dict[str, Any]:
+    """`prediction.evaluate` of the current weights, for the trainer."""
+    outputs = [(dataset, predict(dataset)) for dataset in datasets]
+    # One process computes the metrics, so that all of them agree on which weights are the best.
+    return distributed.broadcast_from_rank_zero(lambda: prediction.evaluate(outputs))
 
 
 def make_optimizers(args: Namespace, model: MultitaskBERT, frozen: bool) -> dict[str, AdamW]:
@@ -305,8 +292,8 @@ def train(
     run: RunDir,
     frozen: bool,
     best_folder: str = "best",
-) -> Trainer:
-    """Train the heads, and BERT unless frozen; returns the trainer, with the best evaluation."""
+) -> tuple[Trainer, Predict]:
+    """Train the heads, and BERT unless frozen; the trainer has the best evaluation."""
     mixture = TaskMixture(
         datasets["train"],
         args.batch_size,
@@ -330,13 +317,14 @@ def train(
         loss_fn = partial(row_losses, model, partial(embed_batch, model))
         backward = GradientConflictLogger(backward, loss_fn, model, datasets["train"], run, args)
         print(backward.cost(sum(map(mixture.epoch_steps, range(args.epochs)))))
-    evaluator = DevEvaluator(model, datasets["dev"], args.batch_size, embed)
+    predict = partial(prediction.predict, model, batch_size=args.batch_size, embed=embed)
+    evaluate = partial(evaluate_weights, predict, datasets["dev"])
     factor = partial(lr_factor, args.schedule, args.warmup)
     trainer = Trainer(
-        model, optimizers, factor, mixture, backward, evaluator, run, args, best_folder
+        model, optimizers, factor, mixture, backward, evaluate, run, args, best_folder
     )
     trainer.fit()
-    return trainer
+    return trainer, predict
 
 
 def load_best(model: MultitaskBERT, folder: Path) -> None:
@@ -351,7 +339,7 @@ def load_best(model: MultitaskBERT, folder: Path) -> None:
 
 def train_by_option(
     args: Namespace, model: MultitaskBERT, datasets: Datasets, run: RunDir
-) -> Trainer:
+) -> tuple[Trainer, Predict]:
     """Train in the one or two stages of --option, then load the best weights."""
     if args.option == "lpft":
         # A run resumed in the second stage has already finished the first.
@@ -366,29 +354,32 @@ def train_by_option(
         run.stage = "finetune"
         args.head_lr = args.lr  # one rate for the whole model, as Kumar et al. fine-tune
         print("linear probing is done: fine-tuning from its best heads")
-    trainer = train(args, model, datasets, run, frozen=args.option == "pretrain")
+    trained = train(args, model, datasets, run, frozen=args.option == "pretrain")
     load_best(model, run.path / "best")
-    return trainer
+    return trained
 
 
 # ---------------------------------------------------------------------------- results
 
 
 def write_results(
-    args: Namespace, datasets: Datasets, baselines: dict[str, tuple[str, float]], trainer: Trainer
+    args: Namespace,
+    datasets: Datasets,
+    baselines: dict[str, tuple[str, float]],
+    trainer: Trainer,
+    predict: Predict,
 ) -> dict[str, Any]:
     """Write predictions of the best weights and result.json, print a table; returns the result."""
-    evaluator, best = trainer.evaluate_model, trainer.state.best
-    outputs, metrics = output_paths(args, resumed=True), best["tasks"]
+    best, outputs = trainer.state.best, output_paths(args, resumed=True)
     for (task, split), path in outputs.items():
         dataset = next(d for d in datasets[split] if d.name == task)
-        logits = evaluator.predict(dataset)
+        logits = predict(dataset)
         if trainer.run.writes:
             write_text(path, prediction.format_predictions(dataset, logits))
     print(f"best weights: epoch {best['epoch']}, step {best['step']}; dev scores:")
-    print(results_table(metrics, baselines))
+    print(results_table(best["tasks"], baselines))
     return trainer.finish(
-        dev=metrics,
+        dev=best["tasks"],
         overall=best["score"],
         baselines={task: {name: value} for task, (name, value) in baselines.items()},
         predictions={f"{task}_{split}": str(path) for (task, split), path in outputs.items()},
@@ -440,8 +431,8 @@ def run_training(args: Namespace) -> dict[str, Any]:
             print(f"run folder: {run.path} ({device}, {str(dtype).removeprefix('torch.')})")
             dev = datasets["dev"]
             baselines = {d.name: prediction.baseline(model, d, args.batch_size) for d in dev}
-            trainer = train_by_option(args, model, datasets, run)
-            return write_results(args, datasets, baselines, trainer)
+            trained = train_by_option(args, model, datasets, run)
+            return write_results(args, datasets, baselines, *trained)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
