@@ -30,7 +30,7 @@ from engine.run_dir import RunDir
 from engine.trainer import Trainer
 from model import HEADS, PAIR_ENCODINGS, POOLINGS, MultitaskBERT
 from optimizer import AdamW, lr_factor, parameter_groups
-from prediction import Embed, EmbeddingCache, embed_batch, overall_score, primary_metric
+from prediction import Embed, EmbeddingCache, embed_batch
 from saved_runs import run_facts
 from tasks import TASKS, Task, find_tasks
 from tokenizer import BertTokenizer
@@ -377,29 +377,13 @@ def write_results(
         if trainer.run.writes:
             write_text(path, prediction.format_predictions(dataset, logits))
     print(f"best weights: epoch {best['epoch']}, step {best['step']}; dev scores:")
-    print(results_table(best["tasks"], baselines))
+    print(prediction.results_table(best["tasks"], baselines))
     return trainer.finish(
         dev=best["tasks"],
         overall=best["score"],
         baselines={task: {name: value} for task, (name, value) in baselines.items()},
         predictions={f"{task}_{split}": str(path) for (task, split), path in outputs.items()},
     )
-
-
-def results_table(
-    metrics: dict[str, dict[str, Any]], baselines: dict[str, tuple[str, float]]
-) -> str:
-    """Task, metric, score, baseline and number of rows, aligned."""
-    lines = [("task", "metric", "score", "baseline", "rows")]
-    for task, scores in metrics.items():
-        name, value = baselines[task]
-        score = f"{primary_metric(scores):.3f}{prediction.constant_note(scores)}"
-        rows = f"{scores['rows']:,}"
-        lines.append((task, next(iter(scores)), score, f"{value:.3f} ({name})", rows))
-    lines.append(("overall", "", f"{overall_score(metrics):.3f}", "", ""))
-    # Pad each column to its longest entry.
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  " + "  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
 # ---------------------------------------------------------------------------- main

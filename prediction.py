@@ -171,6 +171,22 @@ def summarize(metrics: dict[str, dict[str, Any]]) -> str:
     return ", ".join([*parts, f"overall {overall_score(metrics):.3f}"])
 
 
+def results_table(
+    metrics: dict[str, dict[str, Any]], baselines: dict[str, tuple[str, float]]
+) -> str:
+    """Task, metric, score, baseline and number of rows, aligned."""
+    lines = [("task", "metric", "score", "baseline", "rows")]
+    for task, scores in metrics.items():
+        name, value = baselines[task]
+        score = f"{primary_metric(scores):.3f}{constant_note(scores)}"
+        rows = f"{scores['rows']:,}"
+        lines.append((task, next(iter(scores)), score, f"{value:.3f} ({name})", rows))
+    lines.append(("overall", "", f"{overall_score(metrics):.3f}", "", ""))
+    # Pad each column to its longest entry.
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  " + "  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+
+
 def evaluate(outputs: Iterable[tuple[TaskDataset, Tensor]]) -> dict[str, Any]:
     """Metrics by task ("tasks"), the overall score ("score"), and both in a line ("summary").
 
