@@ -358,6 +358,14 @@ def hub_name(name: str) -> str:
     return HUB_NAMES[re.sub(r"\d+", "{}", module)].format(layer) + "." + kind
 
 
+def layer_group(name: str) -> str:
+    """The part of the model that a parameter belongs to, by its name."""
+    layer = re.match(r"bert_layers\.(\d+)\.(self_attention|attention)?", name)
+    if layer:
+        return f"layer {layer[1]} {'attention' if layer[2] else 'feed-forward'}"
+    return "pooler" if name.startswith("pooler") else "embeddings"
+
+
 def plain_name(stored: str) -> str:
     """A stored name without wrappers, and with PyTorch's names of LayerNorm's weights."""
     # The published bert-base-uncased still has TensorFlow's: gamma and beta.

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import prediction
-from bert import BertModel
+from bert import BertModel, layer_group
 from datasets import SAMPLINGS, Batch, TaskDataset, TaskMixture
 from engine import cli, distributed
 from engine.checkpoint import check_new_file, write_text
@@ -315,7 +315,8 @@ def train(
     backward = make_backward(args, model, embed)
     if args.measure_conflict:
         loss_fn = partial(row_losses, model, partial(embed_batch, model))
-        backward = GradientConflictLogger(backward, loss_fn, model, datasets["train"], run, args)
+        measured = (loss_fn, model, layer_group, datasets["train"])
+        backward = GradientConflictLogger(backward, *measured, run, args)
         print(backward.cost(sum(map(mixture.epoch_steps, range(args.epochs)))))
     predict = partial(prediction.predict, model, batch_size=args.batch_size, embed=embed)
     evaluate = partial(evaluate_weights, predict, datasets["dev"])

@@ -1,7 +1,6 @@
 """Measuring how much the gradients of several tasks conflict, part by part of the model."""
 
 import math
-import re
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,25 +20,14 @@ from engine.run_dir import RunDir
 PREDICTED_FALL = 3e-4  # of a task's own loss, by a step for it: see GradientConflictLogger
 
 
-def layer_group(name: str) -> str:
-    """The part of BERT that a parameter of `bert.BertModel` belongs to, by its name."""
-    layer = re.match(r"bert_layers\.(\d+)\.(self_attention|attention)?", name)
-    if layer:
-        return f"layer {layer[1]} {'attention' if layer[2] else 'feed-forward'}"
-    return "pooler" if name.startswith("pooler") else "embeddings"
+def inner_products(a: Gradient, b: Gradient, parts: Sequence[str]) -> dict[str, Tensor]:
+    """Part of the model, and then "overall" -> <a, b>, <a, a> and <b, b>, (3,).
 
-
-def inner_products(a: Gradient, b: Gradient, names: Sequence[str]) -> dict[str, Tensor]:
-    """Part of the model (`layer_group`, then "overall") -> <a, b>, <a, a> and <b, b>, (3,).
-
-    names: of the parameters.
+    parts: the part to which each parameter belongs.
     """
-    parts: dict[str, list[int]] = {}
-    for i, name in enumerate(names):
-        parts.setdefault(layer_group(name), []).append(i)
     products = {}
-    for part, indices in parts.items():
-        u, v = ([gradient[i] for i in indices] for gradient in (a, b))
+    for part in dict.fromkeys(parts):
+        u, v = ([g for g, own in zip(x, parts, strict=True) if own == part] for x in (a, b))
         pairs = ((u, v), (u, u), (v, v))
         products[part] = torch.stack([inner_product(x, y) for x, y in pairs])
     return {**products, "overall": sum(products.values())}
@@ -111,6 +99,7 @@ class GradientConflictLogger:
     backward: Callable[[Sequence[Any], int], Tensor]  # (batches, step) -> loss; leaves gradients
     loss_fn: Callable[[Any], Tensor]  # batch -> the loss of each row, (B,)
     model: Any  # its `bert` is shared by the tasks; its `dtype` is that of matrix products
+    part_of: Callable[[str], str]  # name of a parameter of `bert` -> its part of the model
     datasets: Sequence[Any]  # the training set of each task
     run: RunDir  # gets the log entries
     args: Namespace  # `measure_conflict` (N), `conflict_rows`, `batch_size` and `seed`
@@ -154,17 +143,18 @@ class GradientConflictLogger:
         dtype, self.model.dtype = self.model.dtype, torch.float32
         self.model.eval()
         names, parameters = zip(*self.model.bert.named_parameters(), strict=True)
+        parts = list(map(self.part_of, names))
         gradients, losses = {}, {}
         for a, (first, _) in samples.items():
             gradients[a], losses[a] = self._gradient(a, first)
         products = {
-            (a.name, b.name): inner_products(gradients[a], gradients[b], names)
+            (a.name, b.name): inner_products(gradients[a], gradients[b], parts)
             for a, b in combinations(samples, 2)
         }
         changes = {}
         for a, (_, second) in samples.items():
             gradient, loss = self._gradient(a, second)
-            products[a.name, a.name] = inner_products(gradients[a], gradient, names)
+            products[a.name, a.name] = inner_products(gradients[a], gradient, parts)
             del gradient  # one at a time: each is as large as the model
             eta = PREDICTED_FALL * losses[a] / products[a.name, a.name]["overall"][1]
             with moved(parameters, gradients[a], eta):

@@ -13,12 +13,11 @@ from conftest import load_multitask, read_log, run_contents
 from torch import nn
 
 import multitask_classifier
-from bert import BertModel
+from bert import BertModel, layer_group
 from engine.conflict import (
     PREDICTED_FALL,
     GradientConflictLogger,
     inner_products,
-    layer_group,
     moved,
     similarity,
 )
@@ -36,9 +35,9 @@ def test_every_parameter_of_bert_belongs_to_a_part(tiny):
 
 
 def test_conflict_by_hand():
-    names = ["pooler.a", "word_embedding"]
+    parts = ["pooler", "embeddings"]
     a, b, large = torch.tensor([[[3.0, 0], [0, 1]], [[-4, 4], [0, 0]], [[1e20, 1e20], [0, 1]]])
-    products = inner_products(a, b, names)
+    products = inner_products(a, b, parts)
     assert {part: figures.tolist() for part, figures in products.items()} == {
         "pooler": [-12, 9, 32],
         "embeddings": [0, 1, 0],
@@ -50,7 +49,7 @@ def test_conflict_by_hand():
     missing = {"cosine": None, "product": None}
     assert similarity(*products["embeddings"].tolist()) == missing
     expected = {"cosine": 1, "product": 2e40}  # squares leave float32
-    products = inner_products(large, large, names)
+    products = inner_products(large, large, parts)
     assert similarity(*products["overall"].tolist()) == pytest.approx(expected)
 
 
@@ -103,7 +102,7 @@ def test_the_change_of_a_quadratic_loss_is_known_exactly():
 
     args = Namespace(measure_conflict=1, conflict_rows=4, batch_size=4, seed=1)
     run = Namespace(log=lambda *_, **entry: logged.append(entry))
-    GradientConflictLogger(lambda *_: 0.0, loss_fn, model, datasets, run, args)([], 0)
+    GradientConflictLogger(lambda *_: 0.0, loss_fn, model, str, datasets, run, args)([], 0)
     a, b, second_a, *_, second_b, _, _ = seen  # after each second batch, a loss of a and of b
     assert "".join(batch.name for batch in seen) == "ab" + "aab" + "bab"
     rows = {"a>b": (a, b), "b>a": (b, a), "a>a": (a, second_a), "b>b": (b, second_b)}
@@ -145,7 +144,8 @@ def make_logger(tiny, data, run_dir, seen, **options) -> GradientConflictLogger:
     defaults = {"measure_conflict": 1, "conflict_rows": None, "seed": 1, "batch_size": 4}
     args = Namespace(run_dir=run_dir, resume=True, **{**defaults, **options})
     run = RunDir.start_or_resume(args, data={})
-    return GradientConflictLogger(lambda *_: 0.5, loss_fn, model.train(), datasets, run, args)
+    model.train()
+    return GradientConflictLogger(lambda *_: 0.5, loss_fn, model, layer_group, datasets, run, args)
 
 
 def test_what_is_logged_is_the_conflict_of_fp32_gradients_without_dropout(tiny, data, tmp_path):
