@@ -172,7 +172,7 @@ def group_scores(predictions: Predictions) -> list[Group]:
 
 def label_name(task: Task, value: float) -> str:
     """The name of a class, or a score."""
-    return task.class_names[int(value)] if task.class_names else f"{value:.2f}"
+    return task.classes[int(value)] if task.labels.integer else f"{value:.2f}"
 
 
 def worst_rows(predictions: Predictions) -> list[dict[str, str]]:
