@@ -21,8 +21,8 @@ from torch.nn import functional as F
 
 from engine.checkpoint import check_weight, read_json, write_json, write_tensors
 from engine.errors import UserError, reading
-from engine.export import read_pooler
-from engine.hub import read_weights, resolve_model
+from hub.export import read_pooler
+from hub.models import read_weights, resolve_model
 
 ACTIVATIONS = {
     "gelu": F.gelu,  # x Phi(x), exact (Hendrycks & Gimpel 2016)

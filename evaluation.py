@@ -32,9 +32,9 @@ from datasets import Example, TaskDataset, TokenizedDataset, read_examples
 from engine.checkpoint import atomic_file, check_new_file, read_json, read_text, write_text
 from engine.cli import ArgumentParser, run_script
 from engine.errors import UserError
-from engine.export import write_onnx
 from engine.metrics import similarity_metrics
 from engine.stats import SIGNIFICANCE, compare, format_p, holm
+from hub.export import write_onnx
 from masked_lm import MaskedLM
 from model import MultitaskBERT, SentenceEncoder, pool
 from prediction import (

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from bert import ACTIVATIONS, BertConfig, BertModel, plain_name
 from engine import checkpoint
 from engine.errors import UserError
-from engine.hub import read_weights, resolve_model
+from hub.models import read_weights, resolve_model
 from model import SentenceEncoder
 from tokenizer import BertTokenizer
 

@@ -32,6 +32,7 @@ from engine.device import setup_device, to_float64
 from engine.errors import UserError
 from engine.run_dir import RunDir
 from engine.trainer import Trainer
+from hub.export import model_card
 from masked_lm import MaskedLM, hide_tokens
 from model import POOLINGS
 from optimizer import AdamW, lr_factor, parameter_groups
@@ -262,7 +263,8 @@ def run_training(args: Namespace) -> dict[str, Any]:
             )
             best = trainer.fit()
             print(f"dev, best epoch {best['epoch']}: {best['summary']}")
-            return trainer.finish(dev={"mlm": best["metrics"]}, before={"mlm": before["metrics"]})
+            metrics = {"dev": {"mlm": best["metrics"]}, "before": {"mlm": before["metrics"]}}
+            return trainer.finish(model_card, **metrics)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

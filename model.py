@@ -18,8 +18,8 @@ from bert import BertModel
 from datasets import TokenizedDataset
 from engine import checkpoint
 from engine.errors import UserError, reading
-from engine.export import write_modules
-from engine.hub import resolve_model
+from hub.export import write_modules
+from hub.models import resolve_model
 from tasks import TASKS, Task, find_tasks
 from tokenizer import BertTokenizer
 

@@ -28,6 +28,7 @@ from engine.errors import UserError
 from engine.gradients import backward_by_task, pcgrad, sum_gradients, sum_losses
 from engine.run_dir import RunDir
 from engine.trainer import Trainer
+from hub.export import model_card
 from model import HEADS, PAIR_ENCODINGS, POOLINGS, MultitaskBERT
 from optimizer import AdamW, lr_factor, parameter_groups
 from prediction import Embed, EmbeddingCache, embed_batch
@@ -380,6 +381,7 @@ def write_results(
     print(f"best weights: epoch {best['epoch']}, step {best['step']}; dev scores:")
     print(prediction.results_table(best["tasks"], baselines))
     return trainer.finish(
+        model_card,
         dev=best["tasks"],
         overall=best["score"],
         baselines={task: {name: value} for task, (name, value) in baselines.items()},

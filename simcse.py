@@ -32,6 +32,7 @@ from engine.errors import UserError
 from engine.metrics import similarity_metrics
 from engine.run_dir import RunDir
 from engine.trainer import Trainer
+from hub.export import model_card
 from model import POOLINGS, SentenceEncoder
 from optimizer import AdamW, lr_factor, parameter_groups
 from prediction import embed_dataset
@@ -267,7 +268,8 @@ def train(
     )
     best = trainer.fit()
     print(f"dev, best epoch {best['epoch']}: {best['summary']}")
-    return trainer.finish(dev={"sts": best["metrics"]}, before={"sts": before["metrics"]})
+    metrics = {"dev": {"sts": best["metrics"]}, "before": {"sts": before["metrics"]}}
+    return trainer.finish(model_card, **metrics)
 
 
 def run_training(args: Namespace) -> dict[str, Any]:

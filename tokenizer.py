@@ -18,8 +18,8 @@ from torch import Tensor
 
 from engine.checkpoint import write_json, write_text
 from engine.errors import reading
-from engine.hub import resolve_model
-from engine.tokenizer_files import NORMALIZATION, SPECIAL_TOKENS, TokenizerFiles, read_tokenizer
+from hub.models import resolve_model
+from hub.tokenizer_files import NORMALIZATION, SPECIAL_TOKENS, TokenizerFiles, read_tokenizer
 
 TRUNCATION = ("longest_first", "only_first", "only_second")
 

@@ -26,7 +26,7 @@ from benchmarks import harness
 from engine.checkpoint import read_json, read_text, write_json, write_text
 from engine.cli import POSITIVE_INT, ArgumentParser, run_script
 from engine.errors import UserError
-from engine.hub import resolve_model
+from hub.models import resolve_model
 
 NAMES = ["train", "encode", "probe", "optimizer", "tokenization", "startup", "simcse", "scale"]
 RESULTS = harness.ROOT / "benchmarks" / "results"

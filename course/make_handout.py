@@ -25,7 +25,7 @@ from engine.errors import UserError
 ROOT = Path(__file__).resolve().parent.parent
 # The files that a student gets, if git tracks them; markers work only in these.
 PROJECT = (
-    *(":(glob)*.py", "engine", "report", "data", "setup.sh"),
+    *(":(glob)*.py", "engine", "hub", "report", "data", "setup.sh"),
     *(":(glob)requirements*.txt", "LICENSE", ".gitignore"),
 )
 COURSE = {  # file or folder of course/ -> its name in the handout

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
 
-from engine.hub import resolve_model  # noqa: E402
+from hub.models import resolve_model  # noqa: E402
 
 BERT = {"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
 BERT |= {"intermediate_size": 12, "max_position_embeddings": 10, "type_vocab_size": 2}

@@ -24,7 +24,6 @@ from tqdm import tqdm
 from engine import device, distributed
 from engine.checkpoint import write_text
 from engine.errors import TrainingDiverged, reading
-from engine.export import model_card
 from engine.interrupts import SaveTimer, StopSignals, TrainingInterrupted
 from engine.run_dir import RunDir
 
@@ -117,8 +116,11 @@ class Trainer:
         self.seconds = self.run.seconds()
         return self.state.best
 
-    def finish(self, **metrics: Any) -> dict[str, Any]:
-        """Write the model card and result.json: these metrics, and training time and memory."""
+    def finish(self, model_card: Callable[..., str], **metrics: Any) -> dict[str, Any]:
+        """Write the model card and result.json: these metrics, and training time and memory.
+
+        model_card: (run folder, result) -> the text of README.md.
+        """
         run, best = self.run, self.state.best
         result = {
             **metrics,

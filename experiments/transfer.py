@@ -14,10 +14,10 @@ from typing import Any
 
 from engine.checkpoint import checksum, read_json, read_tensors, read_text, write_json
 from engine.errors import UserError, reading
-from engine.hub import resolve_model
 from engine.trainer import progress_bar
 from experiments.transfer_measures import FILES, SETS, Measurement
 from experiments.transfer_report import write_report
+from hub.models import resolve_model
 from report.collect import load_untouched
 from saved_runs import SavedRun
 

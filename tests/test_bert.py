@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from bert import HUB_NAMES, BertConfig, BertLayer, BertModel, BertSelfAttention, Dropout, hub_name
-from engine.hub import resolve_model
+from hub.models import resolve_model
 from tokenizer import BertTokenizer
 
 BUNDLED = "all-MiniLM-L6-v2"

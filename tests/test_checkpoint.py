@@ -400,7 +400,7 @@ def test_a_pickle_that_calls_a_function_is_never_executed(model_files, tmp_path,
 
 
 PLANTS = ["modeling_evil", "tokenization_evil", "configuration_evil", "sitecustomize", "torch"]
-PLANTS += ["usercustomize", "conftest", "json", "tokenizers", "bert", "engine", "__init__"]
+PLANTS += ["usercustomize", "conftest", "json", "tokenizers", "bert", "engine", "hub", "__init__"]
 
 
 def test_nothing_in_a_model_folder_is_imported(tiny, data, tmp_path):

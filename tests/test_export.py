@@ -25,7 +25,7 @@ import multitask_classifier
 import simcse
 from bert import BertModel
 from engine.checkpoint import read_json, write_json
-from engine.export import model_card, read_pooler
+from hub.export import model_card, read_pooler
 from model import POOLINGS, MultitaskBERT, SentenceEncoder
 from tasks import TASKS
 from tokenizer import BertTokenizer
@@ -233,7 +233,7 @@ def test_onnx_computes_the_same_outputs_for_any_batch_and_length(
     code, _, err = run_script(evaluation, *export)
     assert (code, path.read_bytes()) == (2, before)
     assert "model.onnx: exists and is not overwritten" in err
-    monkeypatch.setattr("engine.export.util.find_spec", lambda name: None)
+    monkeypatch.setattr("hub.export.util.find_spec", lambda name: None)
     code, _, err = run_script(evaluation, *export, "--out", tmp_path / "other.onnx")
     assert code == 2 and "the package onnx is missing: run ./setup.sh --dev" in err
     assert not (tmp_path / "other.onnx").exists()

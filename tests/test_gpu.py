@@ -20,7 +20,7 @@ from conftest import read_log, run_contents
 from model_files import edit_json
 
 from engine.checkpoint import read_json
-from engine.hub import resolve_model
+from hub.models import resolve_model
 from model import MultitaskBERT
 
 ROOT = Path(__file__).resolve().parent.parent

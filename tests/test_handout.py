@@ -244,7 +244,7 @@ def test_a_handout_holds_no_solution_and_no_way_around_one(handout):
 
 def test_a_handout_is_a_whole_project(solved, tiny, data, tmp_path):
     """Everything that its files import is there, its scripts run, and it trains."""
-    ours = {path.stem for path in ROOT.glob("*.py")} | {"engine", "experiments", "report"}
+    ours = {path.stem for path in ROOT.glob("*.py")} | {"engine", "experiments", "hub", "report"}
     there = {path.stem for path in solved.iterdir()}
     for path in solved.rglob("*.py"):
         assert {name.split(".")[0] for name in imported(path)} & ours <= there, path

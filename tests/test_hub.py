@@ -28,7 +28,7 @@ from model_files import (
 from safetensors.torch import load, load_file, save, save_file
 
 from bert import BertModel, hub_name
-from engine.hub import BUNDLED, read_weights, resolve_model
+from hub.models import BUNDLED, read_weights, resolve_model
 from tokenizer import BertTokenizer
 
 # ---------------------------------------------------------------------------- names

@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [  # from the bottom up; files of one layer do not import each other
     {"engine"},
+    {"hub"},
     {"tasks", "bert", "tokenizer", "optimizer"},
     {"datasets"},
     {"model"},
@@ -29,12 +30,12 @@ RUN_TIME = {
     *("torch", "numpy", "scipy", "sklearn", "tokenizers", "safetensors", "huggingface_hub"),
     *("tqdm", "matplotlib"),
 }
-PACKAGES = ("engine", "report", "experiments")
+PACKAGES = ("engine", "hub", "report", "experiments")
 GRADER = {"checks"}  # beside grade.py, in course/ and in a handout
 ORACLES = {"make_references.py": {"transformers"}}  # only instructors run it
 PRODUCT = sorted(
     path
-    for folder in ("", "course/", "data/", "engine/", "report/", "experiments/")
+    for folder in ("", "course/", "data/", "engine/", "hub/", "report/", "experiments/")
     for path in ROOT.glob(f"{folder}*.py")
 )
 

@@ -16,7 +16,7 @@ from tokenizers import AddedToken
 from transformers import BertTokenizerFast
 
 from engine.checkpoint import write_json
-from engine.hub import resolve_model
+from hub.models import resolve_model
 from tokenizer import BertTokenizer
 
 NAME = "all-MiniLM-L6-v2"

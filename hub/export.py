@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from engine import checkpoint
 from engine.errors import UserError
-from engine.hub import BUNDLED, module_paths, read_weights
+from hub.models import BUNDLED, module_paths, read_weights
 
 # Its modules in order -> their folders, in the format of older versions: newer ones read both.
 MODULES = {"Transformer": "", "Pooling": "1_Pooling", "Dense": "2_Dense"}

@@ -1,0 +1,1 @@
+"""The formats of HuggingFace: models on its hub, tokenizers, sentence-transformers, ONNX."""
