@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bert import ACTIVATIONS, BertConfig, BertModel, plain_name
+from bert import ACTIVATIONS, BertConfig, BertModel
 from engine import checkpoint
 from engine.errors import UserError
 from hub.models import read_weights, resolve_model
+from hub.weights import plain_name
 from model import SentenceEncoder
 from tokenizer import BertTokenizer
 
