@@ -222,15 +222,18 @@ def check_average(runs: Sequence[SavedRun], folder: Path) -> None:
     if folder.exists():
         raise UserError(f"{folder}: exists and is not overwritten; name a new folder")
 
-    def origin(run: SavedRun) -> tuple[Any, ...]:
-        return run.config.get("model_checksum"), run.config["decoders"], run.arguments["pooling"]
+    def needed(run: SavedRun) -> dict[str, Any]:
+        return {
+            "weights to start from (--model)": run.config.get("model_checksum"),
+            "heads": run.config["decoders"],
+            "--pooling": run.arguments["pooling"],
+        }
 
     for run in runs:
-        if origin(run) != origin(runs[0]) or origin(run)[0] is None:
-            raise UserError(
-                f"{run.folder} and {runs[0].folder}: --average needs runs that started from the"
-                " same --model and have the same heads and pooling"
-            )
+        for name, value in needed(run).items():
+            if value is None or value != needed(runs[0])[name]:
+                pair = f"{run.folder} and {runs[0].folder}"
+                raise UserError(f"{pair}: --average needs the same {name}")
 
 
 def average_weights(runs: Sequence[SavedRun], device: str | None) -> MultitaskBERT:

@@ -144,15 +144,15 @@ def test_runs_that_make_no_ensemble_are_refused_by_name(tiny, runs, data, tmp_pa
     refused([first, tmp_path / "simcse"], tmp_path / "simcse", "has no heads")
     # Models with different heads or starting points cannot be averaged.
     average = ["--average", tmp_path / "mean"]
-    refused([first, runs / "joint", *average], runs / "joint", "the same heads")
+    refused([first, runs / "joint", *average], runs / "joint", "needs the same heads")
     copy = shutil.copytree(runs / "second", tmp_path / "second")
     edit_json(copy / "config.json", model_checksum="0")
-    refused([first, copy, *average], copy, "started from the same --model")
+    refused([first, copy, *average], copy, "the same weights to start from (--model)")
     edit_json(
         copy / "config.json", model_checksum=read_json(first / "config.json")["model_checksum"]
     )
     edit_json(copy / "config.json", "arguments", pooling="cls")
-    refused([first, copy, *average], copy, "the same heads and pooling")
+    refused([first, copy, *average], copy, "needs the same --pooling")
     assert not (tmp_path / "mean").exists() and not (tmp_path / "x.zip").exists()
     refused([first, runs / "second", "--compare", runs / "joint"], "--compare takes one run")
     refused([first, runs / "second", *submit, *average], "not allowed with")
