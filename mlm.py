@@ -25,11 +25,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bert import BertConfig, BertModel
-from datasets import Batch, TaskMixture, TokenizedDataset, read_examples, sample_rows
+from datasets import Batch, TokenizedDataset, read_examples, sample_rows
 from engine import cli, distributed
 from engine.checkpoint import read_text
 from engine.device import setup_device, to_float64
 from engine.errors import UserError
+from engine.mixture import TaskMixture
 from engine.run_dir import RunDir
 from engine.trainer import Trainer
 from hub.export import model_card

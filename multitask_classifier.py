@@ -19,13 +19,14 @@ from torch import Tensor
 
 import prediction
 from bert import BertModel, layer_group
-from datasets import SAMPLINGS, Batch, TaskDataset, TaskMixture
+from datasets import Batch, TaskDataset
 from engine import cli, distributed
 from engine.checkpoint import check_new_file, write_text
 from engine.conflict import GradientConflictLogger
 from engine.device import setup_device
 from engine.errors import UserError
 from engine.gradients import backward_by_task, pcgrad, sum_gradients, sum_losses
+from engine.mixture import SAMPLINGS, TaskMixture
 from engine.run_dir import RunDir
 from engine.trainer import Trainer
 from hub.export import model_card

@@ -25,11 +25,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bert import BertModel
-from datasets import Batch, TaskDataset, TaskMixture, TokenizedDataset, read_triples
+from datasets import Batch, TaskDataset, TokenizedDataset, read_triples
 from engine import cli, distributed
 from engine.device import get_rng_states, set_rng_states, setup_device
 from engine.errors import UserError
 from engine.metrics import similarity_metrics
+from engine.mixture import TaskMixture
 from engine.run_dir import RunDir
 from engine.trainer import Trainer
 from hub.export import model_card

@@ -21,9 +21,10 @@ import classifier
 from benchmarks import peers
 from benchmarks.harness import LR, TEXT, Claim, Work, bert_config, classifier_flags, flop_rates
 from bert import BertModel
-from datasets import TaskDataset, TaskMixture, TokenizedDataset
+from datasets import TaskDataset, TokenizedDataset
 from engine.device import setup_device
 from engine.errors import UserError
+from engine.mixture import TaskMixture
 from engine.run_dir import RunDir
 from engine.trainer import Trainer
 from model import MultitaskBERT, SentenceEncoder
