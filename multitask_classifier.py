@@ -277,7 +277,7 @@ def evaluate_weights(predict: Predict, datasets: Sequence[TaskDataset]) -> dict[
 
 
 def make_optimizers(args: Namespace, model: MultitaskBERT, frozen: bool) -> dict[str, AdamW]:
-    """An AdamW for BERT, unless it is frozen, and, as in the paper, one for each head."""
+    """One AdamW for BERT, unless it is frozen, and one for each head, as in the paper."""
     # BERT gets a small learning rate, new heads a large one.
     rates = {name: (head, args.head_lr) for name, head in model.heads.items()}
     rates = rates if frozen else {"bert": (model.bert, args.lr), **rates}
@@ -285,6 +285,18 @@ def make_optimizers(args: Namespace, model: MultitaskBERT, frozen: bool) -> dict
         name: AdamW(parameter_groups(module, args.weight_decay), lr=lr, fused=True)
         for name, (module, lr) in rates.items()
     }
+
+
+def cache_embeddings(
+    args: Namespace, model: MultitaskBERT, datasets: Datasets, mixture: TaskMixture
+) -> EmbeddingCache:
+    """The embeddings of a frozen BERT, which are the same in every epoch: each computed once."""
+    cache = EmbeddingCache(model, args.batch_size)
+    for dataset, rows in zip(datasets["train"], mixture.rows_used(), strict=True):
+        cache.add(dataset, rows)
+    for dataset in datasets["dev"]:
+        cache.add(dataset)
+    return cache
 
 
 def train(
@@ -306,19 +318,16 @@ def train(
         all_tasks=args.surgery != "none",
     )
     embed: Embed = partial(embed_batch, model)
-    if frozen:  # a sentence has the same embedding in every epoch: compute it once
-        embed = EmbeddingCache(model, args.batch_size)
-        for dataset, rows in zip(datasets["train"], mixture.rows_used(), strict=True):
-            embed.add(dataset, rows)
-        for dataset in datasets["dev"]:
-            embed.add(dataset)
+    if frozen:
+        embed = cache_embeddings(args, model, datasets, mixture)
     model.freeze(frozen)
     optimizers = make_optimizers(args, model, frozen)
     backward = make_backward(args, model, embed)
     if args.measure_conflict:
         loss_fn = partial(row_losses, model, partial(embed_batch, model))
-        measured = (loss_fn, model, layer_group, datasets["train"])
-        backward = GradientConflictLogger(backward, *measured, run, args)
+        backward = GradientConflictLogger(
+            backward, loss_fn, model, layer_group, datasets["train"], run, args
+        )
         print(backward.cost(sum(map(mixture.epoch_steps, range(args.epochs)))))
     predict = partial(prediction.predict, model, batch_size=args.batch_size, embed=embed)
     evaluate = partial(evaluate_weights, predict, datasets["dev"])

@@ -70,7 +70,7 @@ class Trainer:
     # "bert", and one per head: `optimizer.AdamW`, which leaves parameters without a gradient alone.
     optimizers: dict[str, Any]
     lr_factor: Callable[[int, int], float]  # (step, total steps) -> the factor on learning rates
-    mixture: Any  # the steps of each epoch, such as `mixture.TaskMixture`
+    mixture: Any  # the steps of each epoch, such as `engine.mixture.TaskMixture`
     # (A step's batches on `model.device`, its number) -> the loss, a tensor, leaving gradients in
     # the parameters, the same in all processes.
     backward: Callable[[Sequence[Any], int], Tensor]

@@ -148,7 +148,7 @@ def markdown(results: Mapping[str, Any], conflict: Mapping[str, str]) -> str:
         lines += ["", "## The paper's claims", *markdown_table(claim_rows(results["claims"]))]
         pending = sum(len(claim.contrasts) for claim in CLAIMS) - len(results["claims"])
         if pending:
-            lines += ["", f"{pending} more differences wait for runs of their cells."]
+            lines += ["", f"{pending} more differences need cells that are missing here."]
         lines += ["", bootstrap_note(results["claims"]), origins_note(results["claim_origins"])]
         lines += ["", "![differences](claims.png)"]
     for name, table in results["tables"].items():

@@ -36,7 +36,7 @@ def report(args: argparse.Namespace) -> None:
     records = load_records(args.out)
     names = select_tables(args.tables, records, args.seeds)
     cells = [cell for name in names for cell in TABLES[name].cells]
-    # A claim needs only its own cells, whose tables may be incomplete.
+    # A claim needs only its own two cells; their tables may be incomplete.
     cells += [] if args.tables else claimed_cells(records, args.seeds)
     cells = list(dict.fromkeys(cells))
     selected = {**select_seeds(records, cells, args.seeds), "untouched": records["untouched"]}
@@ -82,7 +82,7 @@ def summarize(
     gold: Mapping[str, np.ndarray],
     mixed: bool,
 ) -> dict[str, Any]:
-    """Everything that tables.json holds: some tables, and what some cells say of the claims."""
+    """Everything that tables.json holds: some tables, and what some cells say about the claims."""
     runs = [run for cell in cells for run in records[cell]]
     rows = {
         split: {task: sorted({run["rows"][split].get(task, 0) for run in runs}) for task in gold}

@@ -18,6 +18,7 @@ from engine.errors import UserError
 from engine.run_dir import RunDir, folder_lock
 from experiments import __main__ as experiments
 from experiments import runner, untouched
+from experiments.records import claimed_cells
 from experiments.tables import CELLS, CLAIMS, TABLES
 from tasks import TASKS
 
@@ -256,8 +257,16 @@ def test_recorded_runs_are_skipped_and_interrupted_ones_resumed(
     # Of the claims, those about its cells are judged.
     results = read_json(tmp_path / "results/tables.json")
     assert {row["claim"] for row in results["claims"]} == {CLAIMS[-1].text}
-    assert "13 more differences wait for runs of their cells." in text
+    assert "13 more differences need cells that are missing here." in text
     command("report", "table1", *reported, error="probe-simcse: planned with 2 seeds, but")
+
+
+def test_a_claim_needs_only_its_own_cells():
+    """All planned runs of both, but no other cell of their table."""
+    recorded = {"probe": 8, "probe-concat": 8, "finetune": 3, "simcse": 4}
+    records = {cell: [{"seed": n + 1} for n in range(count)] for cell, count in recorded.items()}
+    assert claimed_cells(records, None) == ["probe", "probe-concat"]
+    assert claimed_cells(records, 3) == ["finetune", "probe", "probe-concat"]
 
 
 def test_a_wrong_flag_is_refused_before_anything_is_computed(grid, tmp_path, command):
