@@ -96,11 +96,14 @@ def add_grid_flags(add: Callable[..., Any]) -> None:
 
 def add_transfer_flags(add: Callable[..., Any]) -> None:
     """Which runs are measured, on how many rows, and which methods Kumar's test compares."""
-    add("runs", nargs="+", type=Path, metavar="RUN", help="run folders named METHOD-seedN")
+    runs_help = "run folders named METHOD-seedN (default: only report on the records in --out)"
+    add("runs", nargs="*", type=Path, metavar="RUN", help=runs_help)
     add("--limit", type=number(int, 100), help="use a fixed random subset of N rows per file")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], help="device (default: each run's)")
-    for method in ("finetune", "probe", "lpft"):
+    for method in ("probe", "lpft"):
         add(f"--{method}", default=method, metavar="METHOD", help="a method in Kumar's comparison")
+    help_text = "methods in Kumar's comparison"
+    add("--finetune", nargs="+", default=["finetune"], metavar="METHOD", help=help_text)
 
 
 def check_args(args: argparse.Namespace, parser: ArgumentParser) -> None:

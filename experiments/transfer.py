@@ -84,6 +84,13 @@ def portable_command(command: str, name: str) -> str:
 
 def transfer(args: Namespace) -> None:
     """Measure each run that has no record in --out, then report on all records in it."""
+    if args.runs:
+        measure_runs(args)
+    write_report(args)
+
+
+def measure_runs(args: Namespace) -> None:
+    """Write the missing records of the runs, and of the untouched encoder."""
     jobs, data, records = list_jobs(args.runs), check_data(args.data_dir), args.out / "records"
     check_own_data(jobs, data)
     facts = {job.name: {"limit": args.limit, "data": data, **job.facts()} for job in jobs}
@@ -94,7 +101,6 @@ def transfer(args: Namespace) -> None:
             bar.set_postfix_str(job.name)
             write_json(records / f"{job.name}.json", {**facts[job.name], **job.measure(args)})
             bar.update()
-    write_report(args)
 
 
 def list_jobs(folders: Sequence[Path]) -> list[Job]:

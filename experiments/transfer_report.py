@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from engine.checkpoint import read_json, write_json, write_text
-from engine.errors import reading
+from engine.errors import UserError, reading
 from experiments.render import markdown_table, score_text
 from experiments.report import over_seeds
 from experiments.stats import mean_interval
@@ -48,7 +48,7 @@ Compare columns, not rows: the metrics have different scales.
   with a fixed seed, and tested on the others.
 - geometry: alignment and uniformity (Wang & Isola 2020) of STS dev. Lower is better."""
 KUMAR = """Kumar et al. (2022, https://arxiv.org/abs/2202.10054) predict that out of domain
-fine-tuning is worse than probing, and probing worse than probing followed by fine-tuning: both
+fine-tuning is worse than probing, and probing worse than probing followed by fine-tuning: all
 differences should be positive. They are paired by seed. The 95% t intervals are over seeds, without
 the variance between rows and without correction for their number: exploration, and not comparable
 with the intervals of `python -m experiments report`."""
@@ -62,11 +62,14 @@ def write_report(args: Namespace) -> None:
         with reading(path, "a record of transfer"):
             add_means(record["scores"])
             methods.setdefault(record["method"], []).append(record)
+    if not methods:
+        raise UserError(f"{args.out}: no records; name the run folders to measure")
     # The untouched encoder, which has no seed, first.
     methods = dict(sorted(methods.items(), key=lambda item: item[1][0]["seed"] is not None))
+    first, *_ = next(iter(methods.values()))  # all records have the same files and --limit
     summary = {
-        "limit": args.limit,
-        "rows": next(iter(methods.values()))[0]["rows"],
+        "limit": first["limit"],
+        "rows": first["rows"],
         "methods": {method: summarize(runs) for method, runs in methods.items()},
         "kumar": compare_methods(methods, args.finetune, args.probe, args.lpft),
     }
@@ -115,12 +118,15 @@ def paired_difference(first: Mapping[int, float], second: Mapping[int, float]) -
     return {"difference": mean, "interval": interval, "seeds": len(seeds)}
 
 
-def compare_methods(methods: Methods, finetune: str, probe: str, lpft: str) -> dict[str, Any]:
-    """Kumar's two differences on each out-of-domain set and the means, and missing methods."""
-    missing = [name for name in (finetune, probe, lpft) if name not in methods]
+def compare_methods(
+    methods: Methods, finetune: Sequence[str], probe: str, lpft: str
+) -> dict[str, Any]:
+    """Kumar's differences on each out-of-domain set and the means, and missing methods."""
+    missing = [name for name in (*finetune, probe, lpft) if name not in methods]
     rows: list[dict[str, Any]] = []
     keys = [key for family in FAMILIES for key in set_keys(family, *WITH_HEAD[family])[1:]]
-    for pair in ((probe, finetune), (lpft, probe)):
+    pairs = [(probe, name) for name in finetune] + [(lpft, probe)]
+    for pair in [*pairs, *((lpft, name) for name in finetune)]:
         for key in (*MEANS, *keys) if set(pair) <= set(methods) else ():
             scores = (
                 {run["seed"]: run["scores"][key] for run in methods[name] if key in run["scores"]}

@@ -237,13 +237,23 @@ def test_the_report_has_means_over_seeds_and_kumars_differences(records, measure
         return np.mean([np.mean([run[f"head/{key}"] for key in keys]) for keys in families])
 
     means = {method: [mean(run) for run in scores[method]] for method in METHODS}
-    for first, second in (("probe", "finetune"), ("lpft", "probe")):
+    for first, second in (("probe", "finetune"), ("lpft", "probe"), ("lpft", "finetune")):
         test = stats.ttest_rel(means[first], means[second])
         row = next(r for r in summary["kumar"]["rows"] if r["pair"] == f"{first} - {second}")
         assert (row["score"], row["seeds"]) == ("head/out of domain/mean", 2)
         assert row["interval"] == pytest.approx(list(test.confidence_interval()))
         assert row["difference"] == pytest.approx(np.mean(row["interval"]))
     assert all(image.imread(measured / f"{name}.png").std() > 0.01 for name in ("transfer", "cka"))
+
+
+def test_records_alone_are_enough_for_a_report(measured, command, tmp_path):
+    out = shutil.copytree(measured, tmp_path / "out")
+    made = read_text(out / "transfer.md")
+    (out / "transfer.md").unlink()
+    assert made in command("--out", out) and read_text(out / "transfer.md") == made
+    text = command("--out", out, "--finetune", "finetune", "lpft")
+    assert "| probe - lpft | out of domain, mean | 2 |" in text
+    command("--out", tmp_path / "new", error=f"{tmp_path}/new: no records; name the run folders")
 
 
 def test_differences_are_paired_by_seed():
