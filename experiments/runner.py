@@ -287,16 +287,19 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 
 def head_steps_and_losses(log: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """By task: the steps that trained its head, and the loss in twentieths of the last stage."""
+    """By task: the steps that trained its head, and the loss in twentieths of the last stage.
+
+    A step of several tasks logs only the sum of their losses, so it counts for none of them.
+    """
     steps = [entry for entry in log if entry["kind"] == "train"]
     tasks = dict.fromkeys(task for entry in steps for task in entry["task"].split("+"))
     last = [entry for entry in steps if entry.get("stage") == steps[-1].get("stage")]
     head_steps, losses = {}, {}
     for task in tasks:
         head_steps[task] = sum(task in entry["task"].split("+") for entry in steps)
-        values = [entry["loss"] for entry in last if task in entry["task"].split("+")]
-        parts = np.array_split(values, min(CURVE_POINTS, len(values)))
-        losses[task] = [round(float(part.mean()), 4) for part in parts]
+        if values := [entry["loss"] for entry in last if entry["task"] == task]:
+            parts = np.array_split(values, min(CURVE_POINTS, len(values)))
+            losses[task] = [round(float(part.mean()), 4) for part in parts]
     return {"head_steps": head_steps, "losses": losses}
 
 
