@@ -33,7 +33,7 @@ from engine.checkpoint import atomic_file, check_new_file, read_json, read_text,
 from engine.cli import ArgumentParser, run_script
 from engine.errors import UserError
 from engine.metrics import similarity_metrics
-from engine.stats import SIGNIFICANCE, compare, format_p, holm
+from engine.stats import SIGNIFICANCE, format_p
 from hub.export import write_onnx
 from masked_lm import MaskedLM
 from model import MultitaskBERT, SentenceEncoder, pool
@@ -42,7 +42,6 @@ from prediction import (
     embed_dataset,
     format_predictions,
     predict,
-    primary_metric,
     read_predictions,
     task_metrics,
 )
@@ -53,7 +52,7 @@ from saved_runs import (
     evaluate_dev,
     note,
     predict_ensemble,
-    read_dev_predictions,
+    read_scores,
     save_average,
 )
 from tasks import TASKS, find_tasks
@@ -110,30 +109,18 @@ def evaluate_ensemble(runs: Sequence[SavedRun], args: Namespace) -> None:
     print(format_json(result))
 
 
-def compare_runs(first: SavedRun, args: Namespace) -> None:
-    """Print the differences between two runs' dev metrics, and whether they are significant."""
-    runs = (first, SavedRun(args.compare))
-    common = [name for name in TASKS if all(name in run.files.get("dev", {}) for run in runs)]
-    # Runs of different tasks are compared on what they share.
-    if not common:
-        raise UserError(f"{first.folder}, {args.compare}: have no task in common")
-    titles, results = [], []
-    for task in find_tasks(common):
-        # Both runs' predictions of the same rows: the test is paired.
-        gold, (a, b) = read_dev_predictions(runs, task, args.data_dir)
-        metrics = [task.labels.metrics(predicted, gold) for predicted in (a, b)]
-        values = " - ".join(f"{primary_metric(scores):.4f}" for scores in metrics)
-        titles.append(f"{task.name} {next(iter(metrics[0]))}, {len(gold):,} rows: {values}")
-        correlation = not task.labels.integer
-        results.append(compare(gold, a, b, correlation))
-    for title, result, p in zip(titles, results, holm([r.p for r in results]), strict=True):
+def compare_runs(run: SavedRun, args: Namespace) -> None:
+    """Print the run's dev scores minus those of the reference, and which differ significantly."""
+    for reference, score in read_scores([SavedRun(args.compare), run], args.data_dir):
+        c = score.comparison
         print(
-            f"{title} = {result.difference:+.4f}, 95% interval {result.low:+.4f} to"
-            f" {result.high:+.4f}, p {format_p(p)}:"
-            f" {'significant' if p < SIGNIFICANCE else 'not significant'}"
+            f"{score.task.name} {score.metric}, {score.rows:,} rows: {score.score:.4f} -"
+            f" {reference.score:.4f} = {c.difference:+.4f}, 95% interval {c.low:+.4f} to"
+            f" {c.high:+.4f}, p {format_p(c.p)}:"
+            f" {'significant' if c.p < SIGNIFICANCE else 'not significant'}"
         )
     note(
-        f"differences: {first.folder} minus {args.compare}",
+        f"differences: {run.folder} minus {args.compare}",
         "intervals: bootstrap over rows; p: paired test with Holm's correction, significant below"
         f" {SIGNIFICANCE}; neither covers the variance between seeds",
     )

@@ -1,9 +1,10 @@
-"""Saved runs: one, several as an ensemble, or the mean of their weights."""
+"""Saved runs: one; several, compared or as an ensemble; the mean of their weights."""
 
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from engine.checkpoint import checksum, read_json, write_text
 from engine.device import setup_device
 from engine.errors import UserError, reading
 from engine.run_dir import RunDir
+from engine.stats import Comparison, compare, holm, score_interval
 from model import MultitaskBERT, SentenceEncoder
 from prediction import evaluate, format_predictions, predict, read_predictions
-from tasks import Task, find_tasks
+from tasks import TASKS, Task, find_tasks
 from tokenizer import BertTokenizer
 
 # (task, split) -> a data set and its logits (N, C).
@@ -143,32 +145,68 @@ class SavedRun:
         }
 
 
-def read_dev_predictions(
-    runs: Sequence[SavedRun], task: Task, data_dir: Path | None
-) -> tuple[np.ndarray, list[np.ndarray]]:
-    """The gold labels (N,) of the first run's dev rows, and what each run predicted, (N,) each.
-
-    UserError unless all runs have predicted the same rows, in the same order.
-    """
-    first = runs[0]
-    path = first.data_file(task, "dev", data_dir)
-    rows = {run.limit: read_examples(path, task, limit=run.limit)[0] for run in runs}
-    examples = rows[first.limit]
-    for run in runs:
-        if rows[run.limit] != examples:
-            limits = " and ".join(f"{r.folder} had --limit {r.limit}" for r in (first, run))
-            raise UserError(f"{limits}: they predicted different rows of {path}")
-    files = [run.prediction_file(task, "dev") for run in runs]
-    gold = np.array([example.label for example in examples])
-    return gold, [read_predictions(file, task, examples, path) for file in files]
-
-
 def evaluate_dev(outputs: Outputs) -> dict[str, Any]:
     """`prediction.evaluate` of the dev sets in `outputs`."""
     return evaluate(output for (_, split), output in outputs.items() if split == "dev")
 
 
 # ---------------------------------------------------------------------------- several runs
+
+
+@dataclass
+class Score:
+    """A run's dev score on a task, and its difference from the reference's (None for that run)."""
+
+    task: Task
+    run: str
+    metric: str
+    rows: int
+    score: float
+    interval: tuple[float, float]
+    comparison: Comparison | None = None
+
+
+def read_scores(runs: Sequence[SavedRun], data_dir: Path | None) -> list[list[Score]]:
+    """For each task that the first run, the reference, shares with others: its score and theirs.
+
+    From prediction files. P-values have Holm's correction over all differences. UserError if a run
+    shares no task with the reference or has predicted other rows.
+    """
+    scores = []
+    for task in TASKS.values():
+        having = [run for run in runs if task.name in run.files.get("dev", {})]
+        if len(having) > 1 and having[0] is runs[0]:
+            scores.append(score_task(having, task, data_dir))
+    others = [score for of_task in scores for score in of_task[1:]]
+    for run in runs[1:]:
+        if str(run.folder) not in {score.run for score in others}:
+            raise UserError(f"{run.folder}, {runs[0].folder}: have no task in common")
+    for score, p in zip(others, holm([score.comparison.p for score in others]), strict=True):
+        score.comparison = replace(score.comparison, p=p)
+    return scores
+
+
+def score_task(runs: Sequence[SavedRun], task: Task, data_dir: Path | None) -> list[Score]:
+    """`read_scores` for a task that all runs have, without Holm's correction."""
+    first = runs[0]
+    path = first.data_file(task, "dev", data_dir)
+    rows = {run.limit: read_examples(path, task, limit=run.limit)[0] for run in runs}
+    examples = rows[first.limit]
+    for run in runs:
+        if rows[run.limit] != examples:
+            limits = " and ".join(f"{r.folder} had --limit {r.limit}" for r in (run, first))
+            raise UserError(f"{limits}: they predicted different rows of {path}")
+    files = [run.prediction_file(task, "dev") for run in runs]
+    predictions = [read_predictions(file, task, examples, path) for file in files]
+    gold = np.array([example.label for example in examples])
+    correlation, scores = not task.labels.integer, []
+    for run, predicted in zip(runs, predictions, strict=True):
+        metric, value = next(iter(task.labels.metrics(predicted, gold).items()))
+        interval = score_interval(value, len(gold), correlation)
+        scores.append(Score(task, str(run.folder), metric, len(gold), value, interval))
+        if run is not first:
+            scores[-1].comparison = compare(gold, predicted, predictions[0], correlation)
+    return scores
 
 
 def check_different(runs: Sequence[SavedRun]) -> None:
