@@ -28,7 +28,7 @@ REAL = os.environ.get("MINBERT_DATA")
 
 
 def test_a_record_has_the_loss_and_the_steps_of_each_head():
-    """Of LP-FT the loss of the last stage, but the steps of both; no loss of a step of two tasks."""
+    """Of LP-FT the loss of the last stage but the steps of both; no loss of a step of two tasks."""
     log = [{"kind": "train", "task": "sst", "loss": 9.0, "stage": "probe"}]
     log += [
         {"kind": "train", "task": task, "loss": loss, "stage": "finetune"}
