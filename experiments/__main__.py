@@ -102,8 +102,9 @@ def add_transfer_flags(add: Callable[..., Any]) -> None:
     add("--device", choices=["auto", "cpu", "cuda", "mps"], help="device (default: each run's)")
     for method in ("probe", "lpft"):
         add(f"--{method}", default=method, metavar="METHOD", help="a method in Kumar's comparison")
-    help_text = "methods in Kumar's comparison"
-    add("--finetune", nargs="+", default=["finetune"], metavar="METHOD", help=help_text)
+    # With commas: after a flag that takes several words, the run folders would be read as methods.
+    names = {"type": lambda text: text.split(","), "default": "finetune,finetune-long"}
+    add("--finetune", **names, metavar="METHODS", help="methods in Kumar's comparison, by commas")
 
 
 def check_args(args: argparse.Namespace, parser: ArgumentParser) -> None:

@@ -289,7 +289,8 @@ def read_run(folder: Path) -> dict[str, Any]:
 def head_steps_and_losses(log: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """By task: the steps that trained its head, and the loss in twentieths of the last stage.
 
-    A step of several tasks logs only the sum of their losses, so it counts for none of them.
+    A step of several tasks counts for the head of each, but logs only the sum of their losses: it
+    has no part in the curves.
     """
     steps = [entry for entry in log if entry["kind"] == "train"]
     tasks = dict.fromkeys(task for entry in steps for task in entry["task"].split("+"))

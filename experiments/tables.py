@@ -237,10 +237,12 @@ TABLES: dict[str, Table] = {
     "temperature": Table(
         "Temperature of contrastive pre-training",
         (
+            Column("probe", "Probe"),
             Column("probe-simcse", "Probe, t = 1"),
-            Column("probe-simcse-t0.05", "Probe, t = 0.05", ("probe-simcse",)),
+            Column("probe-simcse-t0.05", "Probe, t = 0.05", ("probe", "probe-simcse")),
+            Column("finetune", "Fine-tune"),
             Column("finetune-simcse", "Fine-tune, t = 1"),
-            Column("finetune-simcse-t0.05", "Fine-tune, t = 0.05", ("finetune-simcse",)),
+            Column("finetune-simcse-t0.05", "Fine-tune, t = 0.05", ("finetune", "finetune-simcse")),
         ),
     ),
     "probes": Table(
@@ -258,7 +260,7 @@ TABLES: dict[str, Table] = {
             Column("finetune", "Fine-tune"),
             Column("finetune-long", "Fine-tune, 8 epochs"),
             Column("lpft", "LP-FT, 5 + 3 epochs", ("finetune", "finetune-long")),
-            Column("sum", "All tasks per step"),
+            Column("sum", "All tasks per step", ("finetune",)),
             Column("pcgrad", "PCGrad", ("sum",)),
         ),
     ),

@@ -76,9 +76,10 @@ class Job:
 
 
 def portable_command(command: str, name: str) -> str:
-    """A run's command with placeholders for its data and its folder, as in all records."""
+    """A run's command with placeholders for its data and run folders, as in all records."""
     for flag, place in (("data_dir", "DATA"), ("run_dir", f"runs/{name}")):
         command = re.sub(rf"(?<=--{flag})[ =]('.*?'|\S+)", f" {place}", command)
+    command = re.sub(r"(?<=--model)[ =]\S*/([^/\s]+/best)(?!\S)", r" runs/\1", command)
     return re.sub(r"^\S+ \S*?([^/\s]+\.py)", r"python \1", command).removesuffix(" --resume")
 
 

@@ -66,7 +66,7 @@ def write_report(args: Namespace) -> None:
         raise UserError(f"{args.out}: no records; name the run folders to measure")
     # The untouched encoder, which has no seed, first.
     methods = dict(sorted(methods.items(), key=lambda item: item[1][0]["seed"] is not None))
-    first, *_ = next(iter(methods.values()))  # all records have the same files and --limit
+    first = next(iter(methods.values()))[0]  # all records have the same files and --limit
     summary = {
         "limit": first["limit"],
         "rows": first["rows"],

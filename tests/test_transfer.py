@@ -251,9 +251,18 @@ def test_records_alone_are_enough_for_a_report(measured, command, tmp_path):
     made = read_text(out / "transfer.md")
     (out / "transfer.md").unlink()
     assert made in command("--out", out) and read_text(out / "transfer.md") == made
-    text = command("--out", out, "--finetune", "finetune", "lpft")
+    for path in (out / "records").iterdir():
+        edit_json(path, limit=100)
+    text = command("--out", out, "--finetune", "finetune,lpft")
+    assert "(--limit 100)." in text
     assert "| probe - lpft | out of domain, mean | 2 |" in text
     command("--out", tmp_path / "new", error=f"{tmp_path}/new: no records; name the run folders")
+
+
+def test_the_command_in_a_record_names_no_folder_of_the_machine():
+    flags = "--model /c/a-seed1/best --data_dir '/d e' --run_dir=/f/x --resume"
+    expected = "python simcse.py --model runs/a-seed1/best --data_dir DATA --run_dir runs/x-seed1"
+    assert transfer.portable_command(f"python3 /a/simcse.py {flags}", "x-seed1") == expected
 
 
 def test_differences_are_paired_by_seed():
@@ -272,7 +281,7 @@ def test_records_are_kept_and_those_of_anything_else_refused(
         write_text(out / f"records/{kept}.json", read_text(measured / f"records/{kept}.json"))
     monkeypatch.delattr(transfer.Job, "measure")  # nothing is measured, again or before a refusal
     text = command(runs / "simcse-seed1", "--out", out)
-    assert "Not tested. There is no run of finetune, probe, lpft" in text
+    assert "Not tested. There is no run of finetune, finetune-long, probe, lpft" in text
     out, run = ["--out", measured], runs / name
     path = measured / f"records/{name}.json"
     assert read_text(measured / "transfer.md") in command(run, *out)
