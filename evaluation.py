@@ -71,8 +71,8 @@ def evaluate_run(run: SavedRun, args: Namespace) -> None:
     """Print the dev metrics of the run's best model, in the form of `result.json`."""
     if "mlm_probability" in run.arguments:
         raise UserError(
-            f"{run.folder}: a run of mlm.py, whose scores are in its result.json; to fill in a"
-            " blank, give --text with [MASK]"
+            f"{run.folder}: a run of mlm.py, whose scores are in its log.jsonl and, once it has"
+            " finished, in result.json; to fill in a blank, give --text with [MASK]"
         )
     model = run.load_model(args.device)
     if model.heads:

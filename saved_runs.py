@@ -19,6 +19,7 @@ from engine.device import setup_device
 from engine.errors import UserError, reading
 from engine.run_dir import RunDir
 from engine.stats import Comparison, compare, holm, score_interval
+from hub.export import model_card
 from model import MultitaskBERT, SentenceEncoder
 from prediction import evaluate, format_predictions, predict, read_predictions
 from tasks import TASKS, Task, find_tasks
@@ -305,5 +306,6 @@ def save_average(runs: Sequence[SavedRun], folder: Path, device: str | None) -> 
             path = mean.prediction_file(dataset.task, split)
             write_text(path, format_predictions(dataset, logits))
         result = {"dev": evaluation["tasks"], "overall": evaluation["score"]}
+        write_text(folder / "best" / "README.md", model_card(folder, result))
         run.finish(result, keep_last=False)
     return evaluation

@@ -17,7 +17,7 @@ from sklearn.metrics import accuracy_score
 import multitask_classifier
 import simcse
 from datasets import Example, read_examples
-from engine.checkpoint import read_json
+from engine.checkpoint import read_json, read_text
 from model import MultitaskBERT
 from saved_runs import run_facts
 from tasks import TASKS
@@ -117,6 +117,7 @@ def test_a_run_of_mean_weights_is_a_run_like_any_other(runs, tmp_path, ask, refu
     assert "the same metrics, bit for bit" in ask(mean)[1]
     assert ask(mean, "--submit", tmp_path / "mean.zip")[0] == f"{tmp_path / 'mean.zip'}\n"
     config = read_json(mean / "config.json")
+    assert f"{result['dev']['sst']['accuracy']:.4f}" in read_text(mean / "best/README.md")
     assert config["average_of"] == [str(runs / "first"), str(runs / "second")]
     assert config["arguments"]["leave_out"] == "sts"  # as in the first run's record
     refused([runs / "first", runs / "second", "--average", mean], mean, "name a new folder")

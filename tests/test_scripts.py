@@ -96,7 +96,7 @@ def test_flags_may_stand_in_a_file(tmp_path, refused):
     for content, expected in wrong.items():
         recipe.write_bytes(content)
         refused(multitask_classifier, [f"@{recipe}"], expected)
-    refused(multitask_classifier, [f"@{tmp_path / 'none.txt'}"], "none.txt")
+    refused(multitask_classifier, [f"@{tmp_path / 'none.txt'}"], "none.txt: no such file of flags")
 
 
 def test_recipes_are_valid_and_that_of_the_paper_is_the_default():
