@@ -265,7 +265,7 @@ TABLES: dict[str, Table] = {
         ),
     ),
     "sts": Table(
-        "Where the low STS score comes from: one change at a time, from left to right",
+        "STS, pooling and decoder: one change at a time, from left to right",
         (
             Column("finetune-concat", "Concatenate"),
             Column("finetune", "Weighted dot", ("finetune-concat",)),

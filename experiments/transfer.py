@@ -6,6 +6,7 @@ started from.
 
 import hashlib
 import re
+import shlex
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -76,10 +77,16 @@ class Job:
 
 
 def portable_command(command: str, name: str) -> str:
-    """A run's command with placeholders for its data and run folders, as in all records."""
+    """A run's command without the folders of the machine, as in all records."""
+
+    def portable_model(flag: re.Match) -> str:
+        path = Path(flag[1].strip("'"))
+        name = f"runs/{path.parent.name}/best" if path.name == "best" else path.name
+        return f" {shlex.quote(name)}" if path.is_absolute() else flag[0]
+
     for flag, place in (("data_dir", "DATA"), ("run_dir", f"runs/{name}")):
         command = re.sub(rf"(?<=--{flag})[ =]('.*?'|\S+)", f" {place}", command)
-    command = re.sub(r"(?<=--model)[ =]\S*/([^/\s]+/best)(?!\S)", r" runs/\1", command)
+    command = re.sub(r"(?<=--model)[ =]('.*?'|\S+)", portable_model, command)
     return re.sub(r"^\S+ \S*?([^/\s]+\.py)", r"python \1", command).removesuffix(" --resume")
 
 

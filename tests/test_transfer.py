@@ -260,9 +260,12 @@ def test_records_alone_are_enough_for_a_report(measured, command, tmp_path):
 
 
 def test_the_command_in_a_record_names_no_folder_of_the_machine():
-    flags = "--model /c/a-seed1/best --data_dir '/d e' --run_dir=/f/x --resume"
-    expected = "python simcse.py --model runs/a-seed1/best --data_dir DATA --run_dir runs/x-seed1"
-    assert transfer.portable_command(f"python3 /a/simcse.py {flags}", "x-seed1") == expected
+    names = {"/c/a-seed1/best": "runs/a-seed1/best", "'/c d/a-seed1/best'": "runs/a-seed1/best"}
+    names |= {"/c/bert": "bert", "runs/a/best": "runs/a/best", "org/bert": "org/bert"}
+    for path, name in names.items():
+        flags = f"--model {path} --data_dir '/d e' --run_dir=/f/x --resume"
+        expected = f"python simcse.py --model {name} --data_dir DATA --run_dir runs/x-seed1"
+        assert transfer.portable_command(f"python3 /a/simcse.py {flags}", "x-seed1") == expected
 
 
 def test_differences_are_paired_by_seed():
