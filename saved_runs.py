@@ -1,4 +1,4 @@
-"""Saved runs: one; several, compared or as an ensemble; the mean of their weights."""
+"""Saved runs: load one, compare several, average their predictions or their weights."""
 
 import sys
 from argparse import Namespace
@@ -168,10 +168,10 @@ class Score:
 
 
 def read_scores(runs: Sequence[SavedRun], data_dir: Path | None) -> list[list[Score]]:
-    """For each task that the first run, the reference, shares with others: its score and theirs.
+    """By task, the score of the first run, which is the reference, and of the others with the task.
 
-    From prediction files. P-values have Holm's correction over all differences. UserError if a run
-    shares no task with the reference or has predicted other rows.
+    All come from prediction files. P-values have Holm's correction over all differences. UserError
+    if a run shares no task with the reference or has predicted other rows.
     """
     scores = []
     for task in TASKS.values():

@@ -55,7 +55,7 @@ class ArgumentParser(argparse.ArgumentParser):
             if any("\ud800" <= c <= "\udfff" for c in word):
                 self.error(f"{word!r} is not UTF-8; rename it")
             if self.fromfile_prefix_chars and word[:1] == "@" and not Path(word[1:]).exists():
-                self.error(f"{word}: no such file of flags; recipes/ has some")
+                self.error(f"{word}: no such file; see recipes/")
         try:
             return super().parse_args(args, namespace)
         except UnicodeDecodeError:

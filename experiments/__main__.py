@@ -104,7 +104,7 @@ def add_transfer_flags(add: Callable[..., Any]) -> None:
         add(f"--{method}", default=method, metavar="METHOD", help="a method in Kumar's comparison")
     # With commas: after a flag that takes several words, the run folders would be read as methods.
     names = {"type": lambda text: text.split(","), "default": "finetune,finetune-long"}
-    add("--finetune", **names, metavar="METHODS", help="methods in Kumar's comparison, by commas")
+    add("--finetune", **names, metavar="METHODS", help="the same, comma-separated")
 
 
 def check_args(args: argparse.Namespace, parser: ArgumentParser) -> None:
@@ -114,6 +114,9 @@ def check_args(args: argparse.Namespace, parser: ArgumentParser) -> None:
     for table in getattr(args, "tables", []):
         if table not in TABLES:
             parser.error(f"{table}: no such table; there are {', '.join(TABLES)}, and all")
+    for flag in ("limit", "device"):
+        if args.action is transfer and not args.runs and getattr(args, flag):
+            parser.error(f"--{flag} has no effect without run folders to measure")
     # `run` sets some flags itself; --flags must not override them.
     if "flags" in args:
         try:

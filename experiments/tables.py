@@ -51,8 +51,9 @@ CELLS: dict[str, Cell] = {
     "probe-simcse": Cell(PROBE, start_from="simcse"),
     "probe-simcse-t0.05": Cell(PROBE, start_from="simcse-t0.05"),
     "probe-concat": Cell(f"{PROBE} {CONCAT}"),
-    # LP-FT trains its heads for 5 + 3 epochs, and so does the fine-tuning beside it. Conflict is
-    # measured once, when fine-tuning begins: of trained heads on an untouched BERT.
+    # LP-FT trains its heads for 5 + 3 epochs, as does the fine-tuning beside it; but in the last
+    # 3, LP-FT's heads learn at BERT's rate. Conflict is measured once, when fine-tuning begins: of
+    # trained heads on an untouched BERT.
     "lpft": Cell(f"{FINAL} --option lpft --probe_epochs 5 {CONFLICT} 5000", 4),
     "finetune-long": Cell(f"{FINE_TUNE} --epochs 8", 4),
     # All tasks in every step, and so a third of the steps, with and without projection.

@@ -77,12 +77,12 @@ class Job:
 
 
 def portable_command(command: str, name: str) -> str:
-    """A run's command without the folders of the machine, as in all records."""
+    """A run's command without the paths of this machine, as in all records."""
 
     def portable_model(flag: re.Match) -> str:
         path = Path(flag[1].strip("'"))
-        name = f"runs/{path.parent.name}/best" if path.name == "best" else path.name
-        return f" {shlex.quote(name)}" if path.is_absolute() else flag[0]
+        place = f"runs/{path.parent.name}/best" if path.name == "best" else path.name
+        return f" {shlex.quote(place)}" if path.is_absolute() else flag[0]
 
     for flag, place in (("data_dir", "DATA"), ("run_dir", f"runs/{name}")):
         command = re.sub(rf"(?<=--{flag})[ =]('.*?'|\S+)", f" {place}", command)

@@ -96,7 +96,8 @@ def test_flags_may_stand_in_a_file(tmp_path, refused):
     for content, expected in wrong.items():
         recipe.write_bytes(content)
         refused(multitask_classifier, [f"@{recipe}"], expected)
-    refused(multitask_classifier, [f"@{tmp_path / 'none.txt'}"], "none.txt: no such file of flags")
+    missing = f"@{tmp_path / 'none.txt'}"
+    refused(multitask_classifier, [missing], f"{missing}: no such file; see recipes/")
 
 
 def test_recipes_are_valid_and_that_of_the_paper_is_the_default():

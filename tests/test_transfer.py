@@ -256,6 +256,7 @@ def test_records_alone_are_enough_for_a_report(measured, command, tmp_path):
     text = command("--out", out, "--finetune", "finetune,lpft")
     assert "(--limit 100)." in text
     assert "| probe - lpft | out of domain, mean | 2 |" in text
+    command("--out", out, "--limit", 100, error="--limit has no effect without run folders")
     command("--out", tmp_path / "new", error=f"{tmp_path}/new: no records; name the run folders")
 
 
